@@ -1,0 +1,6 @@
+"""Drop-in ``torch.nn.RNN``, ``GRU``, ``LSTM`` and their cells that run faster."""
+
+from triton_rnn.modules import GRU, LSTM, RNN, GRUCell, LSTMCell, RNNCell
+from triton_rnn.version import __version__
+
+__all__ = ["GRU", "LSTM", "RNN", "GRUCell", "LSTMCell", "RNNCell", "__version__"]

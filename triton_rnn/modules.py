@@ -1,0 +1,19 @@
+import torch
+
+
+class RNN(torch.nn.RNN): ...
+
+
+class GRU(torch.nn.GRU): ...
+
+
+class LSTM(torch.nn.LSTM): ...
+
+
+class RNNCell(torch.nn.RNNCell): ...
+
+
+class GRUCell(torch.nn.GRUCell): ...
+
+
+class LSTMCell(torch.nn.LSTMCell): ...
