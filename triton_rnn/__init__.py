@@ -1,6 +1,17 @@
 """Drop-in ``torch.nn.RNN``, ``GRU``, ``LSTM`` and their cells that run faster."""
 
+from triton_rnn.dispatch import BackendError, use_backend
 from triton_rnn.modules import GRU, LSTM, RNN, GRUCell, LSTMCell, RNNCell
 from triton_rnn.version import __version__
 
-__all__ = ["GRU", "LSTM", "RNN", "GRUCell", "LSTMCell", "RNNCell", "__version__"]
+__all__ = [
+    "GRU",
+    "LSTM",
+    "RNN",
+    "BackendError",
+    "GRUCell",
+    "LSTMCell",
+    "RNNCell",
+    "__version__",
+    "use_backend",
+]

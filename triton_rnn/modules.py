@@ -1,13 +1,48 @@
+"""The modules: torch.nn's, with a forward of ours. They hold no arithmetic and no state of their own.
+
+Everything but `forward` is inherited, so construction, state_dict, repr and errors are torch's. A call
+that this package does not take goes to torch.nn's own forward (`triton_rnn.functional`).
+"""
+
+from typing import Any
+
 import torch
+from torch import Tensor
+
+from triton_rnn import functional
 
 
-class RNN(torch.nn.RNN): ...
+class RNN(torch.nn.RNN):
+    """`torch.nn.RNN`, faster. Arguments, shapes, errors and state_dict are torch's.
+
+    Formula and contract: https://docs.pytorch.org/docs/stable/generated/torch.nn.RNN.html
+    """
+
+    def forward(self, input: Any, hx: Tensor | None = None) -> Any:
+        return functional.forward(self, input, hx, super().forward)
+
+    def __prepare_scriptable__(self) -> torch.nn.RNN:
+        return functional.torch_twin(self, torch.nn.RNN)
 
 
-class GRU(torch.nn.GRU): ...
+class GRU(torch.nn.GRU):
+    """`torch.nn.GRU`, faster. Arguments, shapes, errors and state_dict are torch's.
+
+    Formula and contract: https://docs.pytorch.org/docs/stable/generated/torch.nn.GRU.html
+    """
+
+    def forward(self, input: Any, hx: Tensor | None = None) -> Any:
+        return functional.forward(self, input, hx, super().forward)
 
 
-class LSTM(torch.nn.LSTM): ...
+class LSTM(torch.nn.LSTM):
+    """`torch.nn.LSTM`, faster. Arguments, shapes, errors and state_dict are torch's.
+
+    Formula and contract: https://docs.pytorch.org/docs/stable/generated/torch.nn.LSTM.html
+    """
+
+    def forward(self, input: Any, hx: tuple[Tensor, Tensor] | None = None) -> Any:
+        return functional.forward(self, input, hx, super().forward)
 
 
 class RNNCell(torch.nn.RNNCell): ...

@@ -1,0 +1,170 @@
+"""The CPU backend: TorchScript loops with a hand-written backward.
+
+The only folder of the package that names `torch.jit`. TorchScript is deprecated: it still compiles and
+runs, with a warning that is silenced here, where it arises. Where it refuses (PYTORCH_JIT=0, a torch to
+come) the very same functions run as plain Python: slower, with the same numbers.
+
+Nothing is compiled on import; a cell is compiled when it is first called.
+"""
+
+import contextlib
+import functools
+import threading
+import time
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from triton_rnn.backends.torchscript import rules
+from triton_rnn.backends.torchscript.cells import SCRIPT_CELLS
+from triton_rnn.backends.torchscript.recurrence import Run, recurrence
+from triton_rnn.request import Request
+
+_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+_compiling = threading.Lock()
+
+# Below autograd's dispatch keys a small operation costs a third less. The context manager is private
+# to torch, so its absence is survived.
+_below_autograd: Callable[[], Any] = getattr(
+    torch._C, "_AutoDispatchBelowADInplaceOrView", contextlib.nullcontext
+)
+
+
+def supports(request: Request) -> str | None:
+    """Why this backend cannot serve a request; None when it can."""
+    if request.device != "cpu":
+        return f"TorchScript loops run on the CPU, the input is on {request.device}"
+    if request.dtype not in _DTYPES:
+        return f"dtype {request.dtype} is not one of float32, float64, bfloat16, float16"
+    return request.obstacle
+
+
+def _script(function: Callable[..., Any]) -> Callable[..., Any]:
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", r".*torch\.jit", category=DeprecationWarning)
+        warnings.filterwarnings("ignore", r".*torch\.jit", category=FutureWarning)
+        return torch.jit.script(function)
+
+
+@functools.cache
+def _compiled(cell: str) -> tuple[Callable[..., list[Tensor]], Callable[..., list[Tensor]], str]:
+    """Forward and backward of a cell, and why they are not compiled ("" when they are)."""
+    functions = recurrence(SCRIPT_CELLS[cell])
+    try:
+        forward, backward = (_script(function) for function in functions)
+    except RuntimeError as error:
+        return (*functions, str(error).strip().splitlines()[0])
+    return forward, backward, ""
+
+
+def _functions(cell: str) -> tuple[Callable[..., list[Tensor]], Callable[..., list[Tensor]], str]:
+    with _compiling:
+        return _compiled(cell)
+
+
+def compile_check() -> tuple[bool, str]:
+    """Whether TorchScript compiles here, and a sentence that says so."""
+    start = time.perf_counter()
+    forward, _, error = _functions("rnn_tanh")
+    if error:
+        return False, f"TorchScript refuses ({error}); the loops run as plain Python"
+    if not isinstance(forward, torch.jit.ScriptFunction):
+        return False, "TorchScript is switched off (PYTORCH_JIT=0); the loops run as plain Python"
+    return True, f"TorchScript compiles (RNN in {1e3 * (time.perf_counter() - start):.0f} ms)"
+
+
+@functools.lru_cache(maxsize=1024)
+def _plan(request: Request, rows: int, threads: int) -> Run:
+    """All of `Run` but the batch sizes."""
+    gate_rows = request.cell.gates * request.hidden_size
+    width = request.hidden_size * (1 if request.cell.gates == 1 else 4)
+    per_step = max(1, rows // request.seq_len)
+    return Run(
+        batch_sizes=[],
+        seq_len=request.seq_len,
+        batch=request.batch,
+        width=width,
+        biased=request.biased,
+        keep=request.needs_grad,
+        block_rows=rules.block_rows(width, request.dtype.itemsize),
+        onednn_input=rules.takes_onednn(request.dtype, rows, request.input_size, gate_rows),
+        onednn_step=rules.takes_onednn(request.dtype, per_step, request.output_size, gate_rows),
+        copy_weight=rules.copies_weight(request.seq_len),
+        parallel=request.directions == 2 and rules.runs_directions_in_parallel(threads),
+    )
+
+
+def _run(request: Request, rows: int, batch_sizes: Sequence[int]) -> Run:
+    run = _plan(request, rows, torch.get_num_threads())
+    if request.batch == 0:
+        # A packed batch may have steps without rows; a padded one is cut by its batch size.
+        batch_sizes = [0] * request.seq_len
+    return run._replace(batch_sizes=list(batch_sizes)) if batch_sizes else run
+
+
+def forward(
+    request: Request,
+    rows: Tensor,
+    batch_sizes: Sequence[int],
+    h_0: Tensor,
+    c_0: Tensor | None,
+    weights: Sequence[Tensor],
+) -> tuple[tuple[Tensor, ...], list[Tensor]]:
+    """One layer, all its directions, the whole sequence.
+
+    Args:
+        rows: (T * N, I) or, packed, (sum of lengths, I).
+        batch_sizes: rows of every step of a packed batch, empty for a padded one.
+        h_0: (D, N, H_out). c_0: (D, N, H) or None.
+        weights: weight_ih, weight_hh[, bias_ih, bias_hh][, weight_hr] of each direction in turn.
+
+    Returns:
+        (output (rows, D * H_out), h_n[, c_n]) and what the backward needs besides the arguments.
+    """
+    run = _run(request, rows.size(0), batch_sizes)
+    function = _functions(request.cell.name)[0]
+    cell_state = h_0.new_empty((request.directions, 0)) if c_0 is None else c_0
+    with _below_autograd(), torch.jit.optimized_execution(False):
+        result = function(rows, h_0, cell_state, list(weights), request.directions, run)
+    return tuple(result[: 1 + request.cell.states]), result[3:]
+
+
+def backward(
+    request: Request,
+    rows: Tensor,
+    batch_sizes: Sequence[int],
+    h_0: Tensor,
+    c_0: Tensor | None,
+    weights: Sequence[Tensor],
+    saved: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    needs: Sequence[bool],
+) -> list[Tensor | None]:
+    """Gradients of rows, h_0, c_0 and every weight, by the gradients of forward's results.
+
+    Args:
+        grads: of output, h_n[, c_n]; none of them is None.
+        needs: whether the gradient of rows and of each weight is wanted.
+    """
+    run = _run(request, rows.size(0), batch_sizes)
+    function = _functions(request.cell.name)[1]
+    empty = h_0.new_empty((request.directions, 0))
+    with _below_autograd(), torch.jit.optimized_execution(False):
+        result = function(
+            rows,
+            h_0,
+            empty if c_0 is None else c_0,
+            list(weights),
+            list(saved),
+            grads[0],
+            grads[1],
+            grads[2] if len(grads) > 2 else empty,
+            list(needs),
+            request.directions,
+            run,
+        )
+    wanted = (needs[0], True, c_0 is not None, *needs[1:])
+    return [grad if want else None for grad, want in zip(result, wanted, strict=True)]

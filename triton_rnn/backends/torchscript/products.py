@@ -1,0 +1,75 @@
+"""The matrix products of the CPU backend, by torch's BLAS or by oneDNN.
+
+torch sends every float32 `mm` to its BLAS. Where that is MKL on a processor that is not Intel's, it
+runs at half the speed of oneDNN or less, which the same wheel holds and uses for its own LSTM. The
+operator used here is the one that torch's compiler (Inductor) emits for a linear layer; where a build
+lacks it, `HAS_ONEDNN_LINEAR` is False and BLAS does all. `rules.py` says which of the two a call takes.
+
+A weight is handed over in the orientation that its product wants: (K, P) for BLAS, (P, K) for oneDNN.
+"""
+
+import torch
+from torch import Tensor
+
+HAS_ONEDNN_LINEAR = torch.backends.mkldnn.is_available() and hasattr(
+    torch.ops.mkldnn, "_linear_pointwise"
+)
+
+if HAS_ONEDNN_LINEAR:
+
+    def onednn_linear(left: Tensor, weight: Tensor) -> Tensor:
+        """left (M, K) times the transpose of weight (P, K): (M, P)."""
+        return torch.ops.mkldnn._linear_pointwise(left, weight, None, "none", [], "")
+
+    def onednn_linear_add(left: Tensor, weight: Tensor, addend: Tensor) -> Tensor:
+        """left (M, K) times the transpose of weight (P, K), plus addend (M, P): (M, P)."""
+        return torch.ops.mkldnn._linear_pointwise(left, addend, weight, None, "add")
+
+else:
+
+    def onednn_linear(left: Tensor, weight: Tensor) -> Tensor:
+        return torch.mm(left, weight.t())
+
+    def onednn_linear_add(left: Tensor, weight: Tensor, addend: Tensor) -> Tensor:
+        return torch.addmm(addend, left, weight.t())
+
+
+def add_product(addend: Tensor, left: Tensor, weight: Tensor, onednn: bool) -> Tensor:
+    """addend (M, P) plus left (M, K) times weight: a new tensor."""
+    if onednn:
+        return onednn_linear_add(left, weight, addend)
+    return torch.addmm(addend, left, weight)
+
+
+def add_product_(addend: Tensor, left: Tensor, weight: Tensor, onednn: bool) -> Tensor:
+    """The same; in place, and the addend returned, where the product can do that (BLAS)."""
+    if onednn:
+        return onednn_linear_add(left, weight, addend)
+    return addend.addmm_(left, weight)
+
+
+def project_into(out: Tensor, left: Tensor, weight: Tensor, bias: Tensor, onednn: bool) -> None:
+    """Write left (M, K) @ weight (P, K)^T + bias (P) into out (M, P); an empty bias is none."""
+    if onednn:
+        if bias.numel() > 0:
+            torch.add(onednn_linear(left, weight), bias, out=out)
+        else:
+            out.copy_(onednn_linear(left, weight))
+    elif bias.numel() > 0:
+        torch.addmm(bias, left, weight.t(), out=out)
+    else:
+        torch.mm(left, weight.t(), out=out)
+
+
+def weight_gradient(grad: Tensor, left: Tensor, onednn: bool) -> Tensor:
+    """grad (M, P)^T @ left (M, K): (P, K)."""
+    if onednn:
+        return onednn_linear(grad.t(), left.t())
+    return torch.mm(grad.t(), left)
+
+
+def input_gradient(grad: Tensor, weight: Tensor, onednn: bool) -> Tensor:
+    """grad (M, P) @ weight (P, K): (M, K)."""
+    if onednn:
+        return onednn_linear(grad, weight.t())
+    return torch.mm(grad, weight)

@@ -1,0 +1,452 @@
+"""One layer over a whole sequence, forward and backward, written once for every cell.
+
+`recurrence(cell)` closes these loops over a cell's functions; TorchScript compiles the closures. Rows
+are time-major and dense: padded input is (T * N, I), packed input (sum of lengths, I) with
+`batch_sizes`; an empty `batch_sizes` means `batch` rows at every step.
+
+A packed batch changes its size from step to step. Forward in time it shrinks, backward in time it
+grows, and the gradients travel the other way round: `resize` is the one place for all four.
+
+Steps are done in blocks of about `block_rows` rows. What can be computed for many steps at once (the
+projection, the backward's factors) is computed for one block, so that it is still in the cache when
+the steps come to it, and so that a forward without gradients keeps one block of gates, not all.
+
+Buffers of one direction, all made here and none the caller's:
+    gates (rows, width)       written by projection and steps; saved for the backward if the cell needs it
+    states (rows, H_out)      h of every step; saved
+    cells (rows, H)           c of every step (LSTM); saved
+    grad_gates (rows, width)  backward: first the factors, then the gradients, in place
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from triton_rnn.backends.torchscript.cells import ScriptCell, steps
+from triton_rnn.backends.torchscript.products import (
+    input_gradient,
+    project_into,
+    weight_gradient,
+)
+
+
+class Run(NamedTuple):
+    """What one call is, and how it is to be done (`rules.py` decides).
+
+    Attributes:
+        batch_sizes: rows of every step of a packed batch; empty for a padded one.
+        seq_len, batch: T, N.
+        width: numbers a row of `gates` holds.
+        biased: whether the layer has biases.
+        keep: whether a backward will follow.
+        block_rows: rows to a block of steps.
+        onednn_input, onednn_step: whether oneDNN does the large products, the product of a step.
+        copy_weight: whether BLAS gets W_hh^T as a contiguous copy, not as a view.
+        parallel: whether the two directions run at the same time.
+    """
+
+    batch_sizes: list[int]
+    seq_len: int
+    batch: int
+    width: int
+    biased: bool
+    keep: bool
+    block_rows: int
+    onednn_input: bool
+    onednn_step: bool
+    copy_weight: bool
+    parallel: bool
+
+
+def resize(state: Tensor, batch: int, initial: Tensor, final: Tensor) -> Tensor:
+    """Give state (n, H) `batch` rows: rows that leave go to `final`, rows that join come from `initial`."""
+    active = state.size(0)
+    if batch < active:
+        final[batch:active].copy_(state[batch:])
+        return state[:batch]
+    if batch > active:
+        return torch.cat([state, initial[active:batch]])
+    return state
+
+
+def block_starts(run: Run) -> list[int]:
+    """First step of every block, and T."""
+    starts = [0]
+    if len(run.batch_sizes) > 0:
+        rows = 0
+        for t in range(run.seq_len - 1):
+            rows += run.batch_sizes[t]
+            if rows >= run.block_rows:
+                starts.append(t + 1)
+                rows = 0
+    else:
+        length = (run.block_rows + run.batch - 1) // run.batch
+        start = length
+        while start < run.seq_len:
+            starts.append(start)
+            start += length
+    starts.append(run.seq_len)
+    return starts
+
+
+def row_offsets(run: Run, starts: list[int]) -> list[int]:
+    """First row of every block, and the number of rows."""
+    if len(run.batch_sizes) == 0:
+        return [start * run.batch for start in starts]
+    offsets = [0]
+    for k in range(len(starts) - 1):
+        rows = offsets[-1]
+        for t in range(starts[k], starts[k + 1]):
+            rows += run.batch_sizes[t]
+        offsets.append(rows)
+    return offsets
+
+
+def shifted(states: Tensor, initial: Tensor, run: Run, reverse: bool) -> Tensor:
+    """The state that each row of `states` was computed from: (rows, H)."""
+    batch_sizes = run.batch_sizes
+    batch = run.batch
+    if len(batch_sizes) == 0:
+        if reverse:
+            return torch.cat([states[batch:], initial])
+        return torch.cat([initial, states[: states.size(0) - batch]])
+    by_step = torch.split_with_sizes(states, batch_sizes)
+    parts: list[Tensor] = []
+    if reverse:
+        for t in range(len(batch_sizes)):
+            joined = 0
+            if t + 1 < len(batch_sizes):
+                parts.append(by_step[t + 1])
+                joined = batch_sizes[t + 1]
+            parts.append(initial[joined : batch_sizes[t]])
+    else:
+        parts.append(initial[: batch_sizes[0]])
+        for t in range(1, len(batch_sizes)):
+            parts.append(by_step[t - 1][: batch_sizes[t]])
+    return torch.cat(parts)
+
+
+def gate_bias(recurrent_bias: Tensor, bias_ih: Tensor, width: int) -> Tensor:
+    """The bias of one row of gates: b_ih on the last columns plus b_hh on the first ones."""
+    size = bias_ih.size(0)
+    if size == width:
+        return bias_ih + recurrent_bias
+    bias = bias_ih.new_zeros([width])
+    bias[:size].copy_(recurrent_bias)
+    bias[width - size :].add_(bias_ih)
+    return bias
+
+
+def recurrence(cell: ScriptCell) -> tuple[Callable[..., list[Tensor]], Callable[..., list[Tensor]]]:
+    """The forward and the backward of one layer of this cell, for TorchScript to compile."""
+    recurrent_order = cell.recurrent_order
+    torch_order = cell.torch_order
+    forward_views = cell.forward_views
+    forward_step = cell.forward_step
+    factors = cell.factors
+    backward_views = cell.backward_views
+    backward_step = cell.backward_step
+
+    def forward_direction(
+        x: Tensor, h_0: Tensor, c_0: Tensor, weights: list[Tensor], run: Run, reverse: bool
+    ) -> list[Tensor]:
+        weight_ih = weights[0]
+        weight_hh = weights[1]
+        weight_hr = weights[-1]
+        has_c = c_0.dim() == 2
+        packed = len(run.batch_sizes) > 0
+        batch = run.batch
+        rows = x.size(0)
+        first = run.width - weight_ih.size(0)
+        hidden_size = run.width // 4 if run.width > weight_hh.size(1) else run.width
+
+        weight = recurrent_order(weight_hh, hidden_size)
+        if not run.onednn_step:
+            weight = weight.t()
+            if run.copy_weight:
+                weight = weight.contiguous()
+        bias = weight_ih[0, :0]
+        if run.biased:
+            bias = gate_bias(recurrent_order(weights[3], hidden_size), weights[2], run.width)
+
+        starts = block_starts(run)
+        offsets = row_offsets(run, starts)
+        blocks = len(starts) - 1
+        scratch_rows = 0
+        for k in range(blocks):
+            scratch_rows = max(scratch_rows, offsets[k + 1] - offsets[k])
+        keep_gates = run.keep and (has_c or first > 0)
+        gates = x.new_empty([rows if keep_gates else scratch_rows, run.width])
+        states = x.new_empty([rows, weight_hh.size(1)])
+        cells = states
+        if has_c:
+            cells = x.new_empty([rows if run.keep else scratch_rows, hidden_size])
+
+        h = h_0
+        c = c_0
+        h_n = h_0
+        c_n = c_0
+        if packed:
+            entering = run.batch_sizes[run.seq_len - 1 if reverse else 0]
+            h = h_0[:entering]
+            h_n = torch.empty_like(h_0)
+            if has_c:
+                c = c_0[:entering]
+                c_n = torch.empty_like(c_0)
+
+        for k in range(blocks):
+            block = blocks - 1 - k if reverse else k
+            length = starts[block + 1] - starts[block]
+            begin = offsets[block]
+            end = offsets[block + 1]
+            sizes = run.batch_sizes[starts[block] : starts[block + 1]]
+            gates_block = gates[begin:end] if keep_gates else gates[: end - begin]
+            states_block = states[begin:end]
+            cells_block = states_block
+            if has_c:
+                cells_block = cells[begin:end] if run.keep else cells[: end - begin]
+                if not run.keep and k > 0:
+                    # The block's buffer is about to be written again, and c still lies in it.
+                    c = c.clone()
+            if first == 0:
+                project_into(gates_block, x[begin:end], weight_ih, bias, run.onednn_input)
+            else:
+                project_into(
+                    gates_block[:, first:], x[begin:end], weight_ih, bias[first:], run.onednn_input
+                )
+                if run.biased:
+                    gates_block[:, :first].copy_(bias[:first])
+                else:
+                    gates_block[:, :first].zero_()
+            views = [steps(states_block, sizes, batch), steps(cells_block, sizes, batch)]
+            views.extend(forward_views(gates_block, hidden_size, sizes, batch))
+            for i in range(length):
+                t = length - 1 - i if reverse else i
+                if packed:
+                    h = resize(h, sizes[t], h_0, h_n)
+                    if has_c:
+                        c = resize(c, sizes[t], c_0, c_n)
+                forward_step(t, views, h, c, weight, weight_hr, run.onednn_step)
+                h = views[0][t]
+                if has_c:
+                    c = views[1][t]
+        if packed:
+            h_n[: h.size(0)].copy_(h)
+            if has_c:
+                c_n[: c.size(0)].copy_(c)
+        else:
+            h_n = h
+            c_n = c
+        return [states, h_n, c_n, gates, cells]
+
+    def forward(
+        x: Tensor, h_0: Tensor, c_0: Tensor, weights: list[Tensor], directions: int, run: Run
+    ) -> list[Tensor]:
+        """x (rows, I), h_0 (D, N, H_out), c_0 (D, N, H) or empty (D, 0), weights of all directions.
+
+        Returns output (rows, D * H_out), h_n, c_n, then states, gates, cells of every direction.
+        """
+        if directions == 1:
+            one = forward_direction(x, h_0[0], c_0[0], weights, run, False)
+            # The states are saved for the backward, and a caller may change the output in place.
+            output = one[0].clone() if run.keep else one[0]
+            h_n = one[1].unsqueeze(0).clone()
+            return [output, h_n, one[2].unsqueeze(0).clone(), one[0], one[3], one[4]]
+        half = len(weights) // 2
+        if run.parallel:
+            task = torch.jit.fork(
+                forward_direction, x, h_0[1], c_0[1], weights[half:], run, True
+            )
+            ahead = forward_direction(x, h_0[0], c_0[0], weights[:half], run, False)
+            back = torch.jit.wait(task)
+        else:
+            ahead = forward_direction(x, h_0[0], c_0[0], weights[:half], run, False)
+            back = forward_direction(x, h_0[1], c_0[1], weights[half:], run, True)
+        h_n = torch.stack([ahead[1], back[1]])
+        c_n = torch.stack([ahead[2], back[2]])
+        output = torch.cat([ahead[0], back[0]], 1)
+        return [output, h_n, c_n, ahead[0], ahead[3], ahead[4], back[0], back[3], back[4]]
+
+    def backward_direction(
+        x: Tensor,
+        h_0: Tensor,
+        c_0: Tensor,
+        weights: list[Tensor],
+        saved: list[Tensor],
+        grad_output: Tensor,
+        grad_h_n: Tensor,
+        grad_c_n: Tensor,
+        needs: list[bool],
+        run: Run,
+        reverse: bool,
+    ) -> list[Tensor]:
+        weight_ih = weights[0]
+        weight_hh = weights[1]
+        weight_hr = weights[-1]
+        states = saved[0]
+        gates = saved[1]
+        cells = saved[2]
+        has_c = c_0.dim() == 2
+        packed = len(run.batch_sizes) > 0
+        batch = run.batch
+        projected = weight_ih.size(0)
+        first = run.width - projected
+        hidden_size = run.width // 4 if run.width > weight_hh.size(1) else run.width
+
+        weight = recurrent_order(weight_hh, hidden_size)
+        if run.onednn_step:
+            weight = weight.t()
+        h_prev = shifted(states, h_0, run, reverse)
+        c_prev = shifted(cells, c_0, run, reverse) if has_c else h_prev
+        grad_gates = x.new_empty([x.size(0), run.width])
+        has_hr = weight_hr.size(0) != projected and weight_hr.dim() == 2
+        grad_h = torch.empty_like(states) if has_hr else states
+        grad_h_0 = torch.empty_like(h_0)
+        grad_c_0 = torch.empty_like(c_0)
+
+        starts = block_starts(run)
+        offsets = row_offsets(run, starts)
+        blocks = len(starts) - 1
+        grad_steps = steps(grad_output, run.batch_sizes, batch)
+        now = 0 if reverse else run.seq_len - 1
+        final = run.seq_len - 1 - now
+        size = run.batch_sizes[now] if packed else batch
+        zeros = torch.zeros_like(h_0)
+        dh = grad_steps[now] + grad_h_n[:size]
+        dc = grad_c_n[:size] if has_c else grad_c_n
+
+        for k in range(blocks):
+            block = k if reverse else blocks - 1 - k
+            length = starts[block + 1] - starts[block]
+            begin = offsets[block]
+            end = offsets[block + 1]
+            sizes = run.batch_sizes[starts[block] : starts[block + 1]]
+            gates_block = gates[begin:end] if has_c or first > 0 else states[begin:end]
+            grad_gates_block = grad_gates[begin:end]
+            extra = factors(
+                gates_block,
+                states[begin:end],
+                h_prev[begin:end],
+                cells[begin:end] if has_c else states,
+                c_prev[begin:end],
+                grad_gates_block,
+            )
+            views = backward_views(
+                gates_block, extra, grad_gates_block, grad_h[begin:end], hidden_size, sizes, batch
+            )
+            for i in range(length):
+                t = i if reverse else length - 1 - i
+                now = starts[block] + t
+                if now == final:
+                    addend = zeros[:size] if packed else zeros
+                    dh, dc = backward_step(
+                        t, views, dh, dc, addend, weight, weight_hr, run.onednn_step
+                    )
+                else:
+                    then = now + 1 if reverse else now - 1
+                    if packed and run.batch_sizes[then] != size:
+                        dh, dc = backward_step(
+                            t, views, dh, dc, zeros[:size], weight, weight_hr, run.onednn_step
+                        )
+                        size = run.batch_sizes[then]
+                        dh = resize(dh, size, grad_h_n, grad_h_0) + grad_steps[then]
+                        if has_c:
+                            dc = resize(dc, size, grad_c_n, grad_c_0)
+                    else:
+                        dh, dc = backward_step(
+                            t, views, dh, dc, grad_steps[then], weight, weight_hr, run.onednn_step
+                        )
+        if packed:
+            grad_h_0[:size].copy_(dh)
+            if has_c:
+                grad_c_0[:size].copy_(dc)
+        else:
+            grad_h_0 = dh
+            if has_c:
+                grad_c_0 = dc
+
+        none = x.new_empty([0])
+        grad_projected = grad_gates[:, first:] if first > 0 else grad_gates
+        grad_recurrent = grad_gates[:, :projected] if first > 0 else grad_gates
+        grad_x = input_gradient(grad_projected, weight_ih, run.onednn_input) if needs[0] else none
+        result = [grad_x, grad_h_0, grad_c_0]
+        result.append(
+            weight_gradient(grad_projected, x, run.onednn_input) if needs[1] else none
+        )
+        result.append(
+            torch_order(weight_gradient(grad_recurrent, h_prev, run.onednn_input), hidden_size)
+            if needs[2]
+            else none
+        )
+        if run.biased:
+            grad_bias = grad_gates.sum(0) if needs[3] or needs[4] else none
+            result.append(grad_bias[first:].clone() if needs[3] else none)
+            result.append(
+                torch_order(grad_bias[:projected], hidden_size) if needs[4] else none
+            )
+        if has_hr:
+            output_gate = gates[:, 3 * hidden_size :]
+            result.append(
+                weight_gradient(grad_h, torch.tanh(cells).mul_(output_gate), run.onednn_input)
+                if needs[-1]
+                else none
+            )
+        return result
+
+    def backward(
+        x: Tensor,
+        h_0: Tensor,
+        c_0: Tensor,
+        weights: list[Tensor],
+        saved: list[Tensor],
+        grad_output: Tensor,
+        grad_h_n: Tensor,
+        grad_c_n: Tensor,
+        needs: list[bool],
+        directions: int,
+        run: Run,
+    ) -> list[Tensor]:
+        """Gradients of x, h_0, c_0 and of every weight; `needs` says which, of x and the weights.
+
+        saved: states, gates, cells of every direction. An unneeded gradient is an empty tensor.
+        """
+        if directions == 1:
+            one = backward_direction(
+                x, h_0[0], c_0[0], weights, saved, grad_output, grad_h_n[0], grad_c_n[0], needs,
+                run, False,
+            )  # fmt: skip
+            one[1] = one[1].unsqueeze(0)
+            one[2] = one[2].unsqueeze(0)
+            return one
+        half = len(weights) // 2
+        size = h_0.size(2)
+        needs_back = needs[:1] + needs[half + 1 :]
+        if run.parallel:
+            task = torch.jit.fork(
+                backward_direction, x, h_0[1], c_0[1], weights[half:], saved[3:],
+                grad_output[:, size:], grad_h_n[1], grad_c_n[1], needs_back, run, True,
+            )  # fmt: skip
+            ahead = backward_direction(
+                x, h_0[0], c_0[0], weights[:half], saved[:3],
+                grad_output[:, :size], grad_h_n[0], grad_c_n[0], needs[: half + 1], run, False,
+            )  # fmt: skip
+            back = torch.jit.wait(task)
+        else:
+            ahead = backward_direction(
+                x, h_0[0], c_0[0], weights[:half], saved[:3],
+                grad_output[:, :size], grad_h_n[0], grad_c_n[0], needs[: half + 1], run, False,
+            )  # fmt: skip
+            back = backward_direction(
+                x, h_0[1], c_0[1], weights[half:], saved[3:],
+                grad_output[:, size:], grad_h_n[1], grad_c_n[1], needs_back, run, True,
+            )  # fmt: skip
+        result = [
+            ahead[0].add_(back[0]),
+            torch.stack([ahead[1], back[1]]),
+            torch.stack([ahead[2], back[2]]),
+        ]
+        return result + ahead[3:] + back[3:]
+
+    return forward, backward

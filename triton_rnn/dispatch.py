@@ -1,0 +1,161 @@
+"""Which backend runs a call, and why."""
+
+import functools
+import importlib
+import inspect
+import os
+from collections.abc import Callable
+from contextvars import ContextVar, Token
+from types import ModuleType
+from typing import Any, NamedTuple, TypeVar
+
+import torch
+
+from triton_rnn.request import Request
+
+# In the order in which `auto` asks them.
+BACKENDS = ("triton", "torchscript", "aten", "reference")
+
+# One step of the TorchScript LSTM costs about a dozen small operations; oneDNN's LSTM, which torch
+# runs for such a call, costs about that of five steps before it begins.
+ONEDNN_LSTM_MIN_STEPS = 6
+
+_requested: ContextVar[str | None] = ContextVar("triton_rnn_backend", default=None)
+_environment = os.environ.get("TRITON_RNN_BACKEND", "auto") or "auto"
+
+_F = TypeVar("_F", bound=Callable[..., Any])
+
+
+class BackendError(RuntimeError):
+    """A backend was asked for by name and cannot do what it is asked; the message says why."""
+
+
+class Choice(NamedTuple):
+    """The backend of a request, and why each backend before and after it was not taken."""
+
+    backend: str
+    reasons: dict[str, str]
+
+
+def check_name(name: str) -> str:
+    if name != "auto" and name not in BACKENDS:
+        raise ValueError(f"unknown backend {name!r}; choose from {', '.join(('auto', *BACKENDS))}")
+    return name
+
+
+class use_backend:  # noqa: N801 - used like a function, as torch.no_grad is
+    """Run every recurrent module on one backend: a context manager and a decorator.
+
+    >>> with triton_rnn.use_backend("torchscript"):
+    ...     output, h_n = module(input)
+
+    The choice holds for the current thread or asyncio task, and ends with the block. It stands above
+    the environment variable ``TRITON_RNN_BACKEND``, which is read when the package is imported.
+
+    Args:
+        name: ``"auto"``, ``"triton"``, ``"torchscript"``, ``"aten"`` or ``"reference"``.
+
+    Raises:
+        ValueError: at once, if there is no backend of that name.
+        BackendError: from a module's call, if the backend cannot do that call.
+    """
+
+    def __init__(self, name: str) -> None:
+        self.name = check_name(name)
+        self._tokens: list[Token[str | None]] = []
+
+    def __enter__(self) -> None:
+        self._tokens.append(_requested.set(self.name))
+
+    def __exit__(self, *exception: object) -> None:
+        _requested.reset(self._tokens.pop())
+
+    def __call__(self, function: _F) -> _F:
+        # Each call enters a use_backend of its own, so that threads do not share a token.
+        name = self.name
+        if inspect.iscoroutinefunction(function):
+
+            @functools.wraps(function)
+            async def run_async(*args: Any, **kwargs: Any) -> Any:
+                with use_backend(name):
+                    return await function(*args, **kwargs)
+
+            return run_async  # type: ignore[return-value]
+
+        @functools.wraps(function)
+        def run(*args: Any, **kwargs: Any) -> Any:
+            with use_backend(name):
+                return function(*args, **kwargs)
+
+        return run  # type: ignore[return-value]
+
+
+def requested() -> str:
+    """The backend asked for: by `use_backend`, else by the environment, else ``"auto"``."""
+    return _requested.get() or _environment
+
+
+@functools.cache
+def backend_module(name: str) -> ModuleType:
+    return importlib.import_module(f"triton_rnn.backends.{name}")
+
+
+def unavailable(name: str) -> str | None:
+    """Why a backend cannot run on this machine at all; None when it can."""
+    device = "cuda" if name == "triton" else "cpu"
+    if device == "cuda" and not torch.cuda.is_available():
+        return "no CUDA or ROCm device is at hand"
+    from triton_rnn.cells import RNN_TANH
+
+    request = Request(
+        RNN_TANH, device, torch.float32, 1, 1, 1, 1, 1, 1, True, False, False, None
+    )
+    return backend_module(name).supports(request)
+
+
+def _slower_than_torch(request: Request) -> str | None:
+    """Why `auto` leaves a request that TorchScript could serve to torch's own kernels."""
+    onednn_lstm = (
+        request.cell.name == "lstm"
+        and request.dtype in (torch.float32, torch.bfloat16)
+        and not request.packed
+        and torch.backends.mkldnn.is_available()
+        and torch.backends.mkldnn.enabled
+    )
+    if onednn_lstm and request.seq_len >= ONEDNN_LSTM_MIN_STEPS:
+        return (
+            f"torch runs this LSTM as one oneDNN primitive, which is faster from "
+            f"{ONEDNN_LSTM_MIN_STEPS} steps on"
+        )
+    return None
+
+
+@functools.lru_cache(maxsize=4096)
+def choose(request: Request, wanted: str) -> Choice:
+    """The backend for a request.
+
+    Raises:
+        BackendError: if `wanted` names a backend that cannot serve the request.
+    """
+    check_name(wanted)
+    if wanted != "auto":
+        reason = backend_module(wanted).supports(request)
+        if reason is not None:
+            raise BackendError(f"backend {wanted!r} cannot run this call: {reason}")
+        return Choice(
+            wanted, {name: f"{wanted} was asked for" for name in BACKENDS if name != wanted}
+        )
+    reasons: dict[str, str] = {}
+    taken = ""
+    for name in BACKENDS:
+        if taken:
+            reasons[name] = f"{taken} comes first"
+            continue
+        reason = backend_module(name).supports(request)
+        if reason is None and name == "torchscript":
+            reason = _slower_than_torch(request)
+        if reason is None:
+            taken = name
+        else:
+            reasons[name] = reason
+    return Choice(taken, reasons)
