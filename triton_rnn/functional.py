@@ -1,7 +1,7 @@
 """A recurrent module's call: layers, directions and dropout over the layer op, padded or packed."""
 
 import functools
-from collections.abc import Callable, Sequence
+from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
@@ -16,24 +16,24 @@ from triton_rnn.request import Request
 
 _PLAIN = (Tensor, torch.nn.Parameter)
 _peek_functorch = torch._C._functorch.peek_interpreter_stack
+_dispatch_modes = torch._C._len_torch_dispatch_stack
+_tracing_state = torch._C._get_tracing_state
+_forward_ad = torch.autograd.forward_ad
 
 
-def obstacle(device: str, tensors: Sequence[Tensor]) -> str | None:
-    """Why only torch's own kernels can serve a call with these tensors here and now, or None."""
-    for tensor in tensors:
-        if type(tensor) not in _PLAIN:
-            return f"{type(tensor).__name__} is a tensor subclass"
+def obstacle(device: str) -> str | None:
+    """Why only torch.nn's own forward can serve a call here and now, or None."""
     if torch.is_autocast_enabled(device):
         return "autocast is on"
     if _peek_functorch() is not None:
         return "a torch.func transform is at work"
+    if _dispatch_modes() > 0:
+        return "a torch dispatch mode is at work"
     if torch.compiler.is_compiling():
         return "torch.compile is tracing the call"
-    if torch._C._get_tracing_state() is not None:
+    if _tracing_state() is not None:
         return "torch.jit.trace is tracing the call"
-    if torch._C._len_torch_dispatch_stack() > 0:
-        return "a torch dispatch mode is at work"
-    if torch.autograd.forward_ad._current_level >= 0:
+    if _forward_ad._current_level >= 0:
         return "forward-mode differentiation is at work"
     return None
 
@@ -95,12 +95,12 @@ def _weights(module: torch.nn.RNNBase) -> list[Tensor] | None:
     return weights
 
 
-def _matches(tensor: Any, shape: tuple[int, ...], like: Tensor) -> bool:
+def _hidden_fits(state: Any, shape: tuple[int, ...], like: Tensor) -> bool:
     return (
-        isinstance(tensor, Tensor)
-        and tensor.shape == shape
-        and tensor.dtype == like.dtype
-        and tensor.device == like.device
+        isinstance(state, Tensor)
+        and state.shape == shape
+        and state.dtype == like.dtype
+        and state.device == like.device
     )
 
 
@@ -110,96 +110,101 @@ def prepare(module: torch.nn.RNNBase, input: Any, hx: Any) -> Call | None:
     data = input.data if packed else input
     if not isinstance(data, Tensor) or data.layout != torch.strided:
         return None
-    dims = data.dim()
-    if dims != 2 and (packed or dims != 3):
-        return None
-    if data.size(-1) != module.input_size:
+    shape = data.shape
+    unbatched = not packed and len(shape) == 2
+    if len(shape) != (2 if packed or unbatched else 3) or shape[-1] != module.input_size:
         return None
     batch_sizes: list[int] = []
     if packed:
         batch_sizes = input.batch_sizes.tolist()
-        seq_len, batch = len(batch_sizes), batch_sizes[0] if batch_sizes else 0
-        if sum(batch_sizes) != data.size(0) or batch_sizes != sorted(batch_sizes, reverse=True):
+        if batch_sizes != sorted(batch_sizes, reverse=True) or sum(batch_sizes) != shape[0]:
             return None
+        seq_len, batch = len(batch_sizes), max(batch_sizes, default=0)
         if seq_len and batch_sizes[-1] < 1:
             return None
+    elif unbatched:
+        data = data.unsqueeze(1)
+        seq_len, batch = shape[0], 1
+    elif module.batch_first:
+        data = data.transpose(0, 1)
+        batch, seq_len = shape[0], shape[1]
     else:
-        if dims == 2:
-            data = data.unsqueeze(1)
-        elif module.batch_first:
-            data = data.transpose(0, 1)
-        seq_len, batch = data.size(0), data.size(1)
+        seq_len, batch = shape[0], shape[1]
     if seq_len == 0:
         return None
 
-    cell = MODES[module.mode]
-    if module.proj_size:
-        cell = LSTM_PROJECTED
-    hidden_size = module.hidden_size
-    output_size = module.proj_size or hidden_size
+    hidden_size, proj_size = module.hidden_size, module.proj_size
+    cell = LSTM_PROJECTED if proj_size else MODES[module.mode]
+    output_size = proj_size or hidden_size
     directions = 2 if module.bidirectional else 1
     weights = _weights(module)
     shapes = _weight_shapes(
         cell.gates * hidden_size,
         module.input_size,
         hidden_size,
-        module.proj_size,
+        proj_size,
         module.num_layers,
         directions,
         module.bias,
     )
     if weights is None or len(weights) != len(shapes):
         return None
-    for weight, shape in zip(weights, shapes, strict=True):
-        if not _matches(weight, shape, data):
+    device, dtype = data.device, data.dtype
+    subclass = None if type(data) in _PLAIN else type(data)
+    needs_grad = data.requires_grad
+    for weight, expected in zip(weights, shapes, strict=True):
+        if weight.shape != expected or weight.dtype != dtype or weight.device != device:
             return None
+        if type(weight) not in _PLAIN:
+            subclass = type(weight)
+        needs_grad = needs_grad or weight.requires_grad
 
-    h_0, c_0 = None, None
+    h_0 = c_0 = None
     if hx is not None:
-        rows = module.num_layers * directions
+        stack_shape = (module.num_layers * directions,) + (() if unbatched else (batch,))
         if cell.states == 2:
             if not isinstance(hx, (tuple, list)) or len(hx) != 2:
                 return None
             h_0, c_0 = hx
+            if not _hidden_fits(c_0, (*stack_shape, hidden_size), data):
+                return None
         else:
             h_0 = hx
-        middle = (batch,) if packed or dims == 3 else ()
-        if not _matches(h_0, (rows, *middle, output_size), data):
+        if not _hidden_fits(h_0, (*stack_shape, output_size), data):
             return None
-        if c_0 is not None and not _matches(c_0, (rows, *middle, hidden_size), data):
-            return None
-        if packed and input.sorted_indices is not None:
-            h_0 = h_0.index_select(1, input.sorted_indices)
-            c_0 = None if c_0 is None else c_0.index_select(1, input.sorted_indices)
-        elif not middle:
+        for state in (h_0,) if c_0 is None else (h_0, c_0):
+            if type(state) not in _PLAIN:
+                subclass = type(state)
+            needs_grad = needs_grad or state.requires_grad
+        if unbatched:
             h_0 = h_0.unsqueeze(1)
             c_0 = None if c_0 is None else c_0.unsqueeze(1)
+        elif packed and input.sorted_indices is not None:
+            h_0 = h_0.index_select(1, input.sorted_indices)
+            c_0 = None if c_0 is None else c_0.index_select(1, input.sorted_indices)
 
-    tensors = [data, *weights]
-    if h_0 is not None:
-        tensors.append(h_0)
-    if c_0 is not None:
-        tensors.append(c_0)
-    device = data.device.type
+    obstructed = obstacle(device.type)
+    if subclass is not None:
+        obstructed = f"{subclass.__name__} is a tensor subclass"
     request = Request(
-        cell=cell,
-        device=device,
-        dtype=data.dtype,
-        seq_len=seq_len,
-        batch=batch,
-        input_size=module.input_size,
-        hidden_size=hidden_size,
-        output_size=output_size,
-        directions=directions,
-        biased=module.bias,
-        packed=packed,
-        needs_grad=torch.is_grad_enabled() and any(t.requires_grad for t in tensors),
-        obstacle=obstacle(device, tensors),
+        cell,
+        device.type,
+        dtype,
+        seq_len,
+        batch,
+        module.input_size,
+        hidden_size,
+        output_size,
+        directions,
+        module.bias,
+        packed,
+        needs_grad and torch.is_grad_enabled(),
+        obstructed,
     )
     return Call(request, data, batch_sizes, h_0, c_0, weights)
 
 
-def stack(call: Call, backend: str, layers: int, drop: float) -> tuple[Tensor, ...]:
+def stack(call: Call, backend: ModuleType, layers: int, drop: float) -> tuple[Tensor, ...]:
     """Run all layers: output, h_n and, if the cell has it, c_n, time-major.
 
     Args:
@@ -207,67 +212,57 @@ def stack(call: Call, backend: str, layers: int, drop: float) -> tuple[Tensor, .
             draws it: on the time-major output of a layer, both directions together.
     """
     request, x, batch_sizes, h_0, c_0, weights = call
-    module = dispatch.backend_module(backend)
     directions = request.directions
-    has_c = request.cell.states == 2
+    given = h_0 is not None
     if h_0 is None:
         # One block of zeros serves all layers: no backend writes to an initial state.
-        shape = (directions, request.batch, request.output_size)
-        h_0 = x.new_zeros(shape)
-        if has_c:
+        h_0 = x.new_zeros((directions, request.batch, request.output_size))
+        if request.cell.states == 2:
             c_0 = h_0
             if request.output_size != request.hidden_size:
                 c_0 = x.new_zeros((directions, request.batch, request.hidden_size))
-        given = False
-    else:
-        given = True
     if layers == 1:
-        return layer(module, request, batch_sizes, x, h_0, c_0, weights)
+        return layer(backend, request, batch_sizes, x, h_0, c_0, weights)
     count = len(weights) // layers
-    finals: list[tuple[Tensor, ...]] = []
+    finals: list[list[Tensor]] = []
     for number in range(layers):
         h, c = h_0, c_0
         if given:
             own = slice(number * directions, (number + 1) * directions)
             h, c = h_0[own], None if c_0 is None else c_0[own]
         if number == 1:
-            request = request._replace(
-                input_size=directions * request.output_size,
-                needs_grad=request.needs_grad,
-            )
+            request = request._replace(input_size=directions * request.output_size)
         x, *states = layer(
-            module, request, batch_sizes, x, h, c, weights[number * count : (number + 1) * count]
+            backend, request, batch_sizes, x, h, c, weights[number * count : (number + 1) * count]
         )
-        finals.append(tuple(states))
+        finals.append(states)
         if drop > 0 and number + 1 < layers:
             x = dropout(x, drop, True)
     return (x, *(torch.cat(states) for states in zip(*finals, strict=True)))
 
 
-def forward(
-    module: torch.nn.RNNBase,
-    input: Tensor | PackedSequence,
-    hx: Any,
-    torch_forward: Callable[..., Any],
-) -> Any:
-    """What `module(input, hx)` returns; `torch_forward` is the forward of its torch.nn parent."""
+def forward(module: torch.nn.RNNBase, input: Any, hx: Any) -> tuple[Any, Any] | None:
+    """What `module(input, hx)` returns; None if torch.nn's own forward is to be called instead."""
     call = prepare(module, input, hx)
     if call is None:
-        return torch_forward(input, hx)
-    backend = dispatch.choose(call.request, dispatch.requested()).backend
-    if backend == "aten":
-        return torch_forward(input, hx)
+        return None
+    request = call.request
+    name = dispatch.choose(request, dispatch.requested()).backend
+    if request.obstacle is not None:
+        return None
+    backend = dispatch.backend_module(name)
     drop = module.dropout if module.training else 0.0
-    output, *states = stack(call, backend, module.num_layers, drop)
-    if call.request.packed:
+    run = getattr(backend, "stack", stack)
+    output, *states = run(call, backend, module.num_layers, drop)
+    if request.packed:
         if input.unsorted_indices is not None:
             states = [state.index_select(1, input.unsorted_indices) for state in states]
-        result: Any = PackedSequence(
+        output = PackedSequence(
             output, input.batch_sizes, input.sorted_indices, input.unsorted_indices
         )
     elif input.dim() == 2:
-        result = output.squeeze(1)
+        output = output.squeeze(1)
         states = [state.squeeze(1) for state in states]
-    else:
-        result = output.transpose(0, 1) if module.batch_first else output
-    return result, (states[0] if len(states) == 1 else tuple(states))
+    elif module.batch_first:
+        output = output.transpose(0, 1)
+    return output, (states[0] if len(states) == 1 else tuple(states))

@@ -19,10 +19,8 @@ class RNN(torch.nn.RNN):
     """
 
     def forward(self, input: Any, hx: Tensor | None = None) -> Any:
-        return functional.forward(self, input, hx, super().forward)
-
-    def __prepare_scriptable__(self) -> torch.nn.RNN:
-        return functional.torch_twin(self, torch.nn.RNN)
+        result = functional.forward(self, input, hx)
+        return super().forward(input, hx) if result is None else result
 
 
 class GRU(torch.nn.GRU):
@@ -32,7 +30,8 @@ class GRU(torch.nn.GRU):
     """
 
     def forward(self, input: Any, hx: Tensor | None = None) -> Any:
-        return functional.forward(self, input, hx, super().forward)
+        result = functional.forward(self, input, hx)
+        return super().forward(input, hx) if result is None else result
 
 
 class LSTM(torch.nn.LSTM):
@@ -42,7 +41,8 @@ class LSTM(torch.nn.LSTM):
     """
 
     def forward(self, input: Any, hx: tuple[Tensor, Tensor] | None = None) -> Any:
-        return functional.forward(self, input, hx, super().forward)
+        result = functional.forward(self, input, hx)
+        return super().forward(input, hx) if result is None else result
 
 
 class RNNCell(torch.nn.RNNCell): ...

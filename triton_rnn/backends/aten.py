@@ -1,14 +1,50 @@
 """torch's own kernels: cuDNN, oneDNN, ATen.
 
-Not called through the layer op: torch runs a whole stack of layers at once, so the module hands the
-call, as it came, to the forward of its torch.nn parent. That is also what happens to every call that
-is malformed, so that the error is torch's own, and to every call that only torch can serve (autocast,
-tracing, tensor subclasses, torch.func).
+torch runs a whole stack of layers in one call, so this backend is a `stack`, not a layer: it makes the
+call that torch.nn's forward makes, after our checks in place of torch.nn's.
 """
+
+from types import ModuleType
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, _VF
 
 from triton_rnn.request import Request
 
+if TYPE_CHECKING:
+    from triton_rnn.functional import Call
+
+_FUNCTIONS = {
+    "rnn_tanh": _VF.rnn_tanh,
+    "rnn_relu": _VF.rnn_relu,
+    "gru": _VF.gru,
+    "lstm": _VF.lstm,
+    "lstm_projected": _VF.lstm,
+}
+
 
 def supports(request: Request) -> str | None:
-    """None: whatever reaches the dispatcher, torch.nn can do."""
+    """None: torch can do whatever reaches the dispatcher."""
     return None
+
+
+def stack(call: "Call", backend: ModuleType, layers: int, drop: float) -> tuple[Tensor, ...]:
+    """All layers at once: output, h_n and, if the cell has it, c_n, time-major."""
+    request, x, _, h_0, c_0, weights = call
+    directions = request.directions
+    if h_0 is None:
+        h_0 = x.new_zeros((layers * directions, request.batch, request.output_size))
+        if request.cell.states == 2:
+            c_0 = h_0
+            if request.output_size != request.hidden_size:
+                c_0 = x.new_zeros((layers * directions, request.batch, request.hidden_size))
+    hx = h_0 if c_0 is None else (h_0, c_0)
+    function = _FUNCTIONS[request.cell.name]
+    # cuDNN keeps what a backward needs only when told to train; without dropout, eval differs in nothing.
+    train = request.needs_grad or drop > 0
+    options = (request.biased, layers, drop, train, directions == 2)
+    if request.packed:
+        batch_sizes = torch.tensor(call.batch_sizes)
+        return function(x, batch_sizes, hx, weights, *options)
+    return function(x, hx, weights, *options, False)

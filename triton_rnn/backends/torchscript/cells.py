@@ -23,8 +23,9 @@ step after the other. With dh, dc the gradients that reach h_t, c_t:
 
 Shapes: h (n, H_out), c (n, H), a block of `gates` (rows, width); n is the batch at one step. `views`
 holds one list per quantity, each with one tensor per step. Forward: views[0][t] is where step t writes
-h, views[1][t] where it writes c, views[2][t] the columns of the recurrent product, the rest is the
-cell's own. Backward: views[0][t] receives the gradient of the columns of the recurrent product.
+h, views[1][t] where it writes c, the rest is the cell's own; `gates` is `h` for a cell of one gate.
+Backward: views[0][t] receives the gradient of the columns of the recurrent product; `addend` is the
+gradient that reaches h_prev from elsewhere, it may be overwritten.
 """
 
 from collections.abc import Callable
@@ -33,7 +34,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from triton_rnn.backends.torchscript.products import add_product, add_product_
+from triton_rnn.backends.torchscript.products import add_product_
 
 
 @dataclass(frozen=True)
@@ -46,7 +47,7 @@ class ScriptCell:
         forward_views: (gates, H, batch_sizes, batch) -> the cell's own views.
         forward_step: (t, views, h, c, weight, weight_hr, onednn) -> None, writes h_t and c_t.
         factors: (gates, h, h_prev, c, c_prev, grad_gates) -> extra; fills grad_gates with factors.
-        backward_views: (gates, extra, grad_gates, grad_h, H, batch_sizes, batch) -> views.
+        backward_views: (gates, extra, grad_gates, grad_states, H, batch_sizes, batch) -> views.
         backward_step: (t, views, dh, dc, addend, weight, weight_hr, onednn) -> (dh_prev + addend,
             dc_prev); turns the factors of step t into its `grad_gates`.
     """
@@ -97,7 +98,9 @@ def keep_order(rows: Tensor, hidden_size: int) -> Tensor:
 def rnn_forward_views(
     gates: Tensor, hidden_size: int, batch_sizes: list[int], batch: int
 ) -> list[list[Tensor]]:
-    return [steps(gates, batch_sizes, batch)]
+    """None of its own: the preactivation of a step lies where its h is to be."""
+    views: list[list[Tensor]] = []
+    return views
 
 
 def rnn_tanh_forward_step(
@@ -109,7 +112,7 @@ def rnn_tanh_forward_step(
     weight_hr: Tensor,
     onednn: bool,
 ) -> None:
-    torch.tanh(add_product_(views[2][t], h, weight, onednn), out=views[0][t])
+    torch.tanh(add_product_(views[0][t], h, weight, onednn), out=views[0][t])
 
 
 def rnn_relu_forward_step(
@@ -121,7 +124,7 @@ def rnn_relu_forward_step(
     weight_hr: Tensor,
     onednn: bool,
 ) -> None:
-    torch.clamp_min(add_product_(views[2][t], h, weight, onednn), 0, out=views[0][t])
+    torch.clamp_min(add_product_(views[0][t], h, weight, onednn), 0, out=views[0][t])
 
 
 def rnn_tanh_factors(
@@ -142,7 +145,7 @@ def rnn_backward_views(
     gates: Tensor,
     extra: Tensor,
     grad_gates: Tensor,
-    grad_h: Tensor,
+    grad_states: Tensor,
     hidden_size: int,
     batch_sizes: list[int],
     batch: int,
@@ -160,7 +163,7 @@ def rnn_backward_step(
     weight_hr: Tensor,
     onednn: bool,
 ) -> tuple[Tensor, Tensor]:
-    return add_product(addend, views[0][t].mul_(dh), weight, onednn), dc
+    return add_product_(addend, views[0][t].mul_(dh), weight, onednn), dc
 
 
 # GRU ----------------------------------------------------------------------------------------------
@@ -228,7 +231,7 @@ def gru_backward_views(
     gates: Tensor,
     extra: Tensor,
     grad_gates: Tensor,
-    grad_h: Tensor,
+    grad_states: Tensor,
     hidden_size: int,
     batch_sizes: list[int],
     batch: int,
@@ -251,7 +254,7 @@ def gru_backward_step(
     onednn: bool,
 ) -> tuple[Tensor, Tensor]:
     views[1][t].mul_(dh.unsqueeze(1))
-    direct = torch.addcmul(addend, dh, views[2][t])
+    direct = addend.addcmul_(dh, views[2][t])
     return add_product_(direct, views[0][t], weight, onednn), dc
 
 
@@ -333,7 +336,7 @@ def lstm_backward_views(
     gates: Tensor,
     extra: Tensor,
     grad_gates: Tensor,
-    grad_h: Tensor,
+    grad_states: Tensor,
     hidden_size: int,
     batch_sizes: list[int],
     batch: int,
@@ -345,7 +348,7 @@ def lstm_backward_views(
         columns(grad_gates, 3 * size, 4 * size, batch_sizes, batch),
         steps(extra, batch_sizes, batch),
         columns(gates, size, 2 * size, batch_sizes, batch),
-        steps(grad_h, batch_sizes, batch),
+        steps(grad_states, batch_sizes, batch),
     ]
 
 
@@ -362,7 +365,7 @@ def lstm_backward_step(
     dc = torch.addcmul(dc, dh, views[3][t])
     views[1][t].mul_(dc.unsqueeze(1))
     views[2][t].mul_(dh)
-    return add_product(addend, views[0][t], weight, onednn), dc.mul_(views[4][t])
+    return add_product_(addend, views[0][t], weight, onednn), dc.mul_(views[4][t])
 
 
 def lstm_projected_backward_step(
@@ -375,7 +378,8 @@ def lstm_projected_backward_step(
     weight_hr: Tensor,
     onednn: bool,
 ) -> tuple[Tensor, Tensor]:
-    views[5][t].copy_(dh)
+    if onednn:
+        views[5][t].copy_(dh)
     dm = torch.mm(dh, weight_hr)
     return lstm_backward_step(t, views, dm, dc, addend, weight, weight_hr, onednn)
 

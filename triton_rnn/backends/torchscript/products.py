@@ -34,15 +34,8 @@ else:
         return torch.addmm(addend, left, weight.t())
 
 
-def add_product(addend: Tensor, left: Tensor, weight: Tensor, onednn: bool) -> Tensor:
-    """addend (M, P) plus left (M, K) times weight: a new tensor."""
-    if onednn:
-        return onednn_linear_add(left, weight, addend)
-    return torch.addmm(addend, left, weight)
-
-
 def add_product_(addend: Tensor, left: Tensor, weight: Tensor, onednn: bool) -> Tensor:
-    """The same; in place, and the addend returned, where the product can do that (BLAS)."""
+    """addend (M, P) plus left (M, K) times weight, as far as the product can in the addend (BLAS)."""
     if onednn:
         return onednn_linear_add(left, weight, addend)
     return addend.addmm_(left, weight)

@@ -16,6 +16,7 @@ Buffers of one direction, all made here and none the caller's:
     states (rows, H_out)      h of every step; saved
     cells (rows, H)           c of every step (LSTM); saved
     grad_gates (rows, width)  backward: first the factors, then the gradients, in place
+    grad_states (rows, H_out) backward: the gradient of the output, then of h
 """
 
 from collections.abc import Callable
@@ -104,6 +105,13 @@ def row_offsets(run: Run, starts: list[int]) -> list[int]:
     return offsets
 
 
+def rows_between(rows: Tensor, begin: int, end: int) -> Tensor:
+    """rows[begin:end], without a view where that is all of them."""
+    if begin == 0 and end == rows.size(0):
+        return rows
+    return rows[begin:end]
+
+
 def shifted(states: Tensor, initial: Tensor, run: Run, reverse: bool) -> Tensor:
     """The state that each row of `states` was computed from: (rows, H)."""
     batch_sizes = run.batch_sizes
@@ -167,22 +175,24 @@ def recurrence(cell: ScriptCell) -> tuple[Callable[..., list[Tensor]], Callable[
             weight = weight.t()
             if run.copy_weight:
                 weight = weight.contiguous()
-        bias = weight_ih[0, :0]
         if run.biased:
             bias = gate_bias(recurrent_order(weights[3], hidden_size), weights[2], run.width)
+        else:
+            bias = x.new_zeros([run.width if first > 0 else 0])
 
         starts = block_starts(run)
         offsets = row_offsets(run, starts)
         blocks = len(starts) - 1
-        scratch_rows = 0
-        for k in range(blocks):
-            scratch_rows = max(scratch_rows, offsets[k + 1] - offsets[k])
-        keep_gates = run.keep and (has_c or first > 0)
-        gates = x.new_empty([rows if keep_gates else scratch_rows, run.width])
+        scratch_rows = rows
+        if blocks > 1 and not run.keep:
+            scratch_rows = 0
+            for k in range(blocks):
+                scratch_rows = max(scratch_rows, offsets[k + 1] - offsets[k])
         states = x.new_empty([rows, weight_hh.size(1)])
-        cells = states
-        if has_c:
-            cells = x.new_empty([rows if run.keep else scratch_rows, hidden_size])
+        # A cell of one gate needs no gates but the state: its preactivation becomes h in place.
+        own_gates = has_c or first > 0
+        gates = x.new_empty([scratch_rows, run.width]) if own_gates else states
+        cells = x.new_empty([scratch_rows, hidden_size]) if has_c else states
 
         h = h_0
         c = c_0
@@ -202,26 +212,27 @@ def recurrence(cell: ScriptCell) -> tuple[Callable[..., list[Tensor]], Callable[
             begin = offsets[block]
             end = offsets[block + 1]
             sizes = run.batch_sizes[starts[block] : starts[block + 1]]
-            gates_block = gates[begin:end] if keep_gates else gates[: end - begin]
-            states_block = states[begin:end]
+            states_block = rows_between(states, begin, end)
+            gates_block = states_block
+            if own_gates:
+                gates_block = rows_between(gates, begin if run.keep else 0, end if run.keep else end - begin)
             cells_block = states_block
             if has_c:
-                cells_block = cells[begin:end] if run.keep else cells[: end - begin]
+                cells_block = rows_between(cells, begin if run.keep else 0, end if run.keep else end - begin)
                 if not run.keep and k > 0:
                     # The block's buffer is about to be written again, and c still lies in it.
                     c = c.clone()
+            x_block = rows_between(x, begin, end)
             if first == 0:
-                project_into(gates_block, x[begin:end], weight_ih, bias, run.onednn_input)
+                project_into(gates_block, x_block, weight_ih, bias, run.onednn_input)
             else:
-                project_into(
-                    gates_block[:, first:], x[begin:end], weight_ih, bias[first:], run.onednn_input
-                )
-                if run.biased:
-                    gates_block[:, :first].copy_(bias[:first])
-                else:
-                    gates_block[:, :first].zero_()
-            views = [steps(states_block, sizes, batch), steps(cells_block, sizes, batch)]
-            views.extend(forward_views(gates_block, hidden_size, sizes, batch))
+                gate_columns = gates_block[:, first:]
+                project_into(gate_columns, x_block, weight_ih, bias[first:], run.onednn_input)
+                gates_block[:, :first].copy_(bias[:first])
+            state_steps = steps(states_block, sizes, batch)
+            views = [state_steps, steps(cells_block, sizes, batch) if has_c else state_steps]
+            if own_gates:
+                views.extend(forward_views(gates_block, hidden_size, sizes, batch))
             for i in range(length):
                 t = length - 1 - i if reverse else i
                 if packed:
@@ -253,7 +264,8 @@ def recurrence(cell: ScriptCell) -> tuple[Callable[..., list[Tensor]], Callable[
             # The states are saved for the backward, and a caller may change the output in place.
             output = one[0].clone() if run.keep else one[0]
             h_n = one[1].unsqueeze(0).clone()
-            return [output, h_n, one[2].unsqueeze(0).clone(), one[0], one[3], one[4]]
+            c_n = one[2].unsqueeze(0).clone() if c_0.dim() == 3 else c_0
+            return [output, h_n, c_n, one[0], one[3], one[4]]
         half = len(weights) // 2
         if run.parallel:
             task = torch.jit.fork(
@@ -302,20 +314,22 @@ def recurrence(cell: ScriptCell) -> tuple[Callable[..., list[Tensor]], Callable[
         c_prev = shifted(cells, c_0, run, reverse) if has_c else h_prev
         grad_gates = x.new_empty([x.size(0), run.width])
         has_hr = weight_hr.size(0) != projected and weight_hr.dim() == 2
-        grad_h = torch.empty_like(states) if has_hr else states
-        grad_h_0 = torch.empty_like(h_0)
-        grad_c_0 = torch.empty_like(c_0)
+        # A private copy, to which each step adds what comes from the step behind it.
+        grad_states = grad_output.clone(memory_format=torch.contiguous_format)
+        grad_h_0 = torch.empty_like(h_0) if packed else h_0
+        grad_c_0 = torch.empty_like(c_0) if packed else c_0
 
         starts = block_starts(run)
         offsets = row_offsets(run, starts)
         blocks = len(starts) - 1
-        grad_steps = steps(grad_output, run.batch_sizes, batch)
+        grad_steps = steps(grad_states, run.batch_sizes, batch)
         now = 0 if reverse else run.seq_len - 1
         final = run.seq_len - 1 - now
         size = run.batch_sizes[now] if packed else batch
-        zeros = torch.zeros_like(h_0)
-        dh = grad_steps[now] + grad_h_n[:size]
-        dc = grad_c_n[:size] if has_c else grad_c_n
+        dh = grad_steps[now].add_(grad_h_n[:size] if packed else grad_h_n)
+        dc = grad_c_n
+        if packed and has_c:
+            dc = grad_c_n[:size]
 
         for k in range(blocks):
             block = k if reverse else blocks - 1 - k
@@ -323,41 +337,37 @@ def recurrence(cell: ScriptCell) -> tuple[Callable[..., list[Tensor]], Callable[
             begin = offsets[block]
             end = offsets[block + 1]
             sizes = run.batch_sizes[starts[block] : starts[block + 1]]
-            gates_block = gates[begin:end] if has_c or first > 0 else states[begin:end]
-            grad_gates_block = grad_gates[begin:end]
+            states_block = rows_between(states, begin, end)
+            gates_block = rows_between(gates, begin, end)
+            grad_gates_block = rows_between(grad_gates, begin, end)
             extra = factors(
                 gates_block,
-                states[begin:end],
-                h_prev[begin:end],
-                cells[begin:end] if has_c else states,
-                c_prev[begin:end],
+                states_block,
+                rows_between(h_prev, begin, end),
+                rows_between(cells, begin, end),
+                rows_between(c_prev, begin, end),
                 grad_gates_block,
             )
+            grad_states_block = rows_between(grad_states, begin, end)
             views = backward_views(
-                gates_block, extra, grad_gates_block, grad_h[begin:end], hidden_size, sizes, batch
+                gates_block, extra, grad_gates_block, grad_states_block, hidden_size, sizes, batch
             )
             for i in range(length):
                 t = i if reverse else length - 1 - i
                 now = starts[block] + t
-                if now == final:
-                    addend = zeros[:size] if packed else zeros
-                    dh, dc = backward_step(
-                        t, views, dh, dc, addend, weight, weight_hr, run.onednn_step
-                    )
-                else:
-                    then = now + 1 if reverse else now - 1
-                    if packed and run.batch_sizes[then] != size:
-                        dh, dc = backward_step(
-                            t, views, dh, dc, zeros[:size], weight, weight_hr, run.onednn_step
-                        )
-                        size = run.batch_sizes[then]
-                        dh = resize(dh, size, grad_h_n, grad_h_0) + grad_steps[then]
-                        if has_c:
-                            dc = resize(dc, size, grad_c_n, grad_c_0)
-                    else:
-                        dh, dc = backward_step(
-                            t, views, dh, dc, grad_steps[then], weight, weight_hr, run.onednn_step
-                        )
+                then = now + 1 if reverse else now - 1
+                resized = now == final
+                if packed and not resized:
+                    resized = run.batch_sizes[then] != size
+                addend = torch.zeros_like(dh) if resized else grad_steps[then]
+                dh, dc = backward_step(
+                    t, views, dh, dc, addend, weight, weight_hr, run.onednn_step
+                )
+                if resized and now != final:
+                    size = run.batch_sizes[then]
+                    dh = grad_steps[then].add_(resize(dh, size, grad_h_n, grad_h_0))
+                    if has_c:
+                        dc = resize(dc, size, grad_c_n, grad_c_0)
         if packed:
             grad_h_0[:size].copy_(dh)
             if has_c:
@@ -367,7 +377,7 @@ def recurrence(cell: ScriptCell) -> tuple[Callable[..., list[Tensor]], Callable[
             if has_c:
                 grad_c_0 = dc
 
-        none = x.new_empty([0])
+        none = h_0[:0]
         grad_projected = grad_gates[:, first:] if first > 0 else grad_gates
         grad_recurrent = grad_gates[:, :projected] if first > 0 else grad_gates
         grad_x = input_gradient(grad_projected, weight_ih, run.onednn_input) if needs[0] else none
@@ -382,14 +392,14 @@ def recurrence(cell: ScriptCell) -> tuple[Callable[..., list[Tensor]], Callable[
         )
         if run.biased:
             grad_bias = grad_gates.sum(0) if needs[3] or needs[4] else none
-            result.append(grad_bias[first:].clone() if needs[3] else none)
+            result.append(grad_bias[first:] if needs[3] else none)
             result.append(
-                torch_order(grad_bias[:projected], hidden_size) if needs[4] else none
+                torch_order(grad_bias[:projected], hidden_size).clone() if needs[4] else none
             )
         if has_hr:
             output_gate = gates[:, 3 * hidden_size :]
             result.append(
-                weight_gradient(grad_h, torch.tanh(cells).mul_(output_gate), run.onednn_input)
+                weight_gradient(grad_states, torch.tanh(cells).mul_(output_gate), run.onednn_input)
                 if needs[-1]
                 else none
             )
