@@ -1,7 +1,9 @@
 """Drop-in ``torch.nn.RNN``, ``GRU``, ``LSTM`` and their cells that run faster."""
 
 from triton_rnn.dispatch import BackendError, use_backend
+from triton_rnn.explain import Explanation, explain
 from triton_rnn.modules import GRU, LSTM, RNN, GRUCell, LSTMCell, RNNCell
+from triton_rnn.replace import replace, restore
 from triton_rnn.version import __version__
 
 __all__ = [
@@ -9,9 +11,13 @@ __all__ = [
     "LSTM",
     "RNN",
     "BackendError",
+    "Explanation",
     "GRUCell",
     "LSTMCell",
     "RNNCell",
     "__version__",
+    "explain",
+    "replace",
+    "restore",
     "use_backend",
 ]

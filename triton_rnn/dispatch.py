@@ -31,7 +31,7 @@ class BackendError(RuntimeError):
 
 
 class Choice(NamedTuple):
-    """The backend of a request, and why each backend before and after it was not taken."""
+    """The backend of a request, and why each other one was not taken."""
 
     backend: str
     reasons: dict[str, str]

@@ -266,3 +266,71 @@ def forward(module: torch.nn.RNNBase, input: Any, hx: Any) -> tuple[Any, Any] | 
     elif module.batch_first:
         output = output.transpose(0, 1)
     return output, (states[0] if len(states) == 1 else tuple(states))
+
+
+def prepare_cell(module: torch.nn.RNNCellBase, input: Any, hx: Any) -> Call | None:
+    """A cell's call as that of a layer with one time step; None if it is malformed."""
+    if isinstance(module, torch.nn.RNNCell):
+        cell = MODES.get(f"RNN_{module.nonlinearity.upper()}")
+    else:
+        cell = MODES["LSTM" if isinstance(module, torch.nn.LSTMCell) else "GRU"]
+    hidden_size = module.hidden_size
+    if cell is None or hidden_size == 0 or not isinstance(input, Tensor):
+        return None
+    if input.dim() not in (1, 2) or input.size(-1) != module.input_size:
+        return None
+    data = input.view(1, -1, module.input_size) if input.dim() == 1 else input.unsqueeze(0)
+    names = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")[: 4 if module.bias else 2]
+    weights = [getattr(module, name, None) for name in names]
+    shapes = _weight_shapes(
+        cell.gates * hidden_size, module.input_size, hidden_size, 0, 1, 1, bool(module.bias)
+    )
+    if not all(
+        _hidden_fits(weight, shape, data) for weight, shape in zip(weights, shapes, strict=True)
+    ):
+        return None
+    states: tuple[Any, ...] = ()
+    if hx is not None:
+        states = hx if cell.states == 2 else (hx,)
+        if len(states) != cell.states:
+            return None
+        for state in states:
+            if not _hidden_fits(state, (*input.shape[:-1], hidden_size), data):
+                return None
+        states = tuple(state.view(1, -1, hidden_size) for state in states)
+    tensors = [data, *weights, *states]
+    subclass = next((type(t).__name__ for t in tensors if type(t) not in _PLAIN), None)
+    request = Request(
+        cell,
+        data.device.type,
+        data.dtype,
+        1,
+        data.size(1),
+        module.input_size,
+        hidden_size,
+        hidden_size,
+        1,
+        bool(module.bias),
+        False,
+        torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors),
+        obstacle(data.device.type) if subclass is None else f"{subclass} is a tensor subclass",
+    )
+    h_0 = states[0] if states else None
+    c_0 = states[1] if len(states) > 1 else None
+    return Call(request, data, [], h_0, c_0, weights)
+
+
+def cell_forward(module: torch.nn.RNNCellBase, input: Any, hx: Any) -> tuple[Tensor, ...] | None:
+    """The next state, as a tuple; None if torch.nn's own forward is to be called.
+
+    A single step is where torch's own cell is hard to beat, so `auto` does not even look.
+    """
+    wanted = dispatch.requested()
+    if wanted in ("auto", "aten"):
+        return None
+    call = prepare_cell(module, input, hx)
+    if call is None:
+        return None
+    name = dispatch.choose(call.request, wanted).backend
+    _, *states = stack(call, dispatch.backend_module(name), 1, 0.0)
+    return tuple(state.view(*input.shape[:-1], module.hidden_size) for state in states)

@@ -1,7 +1,8 @@
 """The modules: torch.nn's, with a forward of ours. They hold no arithmetic and no state of their own.
 
-Everything but `forward` is inherited, so construction, state_dict, repr and errors are torch's. A call
-that this package does not take goes to torch.nn's own forward (`triton_rnn.functional`).
+Everything but `forward` is inherited, so construction, state_dict, repr and errors are torch's. Where
+`triton_rnn.functional` returns None, torch.nn's own forward is called: for input that is malformed, so
+that the error is torch's, and for calls that only torch.nn can serve.
 """
 
 from typing import Any
@@ -10,6 +11,18 @@ import torch
 from torch import Tensor
 
 from triton_rnn import functional
+
+
+def _torch_twin(module: torch.nn.Module, ours: type, theirs: type) -> torch.nn.Module:
+    """The torch.nn module that shares all of a module's attributes, for TorchScript to compile.
+
+    A user's subclass is left to itself: what it adds cannot be carried over.
+    """
+    if type(module) is not ours:
+        return module
+    twin = theirs.__new__(theirs)
+    twin.__dict__.update(module.__dict__)
+    return twin
 
 
 class RNN(torch.nn.RNN):
@@ -22,6 +35,9 @@ class RNN(torch.nn.RNN):
         result = functional.forward(self, input, hx)
         return super().forward(input, hx) if result is None else result
 
+    def __prepare_scriptable__(self) -> torch.nn.Module:
+        return _torch_twin(self, RNN, torch.nn.RNN)
+
 
 class GRU(torch.nn.GRU):
     """`torch.nn.GRU`, faster. Arguments, shapes, errors and state_dict are torch's.
@@ -32,6 +48,9 @@ class GRU(torch.nn.GRU):
     def forward(self, input: Any, hx: Tensor | None = None) -> Any:
         result = functional.forward(self, input, hx)
         return super().forward(input, hx) if result is None else result
+
+    def __prepare_scriptable__(self) -> torch.nn.Module:
+        return _torch_twin(self, GRU, torch.nn.GRU)
 
 
 class LSTM(torch.nn.LSTM):
@@ -44,11 +63,49 @@ class LSTM(torch.nn.LSTM):
         result = functional.forward(self, input, hx)
         return super().forward(input, hx) if result is None else result
 
-
-class RNNCell(torch.nn.RNNCell): ...
-
-
-class GRUCell(torch.nn.GRUCell): ...
+    def __prepare_scriptable__(self) -> torch.nn.Module:
+        return _torch_twin(self, LSTM, torch.nn.LSTM)
 
 
-class LSTMCell(torch.nn.LSTMCell): ...
+class RNNCell(torch.nn.RNNCell):
+    """`torch.nn.RNNCell`: one step of an RNN. Arguments, shapes, errors and state_dict are torch's.
+
+    Formula and contract: https://docs.pytorch.org/docs/stable/generated/torch.nn.RNNCell.html
+    """
+
+    def forward(self, input: Tensor, hx: Tensor | None = None) -> Tensor:
+        result = functional.cell_forward(self, input, hx)
+        return super().forward(input, hx) if result is None else result[0]
+
+    def __prepare_scriptable__(self) -> torch.nn.Module:
+        return _torch_twin(self, RNNCell, torch.nn.RNNCell)
+
+
+class GRUCell(torch.nn.GRUCell):
+    """`torch.nn.GRUCell`: one step of a GRU. Arguments, shapes, errors and state_dict are torch's.
+
+    Formula and contract: https://docs.pytorch.org/docs/stable/generated/torch.nn.GRUCell.html
+    """
+
+    def forward(self, input: Tensor, hx: Tensor | None = None) -> Tensor:
+        result = functional.cell_forward(self, input, hx)
+        return super().forward(input, hx) if result is None else result[0]
+
+    def __prepare_scriptable__(self) -> torch.nn.Module:
+        return _torch_twin(self, GRUCell, torch.nn.GRUCell)
+
+
+class LSTMCell(torch.nn.LSTMCell):
+    """`torch.nn.LSTMCell`: one step of an LSTM. Arguments, shapes, errors, state_dict are torch's.
+
+    Formula and contract: https://docs.pytorch.org/docs/stable/generated/torch.nn.LSTMCell.html
+    """
+
+    def forward(
+        self, input: Tensor, hx: tuple[Tensor, Tensor] | None = None
+    ) -> tuple[Tensor, Tensor]:
+        result = functional.cell_forward(self, input, hx)
+        return super().forward(input, hx) if result is None else (result[0], result[1])
+
+    def __prepare_scriptable__(self) -> torch.nn.Module:
+        return _torch_twin(self, LSTMCell, torch.nn.LSTMCell)

@@ -105,6 +105,21 @@ def _run(request: Request, rows: int, batch_sizes: Sequence[int]) -> Run:
     return run._replace(batch_sizes=list(batch_sizes)) if batch_sizes else run
 
 
+def describe(request: Request, rows: int) -> str:
+    """How this backend would go about a request, in a line."""
+    run = _run(request, rows, [])
+    return ", ".join(
+        (
+            "compiled" if isinstance(_functions(request.cell.name)[0], torch.jit.ScriptFunction)
+            else "as plain Python",
+            f"blocks of {min(run.block_rows, rows)} rows of {run.width} gates",
+            f"projection by {'oneDNN' if run.onednn_input else 'BLAS'}",
+            f"steps by {'oneDNN' if run.onednn_step else 'BLAS'}",
+            f"{request.directions} direction{'s at once' if run.parallel else ''}",
+        )
+    )  # fmt: skip
+
+
 def forward(
     request: Request,
     rows: Tensor,

@@ -1,0 +1,77 @@
+"""What a call would do, and why, without doing it."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from triton_rnn import dispatch, functional
+from triton_rnn.request import Request
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """Which backend runs a call, and why each other one does not.
+
+    Attributes:
+        backend: name of the backend.
+        reasons: for every other backend, why it was not taken.
+        plan: how the backend goes about it, one line per layer; empty where torch decides.
+        request: the first layer as the dispatcher saw it; None if the call is malformed.
+    """
+
+    backend: str
+    reasons: dict[str, str]
+    plan: tuple[str, ...]
+    request: Request | None
+
+    def __str__(self) -> str:
+        lines = [f"backend {self.backend}"]
+        lines += [f"  {line}" for line in self.plan]
+        lines += [f"not {name}: {reason}" for name, reason in self.reasons.items()]
+        return "\n".join(lines)
+
+
+def explain(module: torch.nn.Module, input: Any, hx: Any = None) -> Explanation:
+    """Say which backend `module(input, hx)` would run on here and now, and why. Nothing is run.
+
+    Args:
+        module: a recurrent module or cell of this package.
+        input, hx: as for the module's call.
+
+    Returns:
+        An `Explanation`; print it to read it.
+
+    Raises:
+        TypeError: if the module is not one of this package (`triton_rnn.replace` makes it one).
+        BackendError: if a backend was asked for by name and cannot run the call.
+    """
+    recurrent = isinstance(module, torch.nn.RNNBase)
+    if not recurrent and not isinstance(module, torch.nn.RNNCellBase):
+        raise TypeError(f"{type(module).__name__} is not a recurrent module")
+    if not any(base.__module__ == "triton_rnn.modules" for base in type(module).__mro__):
+        raise TypeError(
+            f"{type(module).__qualname__} is torch.nn's; triton_rnn.replace(module) makes it ours"
+        )
+    wanted = dispatch.requested()
+    prepare = functional.prepare if recurrent else functional.prepare_cell
+    call = prepare(module, input, hx)
+    if call is None:
+        reason = "the call is malformed or out of the ordinary: torch.nn's own forward answers it"
+        return Explanation("aten", {n: reason for n in dispatch.BACKENDS if n != "aten"}, (), None)
+    if not recurrent and wanted == "auto":
+        reason = "auto leaves single steps to torch's own cells"
+        others = {name: reason for name in dispatch.BACKENDS if name != "aten"}
+        return Explanation("aten", others, (), call.request)
+    choice = dispatch.choose(call.request, wanted)
+    describe = getattr(dispatch.backend_module(choice.backend), "describe", None)
+    plan: list[str] = []
+    if describe is not None:
+        request = call.request
+        rows = call.input.numel() // request.input_size
+        for number in range(module.num_layers if recurrent else 1):
+            if number == 1:
+                size = request.directions * request.output_size
+                request = request._replace(input_size=size)
+            plan.append(f"layer {number}: {describe(request, rows)}")
+    return Explanation(choice.backend, choice.reasons, tuple(plan), call.request)

@@ -1,0 +1,139 @@
+"""Swap the recurrent modules inside a model, there and back.
+
+Our modules add no state to torch.nn's, so a swap is a change of class: the object stays, and with it
+its parameters, buffers, hooks, mode, device and whatever else holds a reference to it.
+"""
+
+import functools
+import logging
+from typing import TypeVar
+
+import torch
+
+from triton_rnn import modules
+
+_log = logging.getLogger("triton_rnn")
+_Model = TypeVar("_Model", bound=torch.nn.Module)
+
+_OURS: dict[type, type] = {
+    torch.nn.RNN: modules.RNN,
+    torch.nn.GRU: modules.GRU,
+    torch.nn.LSTM: modules.LSTM,
+    torch.nn.RNNCell: modules.RNNCell,
+    torch.nn.GRUCell: modules.GRUCell,
+    torch.nn.LSTMCell: modules.LSTMCell,
+}
+_THEIRS = {ours: theirs for theirs, ours in _OURS.items()}
+
+
+class _Combined:
+    """Marks a class made here of a user's subclass and one of our modules, and pickles it as such."""
+
+    _parts: tuple[type, type]
+
+    def __reduce_ex__(self, protocol: object) -> tuple[object, ...]:
+        return _rebuild, self._parts, self.__getstate__()  # type: ignore[attr-defined]
+
+
+def _rebuild(user: type, ours: type) -> object:
+    combined = _combine(user, ours)
+    return combined.__new__(combined)
+
+
+@functools.cache
+def _combine(user: type, ours: type) -> type:
+    """A subclass of a user's class, whose forward is ours because the user's class has none."""
+    return type(
+        user.__name__,
+        (user, ours, _Combined),
+        {"__module__": user.__module__, "__qualname__": user.__qualname__, "_parts": (user, ours)},
+    )
+
+
+def _is_parametrized(kind: type) -> bool:
+    """Whether torch.nn.utils.parametrize made this class, over its one base, for one module."""
+    base = kind.__bases__[0]
+    return len(kind.__bases__) == 1 and kind.__name__ == f"Parametrized{base.__name__}"
+
+
+def _rebased(kind: type, base: type) -> type:
+    """The class that parametrize made, over another base."""
+    body = {k: v for k, v in kind.__dict__.items() if k not in ("__dict__", "__weakref__")}
+    return type(kind.__name__, (base,), body)
+
+
+def _replaced(kind: type) -> type | None:
+    """The class that takes the place of torch.nn's class `kind` or of a user's subclass of it.
+
+    None if the class is ours already, or not a recurrent module, or overrides forward.
+    """
+    if kind in _OURS:
+        return _OURS[kind]
+    theirs = next((base for base in kind.__mro__ if base in _OURS), None)
+    if theirs is None or kind.forward is not theirs.forward:  # type: ignore[attr-defined]
+        return None
+    if _is_parametrized(kind):
+        base = _replaced(kind.__bases__[0])
+        return None if base is None else _rebased(kind, base)
+    return _combine(kind, _OURS[theirs])
+
+
+def _restored(kind: type) -> type | None:
+    """The way back; None if the class did not come from `replace` or is not ours."""
+    if kind in _THEIRS:
+        return _THEIRS[kind]
+    if issubclass(kind, _Combined) and "_parts" in kind.__dict__:
+        return kind._parts[0]
+    if _is_parametrized(kind):
+        base = _restored(kind.__bases__[0])
+        return None if base is None else _rebased(kind, base)
+    return None
+
+
+def replace(model: _Model) -> _Model:
+    """Make every torch.nn recurrent module in a model, itself included, one of this package.
+
+    The modules stay the same objects with the same Parameters, hooks, mode and device; only their
+    class changes. A user's subclass that overrides `forward` is left alone, and a warning to the
+    logger ``triton_rnn`` names it; one that does not override it is taken as well and stays an
+    instance of its class.
+
+    Args:
+        model: any module. It is changed in place.
+
+    Returns:
+        The same model.
+
+    >>> model = triton_rnn.replace(model)
+    """
+    for name, module in model.named_modules():
+        kind = type(module)
+        replaced = _replaced(kind)
+        if replaced is not None:
+            module.__class__ = replaced
+            _log.info("replaced %s (%s)", name or "the model", kind.__name__)
+        elif any(base in _OURS for base in kind.__mro__) and not any(
+            base in _THEIRS for base in kind.__mro__
+        ):
+            _log.warning(
+                "left %s alone: %s overrides forward", name or "the model", kind.__qualname__
+            )
+    return model
+
+
+def restore(model: _Model) -> _Model:
+    """Make every module of this package in a model, itself included, the torch.nn module it was.
+
+    The opposite of `replace`; a module that was built as one of ours becomes torch.nn's as well.
+
+    Args:
+        model: any module. It is changed in place.
+
+    Returns:
+        The same model.
+    """
+    for module in model.modules():
+        restored = _restored(type(module))
+        if restored is not None:
+            module.__class__ = restored
+    return model
