@@ -17,7 +17,7 @@ _DEMO_NEEDS = ("matplotlib", "numpy", "rich")
 # What a demo does where the command line does not say otherwise. A larger lr learns faster, but
 # then rounding grows from step to step until the two losses are seen to differ.
 _DEFAULTS: dict[str, dict[str, int | float]] = {
-    "text": {"hidden": 128, "layers": 1, "steps": 400, "batch": 16, "seq_len": 64, "lr": 2e-3},
+    "text": {"hidden": 128, "layers": 1, "steps": 500, "batch": 16, "seq_len": 64, "lr": 2e-3},
     "series": {"hidden": 32, "layers": 1, "steps": 400, "batch": 32, "seq_len": 6, "lr": 3e-3},
 }
 _INTERRUPTED = 130

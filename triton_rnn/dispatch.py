@@ -107,9 +107,7 @@ def unavailable(name: str) -> str | None:
         return "no CUDA or ROCm device is at hand"
     from triton_rnn.cells import RNN_TANH
 
-    request = Request(
-        RNN_TANH, device, torch.float32, 1, 1, 1, 1, 1, 1, True, False, False, None
-    )
+    request = Request(RNN_TANH, device, torch.float32, 1, 1, 1, 1, 1, 1, True, False, False)
     return backend_module(name).supports(request)
 
 

@@ -17,7 +17,7 @@ class Explanation:
         backend: name of the backend.
         reasons: for every other backend, why it was not taken.
         plan: how the backend goes about it, one line per layer; empty where torch decides.
-        request: the first layer as the dispatcher saw it; None if the call is malformed.
+        request: the first layer as the dispatcher saw it; None if it did not come to that.
     """
 
     backend: str
@@ -30,6 +30,11 @@ class Explanation:
         lines += [f"  {line}" for line in self.plan]
         lines += [f"not {name}: {reason}" for name, reason in self.reasons.items()]
         return "\n".join(lines)
+
+
+def _left_to_torch(reason: str) -> Explanation:
+    others = {name: reason for name in dispatch.BACKENDS if name != "aten"}
+    return Explanation("aten", others, (), None)
 
 
 def explain(module: torch.nn.Module, input: Any, hx: Any = None) -> Explanation:
@@ -54,15 +59,14 @@ def explain(module: torch.nn.Module, input: Any, hx: Any = None) -> Explanation:
             f"{type(module).__qualname__} is torch.nn's; triton_rnn.replace(module) makes it ours"
         )
     wanted = dispatch.requested()
+    if functional.refused(wanted):
+        return _left_to_torch(f"{functional.obstacle()}: torch.nn's own forward answers the call")
     prepare = functional.prepare if recurrent else functional.prepare_cell
     call = prepare(module, input, hx)
     if call is None:
-        reason = "the call is malformed or out of the ordinary: torch.nn's own forward answers it"
-        return Explanation("aten", {n: reason for n in dispatch.BACKENDS if n != "aten"}, (), None)
+        return _left_to_torch("malformed or out of the ordinary: torch.nn's own forward answers it")
     if not recurrent and wanted == "auto":
-        reason = "auto leaves single steps to torch's own cells"
-        others = {name: reason for name in dispatch.BACKENDS if name != "aten"}
-        return Explanation("aten", others, (), call.request)
+        return _left_to_torch("auto leaves single steps to torch's own cells")
     choice = dispatch.choose(call.request, wanted)
     describe = getattr(dispatch.backend_module(choice.backend), "describe", None)
     plan: list[str] = []

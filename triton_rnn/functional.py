@@ -21,9 +21,9 @@ _tracing_state = torch._C._get_tracing_state
 _forward_ad = torch.autograd.forward_ad
 
 
-def obstacle(device: str) -> str | None:
+def obstacle() -> str | None:
     """Why only torch.nn's own forward can serve a call here and now, or None."""
-    if torch.is_autocast_enabled(device):
+    if torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda"):
         return "autocast is on"
     if _peek_functorch() is not None:
         return "a torch.func transform is at work"
@@ -36,6 +36,20 @@ def obstacle(device: str) -> str | None:
     if _forward_ad._current_level >= 0:
         return "forward-mode differentiation is at work"
     return None
+
+
+def refused(wanted: str) -> bool:
+    """Whether an obstacle sends the call to torch.nn's own forward.
+
+    Raises:
+        BackendError: if it does, but another backend was asked for.
+    """
+    reason = obstacle()
+    if reason is None:
+        return False
+    if wanted not in ("auto", "aten"):
+        raise dispatch.BackendError(f"backend {wanted!r} cannot run this call: {reason}")
+    return True
 
 
 class Call(NamedTuple):
@@ -95,9 +109,9 @@ def _weights(module: torch.nn.RNNBase) -> list[Tensor] | None:
     return weights
 
 
-def _hidden_fits(state: Any, shape: tuple[int, ...], like: Tensor) -> bool:
+def _fits(state: Any, shape: tuple[int, ...], like: Tensor) -> bool:
     return (
-        isinstance(state, Tensor)
+        type(state) in _PLAIN
         and state.shape == shape
         and state.dtype == like.dtype
         and state.device == like.device
@@ -105,7 +119,10 @@ def _hidden_fits(state: Any, shape: tuple[int, ...], like: Tensor) -> bool:
 
 
 def prepare(module: torch.nn.RNNBase, input: Any, hx: Any) -> Call | None:
-    """Take a call apart; None if it is malformed, so that torch.nn's forward shall say how."""
+    """Take a call apart; None if it is malformed, so that torch.nn's forward shall say how.
+
+    Tensor subclasses are out of the ordinary too: they may be on no device, or on many.
+    """
     packed = isinstance(input, PackedSequence)
     data = input.data if packed else input
     if not isinstance(data, Tensor) or data.layout != torch.strided:
@@ -150,13 +167,14 @@ def prepare(module: torch.nn.RNNBase, input: Any, hx: Any) -> Call | None:
     if weights is None or len(weights) != len(shapes):
         return None
     device, dtype = data.device, data.dtype
-    subclass = None if type(data) in _PLAIN else type(data)
+    if type(data) not in _PLAIN:
+        return None
     needs_grad = data.requires_grad
     for weight, expected in zip(weights, shapes, strict=True):
         if weight.shape != expected or weight.dtype != dtype or weight.device != device:
             return None
         if type(weight) not in _PLAIN:
-            subclass = type(weight)
+            return None
         needs_grad = needs_grad or weight.requires_grad
 
     h_0 = c_0 = None
@@ -166,15 +184,13 @@ def prepare(module: torch.nn.RNNBase, input: Any, hx: Any) -> Call | None:
             if not isinstance(hx, (tuple, list)) or len(hx) != 2:
                 return None
             h_0, c_0 = hx
-            if not _hidden_fits(c_0, (*stack_shape, hidden_size), data):
+            if not _fits(c_0, (*stack_shape, hidden_size), data):
                 return None
         else:
             h_0 = hx
-        if not _hidden_fits(h_0, (*stack_shape, output_size), data):
+        if not _fits(h_0, (*stack_shape, output_size), data):
             return None
         for state in (h_0,) if c_0 is None else (h_0, c_0):
-            if type(state) not in _PLAIN:
-                subclass = type(state)
             needs_grad = needs_grad or state.requires_grad
         if unbatched:
             h_0 = h_0.unsqueeze(1)
@@ -183,9 +199,6 @@ def prepare(module: torch.nn.RNNBase, input: Any, hx: Any) -> Call | None:
             h_0 = h_0.index_select(1, input.sorted_indices)
             c_0 = None if c_0 is None else c_0.index_select(1, input.sorted_indices)
 
-    obstructed = obstacle(device.type)
-    if subclass is not None:
-        obstructed = f"{subclass.__name__} is a tensor subclass"
     request = Request(
         cell,
         device.type,
@@ -199,7 +212,6 @@ def prepare(module: torch.nn.RNNBase, input: Any, hx: Any) -> Call | None:
         module.bias,
         packed,
         needs_grad and torch.is_grad_enabled(),
-        obstructed,
     )
     return Call(request, data, batch_sizes, h_0, c_0, weights)
 
@@ -243,13 +255,14 @@ def stack(call: Call, backend: ModuleType, layers: int, drop: float) -> tuple[Te
 
 def forward(module: torch.nn.RNNBase, input: Any, hx: Any) -> tuple[Any, Any] | None:
     """What `module(input, hx)` returns; None if torch.nn's own forward is to be called instead."""
+    wanted = dispatch.requested()
+    if refused(wanted):
+        return None
     call = prepare(module, input, hx)
     if call is None:
         return None
     request = call.request
-    name = dispatch.choose(request, dispatch.requested()).backend
-    if request.obstacle is not None:
-        return None
+    name = dispatch.choose(request, wanted).backend
     backend = dispatch.backend_module(name)
     drop = module.dropout if module.training else 0.0
     run = getattr(backend, "stack", stack)
@@ -285,9 +298,7 @@ def prepare_cell(module: torch.nn.RNNCellBase, input: Any, hx: Any) -> Call | No
     shapes = _weight_shapes(
         cell.gates * hidden_size, module.input_size, hidden_size, 0, 1, 1, bool(module.bias)
     )
-    if not all(
-        _hidden_fits(weight, shape, data) for weight, shape in zip(weights, shapes, strict=True)
-    ):
+    if not all(_fits(weight, shape, data) for weight, shape in zip(weights, shapes, strict=True)):
         return None
     states: tuple[Any, ...] = ()
     if hx is not None:
@@ -295,11 +306,10 @@ def prepare_cell(module: torch.nn.RNNCellBase, input: Any, hx: Any) -> Call | No
         if len(states) != cell.states:
             return None
         for state in states:
-            if not _hidden_fits(state, (*input.shape[:-1], hidden_size), data):
+            if not _fits(state, (*input.shape[:-1], hidden_size), data):
                 return None
         states = tuple(state.view(1, -1, hidden_size) for state in states)
     tensors = [data, *weights, *states]
-    subclass = next((type(t).__name__ for t in tensors if type(t) not in _PLAIN), None)
     request = Request(
         cell,
         data.device.type,
@@ -313,7 +323,6 @@ def prepare_cell(module: torch.nn.RNNCellBase, input: Any, hx: Any) -> Call | No
         bool(module.bias),
         False,
         torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors),
-        obstacle(data.device.type) if subclass is None else f"{subclass} is a tensor subclass",
     )
     h_0 = states[0] if states else None
     c_0 = states[1] if len(states) > 1 else None
@@ -326,7 +335,7 @@ def cell_forward(module: torch.nn.RNNCellBase, input: Any, hx: Any) -> tuple[Ten
     A single step is where torch's own cell is hard to beat, so `auto` does not even look.
     """
     wanted = dispatch.requested()
-    if wanted in ("auto", "aten"):
+    if wanted in ("auto", "aten") or refused(wanted):
         return None
     call = prepare_cell(module, input, hx)
     if call is None:

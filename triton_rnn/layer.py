@@ -79,7 +79,9 @@ def _differentiable_backward(
 ) -> list[Tensor | None]:
     """The same gradients as functions that can be differentiated again (`create_graph=True`)."""
     results = _reference(ctx.request, ctx.batch_sizes, input, h_0, c_0, weights)
-    pairs = [(result, grad) for result, grad in zip(results, grads, strict=True) if grad is not None]
+    pairs = [
+        (result, grad) for result, grad in zip(results, grads, strict=True) if grad is not None
+    ]
     arguments = (input, h_0, c_0, *weights)
     needs = ctx.needs_input_grad[3:]
     wanted = [argument for argument, need in zip(arguments, needs, strict=True) if need]

@@ -20,7 +20,6 @@ class Request(NamedTuple):
         biased: whether the layer has biases.
         packed: whether the sequences have lengths of their own.
         needs_grad: whether a backward will follow.
-        obstacle: why only torch's own kernels can serve the call (autocast, say), or None.
     """
 
     cell: Cell
@@ -35,4 +34,3 @@ class Request(NamedTuple):
     biased: bool
     packed: bool
     needs_grad: bool
-    obstacle: str | None

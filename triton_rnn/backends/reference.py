@@ -4,5 +4,5 @@ from triton_rnn.request import Request
 
 
 def supports(request: Request) -> str | None:
-    """Why the plain loops cannot serve a request; None when they can."""
-    return request.obstacle
+    """None: the plain loops can do every request."""
+    return None

@@ -9,10 +9,12 @@ Nothing is compiled on import; a cell is compiled when it is first called.
 
 import contextlib
 import functools
+import os
 import threading
 import time
 import warnings
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import torch
@@ -39,7 +41,7 @@ def supports(request: Request) -> str | None:
         return f"TorchScript loops run on the CPU, the input is on {request.device}"
     if request.dtype not in _DTYPES:
         return f"dtype {request.dtype} is not one of float32, float64, bfloat16, float16"
-    return request.obstacle
+    return None
 
 
 def _script(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -77,11 +79,13 @@ def compile_check() -> tuple[bool, str]:
 
 
 @functools.lru_cache(maxsize=1024)
-def _plan(request: Request, rows: int, threads: int) -> Run:
+def _plan(request: Request, rows: int) -> Run:
     """All of `Run` but the batch sizes."""
     gate_rows = request.cell.gates * request.hidden_size
     width = request.hidden_size * (1 if request.cell.gates == 1 else 4)
     per_step = max(1, rows // request.seq_len)
+    block_rows = rules.block_rows(width, request.dtype.itemsize)
+    block = min(rows, max(block_rows, per_step))
     return Run(
         batch_sizes=[],
         seq_len=request.seq_len,
@@ -89,16 +93,15 @@ def _plan(request: Request, rows: int, threads: int) -> Run:
         width=width,
         biased=request.biased,
         keep=request.needs_grad,
-        block_rows=rules.block_rows(width, request.dtype.itemsize),
-        onednn_input=rules.takes_onednn(request.dtype, rows, request.input_size, gate_rows),
+        block_rows=block_rows,
+        onednn_input=rules.takes_onednn(request.dtype, block, request.input_size, gate_rows),
         onednn_step=rules.takes_onednn(request.dtype, per_step, request.output_size, gate_rows),
         copy_weight=rules.copies_weight(request.seq_len),
-        parallel=request.directions == 2 and rules.runs_directions_in_parallel(threads),
     )
 
 
 def _run(request: Request, rows: int, batch_sizes: Sequence[int]) -> Run:
-    run = _plan(request, rows, torch.get_num_threads())
+    run = _plan(request, rows)
     if request.batch == 0:
         # A packed batch may have steps without rows; a padded one is cut by its batch size.
         batch_sizes = [0] * request.seq_len
@@ -108,16 +111,70 @@ def _run(request: Request, rows: int, batch_sizes: Sequence[int]) -> Run:
 def describe(request: Request, rows: int) -> str:
     """How this backend would go about a request, in a line."""
     run = _run(request, rows, [])
+    compiled = isinstance(_functions(request.cell.name)[0], torch.jit.ScriptFunction)
+    at_once = rules.directions_at_once(torch.get_num_threads())
+    directions = f"{request.directions} directions {'at once' if at_once else 'in turn'}"
     return ", ".join(
         (
-            "compiled" if isinstance(_functions(request.cell.name)[0], torch.jit.ScriptFunction)
-            else "as plain Python",
+            "compiled" if compiled else "plain Python",
             f"blocks of {min(run.block_rows, rows)} rows of {run.width} gates",
             f"projection by {'oneDNN' if run.onednn_input else 'BLAS'}",
             f"steps by {'oneDNN' if run.onednn_step else 'BLAS'}",
-            f"{request.directions} direction{'s at once' if run.parallel else ''}",
+            "1 direction" if request.directions == 1 else directions,
         )
-    )  # fmt: skip
+    )
+
+
+def _call(function: Callable[..., list[Tensor]], *args: Any) -> list[Tensor]:
+    with _below_autograd(), torch.jit.optimized_execution(False):
+        return function(*args)
+
+
+def _call_in_worker(function: Callable[..., list[Tensor]], *args: Any) -> list[Tensor]:
+    # Grad mode belongs to a thread.
+    with torch.no_grad():
+        return _call(function, *args)
+
+
+class _Worker:
+    """The thread that runs the second direction of a layer while the caller runs the first.
+
+    `torch.jit.fork` would do it with less ado, but its pool aborts the process ("terminate called
+    without an active exception") when the interpreter ends just after a fork.
+    """
+
+    def __init__(self) -> None:
+        self._forget()
+        if hasattr(os, "register_at_fork"):
+            # A forked process has no thread but the one that forked.
+            os.register_at_fork(after_in_child=self._forget)
+
+    def _forget(self) -> None:
+        self._lock = threading.Lock()
+        self._executor: ThreadPoolExecutor | None = None
+
+    def submit(self, function: Callable[..., list[Tensor]], *args: Any) -> Future[list[Tensor]]:
+        with self._lock:
+            if self._executor is None:
+                self._executor = ThreadPoolExecutor(1, thread_name_prefix="triton_rnn")
+            return self._executor.submit(_call_in_worker, function, *args)
+
+
+_worker = _Worker()
+
+
+def _both(
+    function: Callable[..., list[Tensor]], ahead: Sequence[Any], back: Sequence[Any]
+) -> tuple[list[Tensor], list[Tensor]]:
+    """Run a function for the forward direction and for the reverse one."""
+    if not rules.directions_at_once(torch.get_num_threads()):
+        return _call(function, *ahead), _call(function, *back)
+    future = _worker.submit(function, *back)
+    try:
+        first = _call(function, *ahead)
+    finally:
+        second = future.result()
+    return first, second
 
 
 def forward(
@@ -141,10 +198,25 @@ def forward(
     """
     run = _run(request, rows.size(0), batch_sizes)
     function = _functions(request.cell.name)[0]
-    cell_state = h_0.new_empty((request.directions, 0)) if c_0 is None else c_0
-    with _below_autograd(), torch.jit.optimized_execution(False):
-        result = function(rows, h_0, cell_state, list(weights), request.directions, run)
-    return tuple(result[: 1 + request.cell.states]), result[3:]
+    count = 1 + request.cell.states
+    if request.directions == 1:
+        h = h_0[0]
+        c = h_0.new_empty(0) if c_0 is None else c_0[0]
+        states, *others = _call(function, rows, h, c, list(weights), run, False)
+        # The states are saved for the backward, and a caller may change the output in place.
+        output = states.clone() if run.keep else states
+        finals = [state.unsqueeze(0) for state in others[: count - 1]]
+        return (output, *finals), [states, *others[2:]]
+    half = len(weights) // 2
+    initial = (h_0, (h_0.new_empty(0),) * 2 if c_0 is None else c_0)
+    ahead, back = _both(
+        function,
+        (rows, *(state[0] for state in initial), list(weights[:half]), run, False),
+        (rows, *(state[1] for state in initial), list(weights[half:]), run, True),
+    )
+    finals = [torch.stack(pair) for pair in zip(ahead[1:count], back[1:count], strict=True)]
+    saved = [ahead[0], *ahead[3:], back[0], *back[3:]]
+    return (torch.cat((ahead[0], back[0]), 1), *finals), saved
 
 
 def backward(
@@ -166,20 +238,41 @@ def backward(
     """
     run = _run(request, rows.size(0), batch_sizes)
     function = _functions(request.cell.name)[1]
-    empty = h_0.new_empty((request.directions, 0))
-    with _below_autograd(), torch.jit.optimized_execution(False):
-        result = function(
-            rows,
-            h_0,
-            empty if c_0 is None else c_0,
-            list(weights),
-            list(saved),
-            grads[0],
-            grads[1],
-            grads[2] if len(grads) > 2 else empty,
-            list(needs),
-            request.directions,
-            run,
+    directions = request.directions
+    empty = (h_0.new_empty(0),) * directions
+    cell_state = empty if c_0 is None else c_0
+    grad_c_n = empty if c_0 is None else grads[2]
+    grad_output = grads[0].chunk(directions, 1)
+    share = len(weights) // directions
+    calls = []
+    for d in range(directions):
+        own = slice(d * share, (d + 1) * share)
+        calls.append(
+            (
+                rows,
+                h_0[d],
+                cell_state[d],
+                list(weights[own]),
+                list(saved[3 * d : 3 * d + 3]),
+                grad_output[d],
+                grads[1][d],
+                grad_c_n[d],
+                [needs[0], *needs[1:][own]],
+                run,
+                d == 1,
+            )
         )
-    wanted = (needs[0], True, c_0 is not None, *needs[1:])
-    return [grad if want else None for grad, want in zip(result, wanted, strict=True)]
+    if directions == 1:
+        results = [_call(function, *calls[0])]
+    else:
+        results = list(_both(function, *calls))
+        if needs[0]:
+            results[0][0].add_(results[1][0])
+    found: list[Tensor | None] = [results[0][0] if needs[0] else None]
+    for k in (1, 2):
+        parts = [result[k] for result in results]
+        whole = parts[0].unsqueeze(0) if directions == 1 else torch.stack(parts)
+        found.append(None if k == 2 and c_0 is None else whole)
+    grad_weights = [grad for result in results for grad in result[3:]]
+    wanted = zip(grad_weights, needs[1:], strict=True)
+    return found + [grad if want else None for grad, want in wanted]

@@ -71,16 +71,12 @@ def steps(rows: Tensor, batch_sizes: list[int], batch: int) -> list[Tensor]:
     return rows.view(-1, batch, rows.size(1)).unbind(0)
 
 
-def columns(
-    rows: Tensor, begin: int, end: int, batch_sizes: list[int], batch: int
-) -> list[Tensor]:
+def columns(rows: Tensor, begin: int, end: int, batch_sizes: list[int], batch: int) -> list[Tensor]:
     """`steps` of the columns begin:end."""
     return steps(rows[:, begin:end], batch_sizes, batch)
 
 
-def steps_by_gate(
-    rows: Tensor, gates: int, batch_sizes: list[int], batch: int
-) -> list[Tensor]:
+def steps_by_gate(rows: Tensor, gates: int, batch_sizes: list[int], batch: int) -> list[Tensor]:
     """`steps` of rows (.., gates * H) as (n, gates, H)."""
     hidden_size = rows.size(1) // gates
     if len(batch_sizes) > 0:
@@ -222,7 +218,7 @@ def gru_factors(
     one_minus_z = 1 - z
     torch.mul(n, n, out=for_n).neg_().add_(1).mul_(one_minus_z)
     torch.mul(for_n, r, out=for_m)
-    torch.rsub(r, 1, out=for_r).mul_(for_m).mul_(m)
+    torch.neg(r, out=for_r).add_(1).mul_(for_m).mul_(m)
     torch.sub(h_prev, n, out=for_z).mul_(z).mul_(one_minus_z)
     return c
 
@@ -324,11 +320,11 @@ def lstm_factors(
     """Return o (1 - tanh(c)^2), what dh adds to dc."""
     i, f, g, o = gates.chunk(4, 1)
     for_i, for_f, for_g, for_o = grad_gates.chunk(4, 1)
-    torch.rsub(i, 1, out=for_i).mul_(i).mul_(g)
-    torch.rsub(f, 1, out=for_f).mul_(f).mul_(c_prev)
+    torch.neg(i, out=for_i).add_(1).mul_(i).mul_(g)
+    torch.neg(f, out=for_f).add_(1).mul_(f).mul_(c_prev)
     torch.mul(g, g, out=for_g).neg_().add_(1).mul_(i)
     tanh_c = torch.tanh(c)
-    torch.rsub(o, 1, out=for_o).mul_(o).mul_(tanh_c)
+    torch.neg(o, out=for_o).add_(1).mul_(o).mul_(tanh_c)
     return tanh_c.mul_(tanh_c).neg_().add_(1).mul_(o)
 
 

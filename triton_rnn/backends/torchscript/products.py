@@ -54,15 +54,20 @@ def project_into(out: Tensor, left: Tensor, weight: Tensor, bias: Tensor, onednn
         torch.mm(left, weight.t(), out=out)
 
 
-def weight_gradient(grad: Tensor, left: Tensor, onednn: bool) -> Tensor:
-    """grad (M, P)^T @ left (M, K): (P, K)."""
+def add_weight_gradient(total: Tensor, grad: Tensor, left: Tensor, onednn: bool) -> Tensor:
+    """total (P, K) plus grad (M, P)^T @ left (M, K); an empty total is zero."""
+    if total.numel() == 0:
+        if onednn:
+            return onednn_linear(grad.t(), left.t())
+        return torch.mm(grad.t(), left)
     if onednn:
-        return onednn_linear(grad.t(), left.t())
-    return torch.mm(grad.t(), left)
+        return onednn_linear_add(grad.t(), left.t(), total)
+    return total.addmm_(grad.t(), left)
 
 
-def input_gradient(grad: Tensor, weight: Tensor, onednn: bool) -> Tensor:
-    """grad (M, P) @ weight (P, K): (M, K)."""
+def input_gradient_into(out: Tensor, grad: Tensor, weight: Tensor, onednn: bool) -> None:
+    """Write grad (M, P) @ weight (P, K) into out (M, K)."""
     if onednn:
-        return onednn_linear(grad, weight.t())
-    return torch.mm(grad, weight)
+        out.copy_(onednn_linear(grad, weight.t()))
+    else:
+        torch.mm(grad, weight, out=out)

@@ -1,4 +1,4 @@
-"""One layer over a whole sequence, forward and backward, written once for every cell.
+"""One direction of a layer over a whole sequence, forward and backward, once for every cell.
 
 `recurrence(cell)` closes these loops over a cell's functions; TorchScript compiles the closures. Rows
 are time-major and dense: padded input is (T * N, I), packed input (sum of lengths, I) with
@@ -8,14 +8,15 @@ A packed batch changes its size from step to step. Forward in time it shrinks, b
 grows, and the gradients travel the other way round: `resize` is the one place for all four.
 
 Steps are done in blocks of about `block_rows` rows. What can be computed for many steps at once (the
-projection, the backward's factors) is computed for one block, so that it is still in the cache when
-the steps come to it, and so that a forward without gradients keeps one block of gates, not all.
+projection; backward, the factors before and the weights' gradients after the steps) is computed for
+one block, so that it is in the cache when the steps come to it, and so that the gates of a forward
+without gradients and the gradients of the gates take the room of one block, not of all steps.
 
 Buffers of one direction, all made here and none the caller's:
     gates (rows, width)       written by projection and steps; saved for the backward if the cell needs it
     states (rows, H_out)      h of every step; saved
     cells (rows, H)           c of every step (LSTM); saved
-    grad_gates (rows, width)  backward: first the factors, then the gradients, in place
+    grad_gates (block, width) backward: first the factors, then the gradients, in place
     grad_states (rows, H_out) backward: the gradient of the output, then of h
 """
 
@@ -27,9 +28,9 @@ from torch import Tensor
 
 from triton_rnn.backends.torchscript.cells import ScriptCell, steps
 from triton_rnn.backends.torchscript.products import (
-    input_gradient,
+    add_weight_gradient,
+    input_gradient_into,
     project_into,
-    weight_gradient,
 )
 
 
@@ -45,7 +46,6 @@ class Run(NamedTuple):
         block_rows: rows to a block of steps.
         onednn_input, onednn_step: whether oneDNN does the large products, the product of a step.
         copy_weight: whether BLAS gets W_hh^T as a contiguous copy, not as a view.
-        parallel: whether the two directions run at the same time.
     """
 
     batch_sizes: list[int]
@@ -58,7 +58,6 @@ class Run(NamedTuple):
     onednn_input: bool
     onednn_step: bool
     copy_weight: bool
-    parallel: bool
 
 
 def resize(state: Tensor, batch: int, initial: Tensor, final: Tensor) -> Tensor:
@@ -112,27 +111,35 @@ def rows_between(rows: Tensor, begin: int, end: int) -> Tensor:
     return rows[begin:end]
 
 
-def shifted(states: Tensor, initial: Tensor, run: Run, reverse: bool) -> Tensor:
-    """The state that each row of `states` was computed from: (rows, H)."""
-    batch_sizes = run.batch_sizes
+def previous(
+    states: Tensor, initial: Tensor, run: Run, begin: int, end: int, start: int, reverse: bool
+) -> Tensor:
+    """The states that rows begin:end of `states`, a block that starts at step `start`, came from."""
     batch = run.batch
-    if len(batch_sizes) == 0:
+    if len(run.batch_sizes) == 0:
         if reverse:
-            return torch.cat([states[batch:], initial])
-        return torch.cat([initial, states[: states.size(0) - batch]])
-    by_step = torch.split_with_sizes(states, batch_sizes)
+            if end == states.size(0):
+                return torch.cat([states[begin + batch :], initial])
+            return states[begin + batch : end + batch]
+        if begin == 0:
+            return torch.cat([initial, states[: end - batch]])
+        return states[begin - batch : end - batch]
     parts: list[Tensor] = []
-    if reverse:
-        for t in range(len(batch_sizes)):
-            joined = 0
-            if t + 1 < len(batch_sizes):
-                parts.append(by_step[t + 1])
-                joined = batch_sizes[t + 1]
-            parts.append(initial[joined : batch_sizes[t]])
-    else:
-        parts.append(initial[: batch_sizes[0]])
-        for t in range(1, len(batch_sizes)):
-            parts.append(by_step[t - 1][: batch_sizes[t]])
+    row = begin
+    t = start
+    while row < end:
+        active = run.batch_sizes[t]
+        if reverse:
+            after = run.batch_sizes[t + 1] if t + 1 < run.seq_len else 0
+            parts.append(states[row + active : row + active + after])
+            parts.append(initial[after:active])
+        elif t == 0:
+            parts.append(initial[:active])
+        else:
+            before = row - run.batch_sizes[t - 1]
+            parts.append(states[before : before + active])
+        row += active
+        t += 1
     return torch.cat(parts)
 
 
@@ -148,7 +155,7 @@ def gate_bias(recurrent_bias: Tensor, bias_ih: Tensor, width: int) -> Tensor:
 
 
 def recurrence(cell: ScriptCell) -> tuple[Callable[..., list[Tensor]], Callable[..., list[Tensor]]]:
-    """The forward and the backward of one layer of this cell, for TorchScript to compile."""
+    """Forward and backward of one direction of a layer of this cell, for TorchScript to compile."""
     recurrent_order = cell.recurrent_order
     torch_order = cell.torch_order
     forward_views = cell.forward_views
@@ -160,6 +167,7 @@ def recurrence(cell: ScriptCell) -> tuple[Callable[..., list[Tensor]], Callable[
     def forward_direction(
         x: Tensor, h_0: Tensor, c_0: Tensor, weights: list[Tensor], run: Run, reverse: bool
     ) -> list[Tensor]:
+        """x (rows, I), h_0 (N, H_out), c_0 (N, H) or empty: states, h_n, c_n, gates, cells."""
         weight_ih = weights[0]
         weight_hh = weights[1]
         weight_hr = weights[-1]
@@ -215,10 +223,14 @@ def recurrence(cell: ScriptCell) -> tuple[Callable[..., list[Tensor]], Callable[
             states_block = rows_between(states, begin, end)
             gates_block = states_block
             if own_gates:
-                gates_block = rows_between(gates, begin if run.keep else 0, end if run.keep else end - begin)
+                gates_block = rows_between(
+                    gates, begin if run.keep else 0, end if run.keep else end - begin
+                )
             cells_block = states_block
             if has_c:
-                cells_block = rows_between(cells, begin if run.keep else 0, end if run.keep else end - begin)
+                cells_block = rows_between(
+                    cells, begin if run.keep else 0, end if run.keep else end - begin
+                )
                 if not run.keep and k > 0:
                     # The block's buffer is about to be written again, and c still lies in it.
                     c = c.clone()
@@ -248,38 +260,10 @@ def recurrence(cell: ScriptCell) -> tuple[Callable[..., list[Tensor]], Callable[
             if has_c:
                 c_n[: c.size(0)].copy_(c)
         else:
-            h_n = h
-            c_n = c
+            h_n = h.clone()
+            if has_c:
+                c_n = c.clone()
         return [states, h_n, c_n, gates, cells]
-
-    def forward(
-        x: Tensor, h_0: Tensor, c_0: Tensor, weights: list[Tensor], directions: int, run: Run
-    ) -> list[Tensor]:
-        """x (rows, I), h_0 (D, N, H_out), c_0 (D, N, H) or empty (D, 0), weights of all directions.
-
-        Returns output (rows, D * H_out), h_n, c_n, then states, gates, cells of every direction.
-        """
-        if directions == 1:
-            one = forward_direction(x, h_0[0], c_0[0], weights, run, False)
-            # The states are saved for the backward, and a caller may change the output in place.
-            output = one[0].clone() if run.keep else one[0]
-            h_n = one[1].unsqueeze(0).clone()
-            c_n = one[2].unsqueeze(0).clone() if c_0.dim() == 3 else c_0
-            return [output, h_n, c_n, one[0], one[3], one[4]]
-        half = len(weights) // 2
-        if run.parallel:
-            task = torch.jit.fork(
-                forward_direction, x, h_0[1], c_0[1], weights[half:], run, True
-            )
-            ahead = forward_direction(x, h_0[0], c_0[0], weights[:half], run, False)
-            back = torch.jit.wait(task)
-        else:
-            ahead = forward_direction(x, h_0[0], c_0[0], weights[:half], run, False)
-            back = forward_direction(x, h_0[1], c_0[1], weights[half:], run, True)
-        h_n = torch.stack([ahead[1], back[1]])
-        c_n = torch.stack([ahead[2], back[2]])
-        output = torch.cat([ahead[0], back[0]], 1)
-        return [output, h_n, c_n, ahead[0], ahead[3], ahead[4], back[0], back[3], back[4]]
 
     def backward_direction(
         x: Tensor,
@@ -294,6 +278,10 @@ def recurrence(cell: ScriptCell) -> tuple[Callable[..., list[Tensor]], Callable[
         run: Run,
         reverse: bool,
     ) -> list[Tensor]:
+        """Gradients of x, h_0, c_0 and every weight; `needs` says which, of x and the weights.
+
+        saved: states, gates, cells. A gradient that is not needed is an empty tensor.
+        """
         weight_ih = weights[0]
         weight_hh = weights[1]
         weight_hr = weights[-1]
@@ -310,9 +298,6 @@ def recurrence(cell: ScriptCell) -> tuple[Callable[..., list[Tensor]], Callable[
         weight = recurrent_order(weight_hh, hidden_size)
         if run.onednn_step:
             weight = weight.t()
-        h_prev = shifted(states, h_0, run, reverse)
-        c_prev = shifted(cells, c_0, run, reverse) if has_c else h_prev
-        grad_gates = x.new_empty([x.size(0), run.width])
         has_hr = weight_hr.size(0) != projected and weight_hr.dim() == 2
         # A private copy, to which each step adds what comes from the step behind it.
         grad_states = grad_output.clone(memory_format=torch.contiguous_format)
@@ -331,6 +316,17 @@ def recurrence(cell: ScriptCell) -> tuple[Callable[..., list[Tensor]], Callable[
         if packed and has_c:
             dc = grad_c_n[:size]
 
+        scratch_rows = 0
+        for k in range(blocks):
+            scratch_rows = max(scratch_rows, offsets[k + 1] - offsets[k])
+        scratch = x.new_empty([scratch_rows, run.width])
+        none = h_0[:0]
+        grad_x = torch.empty_like(x) if needs[0] else none
+        grad_weight_ih = none
+        grad_weight_hh = none
+        grad_weight_hr = none
+        grad_bias = none
+
         for k in range(blocks):
             block = k if reverse else blocks - 1 - k
             length = starts[block + 1] - starts[block]
@@ -339,18 +335,16 @@ def recurrence(cell: ScriptCell) -> tuple[Callable[..., list[Tensor]], Callable[
             sizes = run.batch_sizes[starts[block] : starts[block + 1]]
             states_block = rows_between(states, begin, end)
             gates_block = rows_between(gates, begin, end)
-            grad_gates_block = rows_between(grad_gates, begin, end)
-            extra = factors(
-                gates_block,
-                states_block,
-                rows_between(h_prev, begin, end),
-                rows_between(cells, begin, end),
-                rows_between(c_prev, begin, end),
-                grad_gates_block,
-            )
+            cells_block = rows_between(cells, begin, end)
             grad_states_block = rows_between(grad_states, begin, end)
+            grad_gates = rows_between(scratch, 0, end - begin)
+            h_prev = previous(states, h_0, run, begin, end, starts[block], reverse)
+            c_prev = h_prev
+            if has_c:
+                c_prev = previous(cells, c_0, run, begin, end, starts[block], reverse)
+            extra = factors(gates_block, states_block, h_prev, cells_block, c_prev, grad_gates)
             views = backward_views(
-                gates_block, extra, grad_gates_block, grad_states_block, hidden_size, sizes, batch
+                gates_block, extra, grad_gates, grad_states_block, hidden_size, sizes, batch
             )
             for i in range(length):
                 t = i if reverse else length - 1 - i
@@ -360,14 +354,34 @@ def recurrence(cell: ScriptCell) -> tuple[Callable[..., list[Tensor]], Callable[
                 if packed and not resized:
                     resized = run.batch_sizes[then] != size
                 addend = torch.zeros_like(dh) if resized else grad_steps[then]
-                dh, dc = backward_step(
-                    t, views, dh, dc, addend, weight, weight_hr, run.onednn_step
-                )
+                dh, dc = backward_step(t, views, dh, dc, addend, weight, weight_hr, run.onednn_step)
                 if resized and now != final:
                     size = run.batch_sizes[then]
                     dh = grad_steps[then].add_(resize(dh, size, grad_h_n, grad_h_0))
                     if has_c:
                         dc = resize(dc, size, grad_c_n, grad_c_0)
+            x_block = rows_between(x, begin, end)
+            grad_projected = grad_gates[:, first:] if first > 0 else grad_gates
+            grad_recurrent = grad_gates[:, :projected] if first > 0 else grad_gates
+            if needs[0]:
+                grad_x_block = rows_between(grad_x, begin, end)
+                input_gradient_into(grad_x_block, grad_projected, weight_ih, run.onednn_input)
+            if needs[1]:
+                grad_weight_ih = add_weight_gradient(
+                    grad_weight_ih, grad_projected, x_block, run.onednn_input
+                )
+            if needs[2]:
+                grad_weight_hh = add_weight_gradient(
+                    grad_weight_hh, grad_recurrent, h_prev, run.onednn_input
+                )
+            if run.biased and (needs[3] or needs[4]):
+                sums = grad_gates.sum(0)
+                grad_bias = grad_bias.add_(sums) if grad_bias.numel() > 0 else sums
+            if has_hr and needs[-1]:
+                before_hr = torch.tanh(cells_block).mul_(gates_block[:, 3 * hidden_size :])
+                grad_weight_hr = add_weight_gradient(
+                    grad_weight_hr, grad_states_block, before_hr, False
+                )
         if packed:
             grad_h_0[:size].copy_(dh)
             if has_c:
@@ -376,87 +390,15 @@ def recurrence(cell: ScriptCell) -> tuple[Callable[..., list[Tensor]], Callable[
             grad_h_0 = dh
             if has_c:
                 grad_c_0 = dc
-
-        none = h_0[:0]
-        grad_projected = grad_gates[:, first:] if first > 0 else grad_gates
-        grad_recurrent = grad_gates[:, :projected] if first > 0 else grad_gates
-        grad_x = input_gradient(grad_projected, weight_ih, run.onednn_input) if needs[0] else none
-        result = [grad_x, grad_h_0, grad_c_0]
-        result.append(
-            weight_gradient(grad_projected, x, run.onednn_input) if needs[1] else none
-        )
-        result.append(
-            torch_order(weight_gradient(grad_recurrent, h_prev, run.onednn_input), hidden_size)
-            if needs[2]
-            else none
-        )
+        result = [grad_x, grad_h_0, grad_c_0, grad_weight_ih]
+        result.append(torch_order(grad_weight_hh, hidden_size) if needs[2] else none)
         if run.biased:
-            grad_bias = grad_gates.sum(0) if needs[3] or needs[4] else none
             result.append(grad_bias[first:] if needs[3] else none)
             result.append(
                 torch_order(grad_bias[:projected], hidden_size).clone() if needs[4] else none
             )
         if has_hr:
-            output_gate = gates[:, 3 * hidden_size :]
-            result.append(
-                weight_gradient(grad_states, torch.tanh(cells).mul_(output_gate), run.onednn_input)
-                if needs[-1]
-                else none
-            )
+            result.append(grad_weight_hr)
         return result
 
-    def backward(
-        x: Tensor,
-        h_0: Tensor,
-        c_0: Tensor,
-        weights: list[Tensor],
-        saved: list[Tensor],
-        grad_output: Tensor,
-        grad_h_n: Tensor,
-        grad_c_n: Tensor,
-        needs: list[bool],
-        directions: int,
-        run: Run,
-    ) -> list[Tensor]:
-        """Gradients of x, h_0, c_0 and of every weight; `needs` says which, of x and the weights.
-
-        saved: states, gates, cells of every direction. An unneeded gradient is an empty tensor.
-        """
-        if directions == 1:
-            one = backward_direction(
-                x, h_0[0], c_0[0], weights, saved, grad_output, grad_h_n[0], grad_c_n[0], needs,
-                run, False,
-            )  # fmt: skip
-            one[1] = one[1].unsqueeze(0)
-            one[2] = one[2].unsqueeze(0)
-            return one
-        half = len(weights) // 2
-        size = h_0.size(2)
-        needs_back = needs[:1] + needs[half + 1 :]
-        if run.parallel:
-            task = torch.jit.fork(
-                backward_direction, x, h_0[1], c_0[1], weights[half:], saved[3:],
-                grad_output[:, size:], grad_h_n[1], grad_c_n[1], needs_back, run, True,
-            )  # fmt: skip
-            ahead = backward_direction(
-                x, h_0[0], c_0[0], weights[:half], saved[:3],
-                grad_output[:, :size], grad_h_n[0], grad_c_n[0], needs[: half + 1], run, False,
-            )  # fmt: skip
-            back = torch.jit.wait(task)
-        else:
-            ahead = backward_direction(
-                x, h_0[0], c_0[0], weights[:half], saved[:3],
-                grad_output[:, :size], grad_h_n[0], grad_c_n[0], needs[: half + 1], run, False,
-            )  # fmt: skip
-            back = backward_direction(
-                x, h_0[1], c_0[1], weights[half:], saved[3:],
-                grad_output[:, size:], grad_h_n[1], grad_c_n[1], needs_back, run, True,
-            )  # fmt: skip
-        result = [
-            ahead[0].add_(back[0]),
-            torch.stack([ahead[1], back[1]]),
-            torch.stack([ahead[2], back[2]]),
-        ]
-        return result + ahead[3:] + back[3:]
-
-    return forward, backward
+    return forward_direction, backward_direction

@@ -47,5 +47,5 @@ def copies_weight(seq_len: int) -> bool:
     return seq_len >= COPY_MIN_STEPS
 
 
-def runs_directions_in_parallel(threads: int) -> bool:
+def directions_at_once(threads: int) -> bool:
     return threads > 1

@@ -1,0 +1,1 @@
+"""Benchmarks against ``torch.nn``: ``pytest bench``. See README.md here."""

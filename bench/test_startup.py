@@ -1,0 +1,53 @@
+"""What ``import triton_rnn`` and the first call cost, each in a process of its own."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from bench.children import run_child
+from bench.conftest import selected_cells
+from bench.report import Cost, Report
+from bench.workload import OURS
+
+IMPORT_SECONDS = 0.050
+FIRST_CALL_SECONDS = 0.150
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    config = metafunc.config
+    if "cell" in metafunc.fixturenames:
+        modes = ("training",) if config.getoption("--quick") else ("inference", "training")
+        metafunc.parametrize("cell", selected_cells(config))
+        metafunc.parametrize("mode", modes)
+
+
+@pytest.fixture(autouse=True)
+def _nothing_narrower_is_asked_for(pytestconfig: pytest.Config) -> None:
+    if pytestconfig.getoption("--case"):
+        pytest.skip("--case asks for certain layers")
+
+
+def seconds_of(printed: dict[str, object]) -> float:
+    assert isinstance(printed["seconds"], float)
+    return printed["seconds"]
+
+
+def test_import_brings_neither_triton_nor_scripts_anything(report: Report) -> None:
+    """The time is reported, the rest is asserted: a slow disk is no fault of the package's."""
+    # The first one may have to write the bytecode; the least is what an import costs.
+    printed = [run_child("import") for _ in range(2)]
+    seconds = min(map(seconds_of, printed))
+    report.costs.append(Cost("import triton_rnn, after torch", seconds, IMPORT_SECONDS))
+    assert not printed[0]["imported_triton"]
+    assert printed[0]["scripted"] == []
+
+
+def test_first_call(
+    report: Report, child_environment: dict[str, str], tmp_path: Path, cell: str, mode: str
+) -> None:
+    # Whatever is compiled once per machine has to be compiled.
+    environment = {**child_environment, "XDG_CACHE_HOME": str(tmp_path)}
+    seconds = seconds_of(run_child("first-call", OURS, cell, mode, environment=environment))
+    report.costs.append(Cost(f"first call of {cell}, {mode}", seconds, FIRST_CALL_SECONDS))

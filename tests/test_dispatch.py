@@ -1,0 +1,213 @@
+"""Backends are chosen as asked, for the thread or task that asked, and say why."""
+
+import asyncio
+import os
+import subprocess
+import sys
+import threading
+
+import pytest
+import torch
+
+import triton_rnn
+from triton_rnn import dispatch
+
+
+def _backend(module: torch.nn.Module, *input: torch.Tensor) -> str:
+    return triton_rnn.explain(module, *input).backend
+
+
+@pytest.fixture
+def gru() -> triton_rnn.GRU:
+    return triton_rnn.GRU(3, 4)
+
+
+LONG = torch.zeros(50, 2, 3)
+
+
+def test_auto_takes_torchscript_for_a_sequence_on_the_cpu(gru):
+    assert _backend(gru, LONG) == "torchscript"
+
+
+def test_auto_leaves_a_long_float32_lstm_to_onednn():
+    assert _backend(triton_rnn.LSTM(3, 4), LONG) == "aten"
+
+
+def test_auto_takes_torchscript_for_an_lstm_that_onednn_does_not_serve():
+    assert _backend(triton_rnn.LSTM(3, 4).double(), LONG.double()) == "torchscript"
+    assert _backend(triton_rnn.LSTM(3, 4, proj_size=2), LONG) == "torchscript"
+    packed = torch.nn.utils.rnn.pack_sequence([torch.zeros(50, 3), torch.zeros(30, 3)])
+    assert _backend(triton_rnn.LSTM(3, 4), packed) == "torchscript"
+
+
+@pytest.mark.parametrize("name", ["torchscript", "aten", "reference"])
+def test_an_explicit_request_is_honoured(gru, name):
+    with triton_rnn.use_backend(name):
+        explanation = triton_rnn.explain(gru, LONG)
+        output, _ = gru(LONG)
+    assert explanation.backend == name
+    assert set(explanation.reasons) == set(dispatch.BACKENDS) - {name}
+    assert output.shape == (50, 2, 4)
+
+
+def test_an_explicit_request_that_cannot_be_honoured_raises_with_the_reason(gru):
+    with (
+        triton_rnn.use_backend("triton"),
+        pytest.raises(triton_rnn.BackendError, match="'triton'.*Triton kernels are not part"),
+    ):
+        gru(LONG)
+    with (
+        torch.autocast("cpu", torch.bfloat16),
+        triton_rnn.use_backend("torchscript"),
+        pytest.raises(triton_rnn.BackendError, match="autocast is on"),
+    ):
+        gru(LONG)
+
+
+def test_malformed_input_gets_torchs_error_under_every_backend(gru):
+    with triton_rnn.use_backend("triton"), pytest.raises(ValueError, match="2D or 3D"):
+        gru(torch.zeros(3))
+
+
+def test_an_unknown_backend_is_refused_at_once():
+    with pytest.raises(ValueError, match=r"unknown backend 'cuda'; choose from auto, triton"):
+        triton_rnn.use_backend("cuda")
+
+
+def test_the_choice_ends_with_the_block_also_after_an_error(gru):
+    with pytest.raises(ZeroDivisionError), triton_rnn.use_backend("reference"):
+        raise ZeroDivisionError
+    assert dispatch.requested() == "auto"
+
+
+def test_blocks_nest_and_one_object_can_be_entered_twice():
+    block = triton_rnn.use_backend("reference")
+    with block, triton_rnn.use_backend("aten"), block:
+        assert dispatch.requested() == "reference"
+    assert dispatch.requested() == "auto"
+
+
+def test_it_decorates_functions_and_coroutines():
+    @triton_rnn.use_backend("reference")
+    def plain() -> str:
+        return dispatch.requested()
+
+    @triton_rnn.use_backend("aten")
+    async def later() -> str:
+        await asyncio.sleep(0)
+        return dispatch.requested()
+
+    async def both() -> list[str]:
+        return await asyncio.gather(later(), asyncio.to_thread(plain))
+
+    assert plain() == "reference"
+    assert asyncio.run(both()) == ["aten", "reference"]
+    assert dispatch.requested() == "auto"
+
+
+def test_another_thread_does_not_see_the_choice():
+    seen = []
+    with triton_rnn.use_backend("reference"):
+        thread = threading.Thread(target=lambda: seen.append(dispatch.requested()))
+        thread.start()
+        thread.join()
+    assert seen == ["auto"]
+
+
+@pytest.mark.parametrize(
+    ("value", "expected"),
+    [("reference", "reference"), ("", "auto"), ("nonsense", "unknown backend 'nonsense'")],
+)
+def test_the_environment_variable_is_read(value, expected):
+    code = (
+        "import torch, triton_rnn\n"
+        "m = triton_rnn.GRU(3, 4)\n"
+        "try: print(triton_rnn.dispatch.requested()); triton_rnn.explain(m, torch.zeros(9, 2, 3))\n"
+        "except ValueError as error: print(error)\n"
+    )
+    run = subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, "TRITON_RNN_BACKEND": value},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert expected in run.stdout
+
+
+def test_importing_the_package_imports_neither_triton_nor_a_backend():
+    code = (
+        "import sys, torch\nbefore = set(sys.modules)\nimport triton_rnn\n"
+        "print(*sorted(set(sys.modules) - before))"
+    )
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    added = run.stdout.split()
+    assert "triton_rnn.modules" in added
+    assert not [name for name in added if name.split(".")[0] == "triton" or ".backends." in name]
+
+
+def test_without_the_compiler_the_same_loops_run_as_plain_python():
+    code = (
+        "import torch, triton_rnn\nfrom triton_rnn.backends import torchscript\n"
+        "torch.manual_seed(0)\n"
+        "ours = triton_rnn.GRU(3, 4, bidirectional=True)\nx = torch.randn(30, 2, 3)\n"
+        "with triton_rnn.use_backend('torchscript'): y = ours(x)[0]\n"
+        "y.sum().backward()\n"
+        "with triton_rnn.use_backend('aten'): z = ours(x)[0]\n"
+        "torch.testing.assert_close(y, z)\nprint(torchscript.compile_check())"
+    )
+    run = subprocess.run(
+        [sys.executable, "-W", "error", "-c", code],
+        env={**os.environ, "PYTORCH_JIT": "0"},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert "False" in run.stdout
+    assert "plain Python" in run.stdout
+
+
+def test_users_see_no_deprecation_warning_of_torchscript():
+    code = (
+        "import torch, triton_rnn\n"
+        "for c in (triton_rnn.RNN, triton_rnn.GRU, triton_rnn.LSTM):\n"
+        "    with triton_rnn.use_backend('torchscript'):\n"
+        "        c(3, 4, bidirectional=True)(torch.randn(5, 2, 3))[0].sum().backward()\n"
+    )
+    run = subprocess.run(
+        [sys.executable, "-W", "error", "-c", code], capture_output=True, text=True, check=True
+    )
+    assert run.stderr == ""
+
+
+def test_explain_reads_well_and_runs_nothing(gru):
+    before = [parameter.detach().clone() for parameter in gru.parameters()]
+    text = str(triton_rnn.explain(gru, LONG))
+    assert text.startswith("backend torchscript\n  layer 0: compiled")
+    assert "not triton: " in text
+    for parameter, old in zip(gru.parameters(), before, strict=True):
+        assert torch.equal(parameter, old)
+
+
+def test_explain_of_malformed_input_says_so(gru):
+    explanation = triton_rnn.explain(gru, torch.zeros(3))
+    assert explanation.backend == "aten"
+    assert "malformed" in explanation.reasons["torchscript"]
+
+
+def test_explain_refuses_what_is_not_ours():
+    with pytest.raises(TypeError, match="not a recurrent module"):
+        triton_rnn.explain(torch.nn.Linear(3, 4), torch.zeros(3))
+    with pytest.raises(TypeError, match="triton_rnn.replace"):
+        triton_rnn.explain(torch.nn.GRU(3, 4), LONG)
+
+
+def test_cells_run_on_the_backend_that_is_asked_for():
+    for cell in (triton_rnn.RNNCell(3, 4), triton_rnn.GRUCell(3, 4), triton_rnn.LSTMCell(3, 4)):
+        for input in (torch.randn(5, 3), torch.randn(3)):
+            expected = cell(input)
+            for name in ("torchscript", "reference"):
+                with triton_rnn.use_backend(name):
+                    found = cell(input)
+                    assert _backend(cell, input) == name
+                torch.testing.assert_close(found, expected)
