@@ -16,9 +16,21 @@ from triton_rnn.request import Request
 # In the order in which `auto` asks them.
 BACKENDS = ("triton", "torchscript", "aten", "reference")
 
-# One step of the TorchScript LSTM costs about a dozen small operations; oneDNN's LSTM, which torch
-# runs for such a call, costs about that of five steps before it begins.
-ONEDNN_LSTM_MIN_STEPS = 6
+# What our call costs beyond torch's (Python around the loops, an autograd node) is earned back step by
+# step, by what a step costs less. So few steps are left to torch: from how many on ours is faster, per
+# cell, with and without gradients. Measured on small sizes, where the call's cost is what counts.
+MIN_STEPS = {
+    ("rnn_tanh", False): 16,
+    ("rnn_tanh", True): 8,
+    ("rnn_relu", False): 16,
+    ("rnn_relu", True): 8,
+    ("gru", False): 14,
+    ("gru", True): 4,
+    ("lstm", False): 6,
+    ("lstm", True): 3,
+    ("lstm_projected", False): 6,
+    ("lstm_projected", True): 3,
+}
 
 _requested: ContextVar[str | None] = ContextVar("triton_rnn_backend", default=None)
 _environment = os.environ.get("TRITON_RNN_BACKEND", "auto") or "auto"
@@ -113,18 +125,17 @@ def unavailable(name: str) -> str | None:
 
 def _slower_than_torch(request: Request) -> str | None:
     """Why `auto` leaves a request that TorchScript could serve to torch's own kernels."""
-    onednn_lstm = (
+    if (
         request.cell.name == "lstm"
         and request.dtype in (torch.float32, torch.bfloat16)
         and not request.packed
         and torch.backends.mkldnn.is_available()
         and torch.backends.mkldnn.enabled
-    )
-    if onednn_lstm and request.seq_len >= ONEDNN_LSTM_MIN_STEPS:
-        return (
-            f"torch runs this LSTM as one oneDNN primitive, which is faster from "
-            f"{ONEDNN_LSTM_MIN_STEPS} steps on"
-        )
+    ):
+        return "torch runs this LSTM as one oneDNN primitive, which is faster"
+    fewest = MIN_STEPS[request.cell.name, request.needs_grad]
+    if request.seq_len < fewest:
+        return f"with fewer than {fewest} steps a call costs more than its steps save"
     return None
 
 

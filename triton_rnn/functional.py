@@ -38,6 +38,11 @@ def obstacle() -> str | None:
     return None
 
 
+def _under_vmap() -> bool:
+    levels = torch._C._functorch.get_interpreter_stack() or ()
+    return any(level.key() == torch._C._functorch.TransformType.Vmap for level in levels)
+
+
 def refused(wanted: str) -> bool:
     """Whether an obstacle sends the call to torch.nn's own forward.
 
@@ -133,6 +138,8 @@ def prepare(module: torch.nn.RNNBase, input: Any, hx: Any) -> Call | None:
         return None
     batch_sizes: list[int] = []
     if packed:
+        if input.batch_sizes.dtype != torch.int64:
+            return None
         batch_sizes = input.batch_sizes.tolist()
         if batch_sizes != sorted(batch_sizes, reverse=True) or sum(batch_sizes) != shape[0]:
             return None
@@ -151,7 +158,10 @@ def prepare(module: torch.nn.RNNBase, input: Any, hx: Any) -> Call | None:
         return None
 
     hidden_size, proj_size = module.hidden_size, module.proj_size
-    cell = LSTM_PROJECTED if proj_size else MODES[module.mode]
+    cell = LSTM_PROJECTED if proj_size else MODES.get(module.mode)
+    drop = module.dropout
+    if cell is None or not isinstance(drop, (int, float)) or not 0 <= drop <= 1:
+        return None
     output_size = proj_size or hidden_size
     directions = 2 if module.bidirectional else 1
     weights = _weights(module)
@@ -256,7 +266,13 @@ def stack(call: Call, backend: ModuleType, layers: int, drop: float) -> tuple[Te
 def forward(module: torch.nn.RNNBase, input: Any, hx: Any) -> tuple[Any, Any] | None:
     """What `module(input, hx)` returns; None if torch.nn's own forward is to be called instead."""
     wanted = dispatch.requested()
-    if refused(wanted):
+    if wanted == "auto" and torch.compiler.is_compiling():
+        # Before anything else: Dynamo would trace the checks.
+        return None
+    if wanted in ("auto", "reference") and _peek_functorch() is not None and _under_vmap():
+        # torch's kernels have no batching rule, the plain loops need none.
+        wanted = "reference"
+    elif refused(wanted):
         return None
     call = prepare(module, input, hx)
     if call is None:
@@ -302,9 +318,9 @@ def prepare_cell(module: torch.nn.RNNCellBase, input: Any, hx: Any) -> Call | No
         return None
     states: tuple[Any, ...] = ()
     if hx is not None:
-        states = hx if cell.states == 2 else (hx,)
-        if len(states) != cell.states:
+        if cell.states == 2 and (not isinstance(hx, (tuple, list)) or len(hx) != 2):
             return None
+        states = tuple(hx) if cell.states == 2 else (hx,)
         for state in states:
             if not _fits(state, (*input.shape[:-1], hidden_size), data):
                 return None

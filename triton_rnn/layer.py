@@ -10,6 +10,8 @@ from torch import Tensor
 from triton_rnn import reference
 from triton_rnn.request import Request
 
+_peek_functorch = torch._C._functorch.peek_interpreter_stack
+
 
 class LayerFunction(torch.autograd.Function):
     """A backend's forward and backward as one node of the autograd graph.
@@ -33,19 +35,23 @@ class LayerFunction(torch.autograd.Function):
         results, saved = backend.forward(request, rows, batch_sizes, h_0, c_0, weights)
         ctx.set_materialize_grads(False)
         ctx.backend, ctx.request, ctx.batch_sizes = backend, request, batch_sizes
-        ctx.save_for_backward(input, h_0, c_0, *weights, *saved)
-        output, *states = results
-        return (output.view(*input.shape[:-1], output.size(1)), *states)
+        # Only the second derivative reads a bias, so as with torch.nn it may change in place; should
+        # it be read after all, its version tells.
+        ctx.biases = [(weight, weight._version) for weight in weights if weight.dim() == 1]
+        matrices = [weight for weight in weights if weight.dim() > 1]
+        ctx.save_for_backward(input, h_0, c_0, *matrices, *saved)
+        return results
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         request: Request = ctx.request
         input, h_0, c_0, *others = ctx.saved_tensors
-        count = len(ctx.needs_input_grad) - 6
-        weights, saved = others[:count], others[count:]
         needs = ctx.needs_input_grad[3:]
-        if torch.is_grad_enabled():
-            return None, None, None, *_differentiable_backward(ctx, input, h_0, c_0, weights, grads)
+        count = len(needs) - 3 - len(ctx.biases)
+        weights, saved = _merge(request, others[:count], ctx.biases), others[count:]
+        if torch.is_grad_enabled() or _peek_functorch() is not None:
+            found = _differentiable_backward(ctx, input, h_0, c_0, weights, grads)
+            return None, None, None, *found
 
         rows = input.reshape(-1, request.input_size)
         width = request.directions * request.output_size
@@ -69,6 +75,21 @@ class LayerFunction(torch.autograd.Function):
         )
 
 
+def _merge(
+    request: Request, matrices: Sequence[Tensor], biases: Sequence[tuple[Tensor, int]]
+) -> list[Tensor]:
+    """All weights in torch's order: weight_ih, weight_hh[, bias_ih, bias_hh][, weight_hr] ..."""
+    weights: list[Tensor] = []
+    per_direction = len(matrices) // request.directions
+    for d in range(request.directions):
+        own = matrices[d * per_direction : (d + 1) * per_direction]
+        weights += own[:2]
+        if request.biased:
+            weights += [bias for bias, _ in biases[2 * d : 2 * d + 2]]
+        weights += own[2:]
+    return weights
+
+
 def _differentiable_backward(
     ctx: Any,
     input: Tensor,
@@ -78,19 +99,31 @@ def _differentiable_backward(
     grads: Sequence[Tensor | None],
 ) -> list[Tensor | None]:
     """The same gradients as functions that can be differentiated again (`create_graph=True`)."""
-    results = _reference(ctx.request, ctx.batch_sizes, input, h_0, c_0, weights)
+    if any(bias._version != version for bias, version in ctx.biases):
+        raise RuntimeError(
+            "one of the variables needed for gradient computation has been modified by an inplace "
+            "operation: a bias of a recurrent layer"
+        )
+    create_graph = torch.is_grad_enabled()
+    needs = ctx.needs_input_grad[3:]
+    with torch.enable_grad():
+        # Aliases: where one argument is a function of another, or the same tensor twice, the gradient
+        # of each is wanted by itself, not by way of the other.
+        arguments = [
+            None if argument is None else argument.view_as(argument)
+            for argument in (input, h_0, c_0, *weights)
+        ]
+        own_input, own_h_0, own_c_0, *own_weights = arguments
+        results = _reference(ctx.request, ctx.batch_sizes, own_input, own_h_0, own_c_0, own_weights)
     pairs = [
         (result, grad) for result, grad in zip(results, grads, strict=True) if grad is not None
     ]
-    arguments = (input, h_0, c_0, *weights)
-    needs = ctx.needs_input_grad[3:]
-    wanted = [argument for argument, need in zip(arguments, needs, strict=True) if need]
     found = iter(
         torch.autograd.grad(
             [result for result, _ in pairs],
-            wanted,
+            [argument for argument, need in zip(arguments, needs, strict=True) if need],
             [grad for _, grad in pairs],
-            create_graph=True,
+            create_graph=create_graph,
             allow_unused=True,
         )
     )
@@ -136,5 +169,4 @@ def layer(
     if request.needs_grad:
         return LayerFunction.apply(backend, request, batch_sizes, input, h_0, c_0, *weights)
     rows = input.reshape(-1, request.input_size)
-    (output, *states), _ = backend.forward(request, rows, batch_sizes, h_0, c_0, weights)
-    return (output.view(*input.shape[:-1], output.size(1)), *states)
+    return backend.forward(request, rows, batch_sizes, h_0, c_0, weights)[0]

@@ -177,6 +177,13 @@ def _both(
     return first, second
 
 
+def _shaped(states: Tensor, request: Request) -> Tensor:
+    """States (rows, H_out) in the shape of the output."""
+    if request.packed:
+        return states
+    return states.view(request.seq_len, request.batch, states.size(1))
+
+
 def forward(
     request: Request,
     rows: Tensor,
@@ -194,7 +201,9 @@ def forward(
         weights: weight_ih, weight_hh[, bias_ih, bias_hh][, weight_hr] of each direction in turn.
 
     Returns:
-        (output (rows, D * H_out), h_n[, c_n]) and what the backward needs besides the arguments.
+        (output (T, N, D * H_out) or, packed, (sum of lengths, D * H_out), h_n[, c_n]), and what the
+        backward needs besides the arguments. Where a backward will follow no result is a view of
+        another tensor: autograd would forbid to change it in place.
     """
     run = _run(request, rows.size(0), batch_sizes)
     function = _functions(request.cell.name)[0]
@@ -204,9 +213,9 @@ def forward(
         c = h_0.new_empty(0) if c_0 is None else c_0[0]
         states, *others = _call(function, rows, h, c, list(weights), run, False)
         # The states are saved for the backward, and a caller may change the output in place.
-        output = states.clone() if run.keep else states
-        finals = [state.unsqueeze(0) for state in others[: count - 1]]
-        return (output, *finals), [states, *others[2:]]
+        output = _shaped(states, request)
+        finals = [state.unsqueeze(0).clone() for state in others[: count - 1]]
+        return (output.clone() if run.keep else output, *finals), [states, *others[2:]]
     half = len(weights) // 2
     initial = (h_0, (h_0.new_empty(0),) * 2 if c_0 is None else c_0)
     ahead, back = _both(
@@ -216,7 +225,8 @@ def forward(
     )
     finals = [torch.stack(pair) for pair in zip(ahead[1:count], back[1:count], strict=True)]
     saved = [ahead[0], *ahead[3:], back[0], *back[3:]]
-    return (torch.cat((ahead[0], back[0]), 1), *finals), saved
+    output = torch.cat((_shaped(ahead[0], request), _shaped(back[0], request)), -1)
+    return (output, *finals), saved
 
 
 def backward(

@@ -112,11 +112,12 @@ def rows_between(rows: Tensor, begin: int, end: int) -> Tensor:
 
 
 def previous(
-    states: Tensor, initial: Tensor, run: Run, begin: int, end: int, start: int, reverse: bool
+    states: Tensor, initial: Tensor, run: Run, begin: int, start: int, length: int, reverse: bool
 ) -> Tensor:
-    """The states that rows begin:end of `states`, a block that starts at step `start`, came from."""
-    batch = run.batch
+    """The states that a block of `length` steps came from; it starts at row `begin`, step `start`."""
     if len(run.batch_sizes) == 0:
+        batch = run.batch
+        end = begin + length * batch
         if reverse:
             if end == states.size(0):
                 return torch.cat([states[begin + batch :], initial])
@@ -126,8 +127,7 @@ def previous(
         return states[begin - batch : end - batch]
     parts: list[Tensor] = []
     row = begin
-    t = start
-    while row < end:
+    for t in range(start, start + length):
         active = run.batch_sizes[t]
         if reverse:
             after = run.batch_sizes[t + 1] if t + 1 < run.seq_len else 0
@@ -139,7 +139,6 @@ def previous(
             before = row - run.batch_sizes[t - 1]
             parts.append(states[before : before + active])
         row += active
-        t += 1
     return torch.cat(parts)
 
 
@@ -260,9 +259,8 @@ def recurrence(cell: ScriptCell) -> tuple[Callable[..., list[Tensor]], Callable[
             if has_c:
                 c_n[: c.size(0)].copy_(c)
         else:
-            h_n = h.clone()
-            if has_c:
-                c_n = c.clone()
+            h_n = h
+            c_n = c
         return [states, h_n, c_n, gates, cells]
 
     def backward_direction(
@@ -338,10 +336,10 @@ def recurrence(cell: ScriptCell) -> tuple[Callable[..., list[Tensor]], Callable[
             cells_block = rows_between(cells, begin, end)
             grad_states_block = rows_between(grad_states, begin, end)
             grad_gates = rows_between(scratch, 0, end - begin)
-            h_prev = previous(states, h_0, run, begin, end, starts[block], reverse)
+            h_prev = previous(states, h_0, run, begin, starts[block], length, reverse)
             c_prev = h_prev
             if has_c:
-                c_prev = previous(cells, c_0, run, begin, end, starts[block], reverse)
+                c_prev = previous(cells, c_0, run, begin, starts[block], length, reverse)
             extra = factors(gates_block, states_block, h_prev, cells_block, c_prev, grad_gates)
             views = backward_views(
                 gates_block, extra, grad_gates, grad_states_block, hidden_size, sizes, batch
