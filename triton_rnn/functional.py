@@ -57,6 +57,18 @@ def refused(wanted: str) -> bool:
     return True
 
 
+def _route() -> str | None:
+    """The backend that is asked for here and now, or None where only torch.nn's forward will do."""
+    if torch.compiler.is_compiling():
+        # Before anything else: Dynamo would trace what follows, and cannot.
+        return None
+    wanted = dispatch.requested()
+    if _peek_functorch() is not None and wanted in ("auto", "reference") and _under_vmap():
+        # torch's kernels have no batching rule, the plain loops need none.
+        return "reference"
+    return None if refused(wanted) else wanted
+
+
 class Call(NamedTuple):
     """A well-formed call of a recurrent module, in the form that the layer op takes.
 
@@ -265,14 +277,8 @@ def stack(call: Call, backend: ModuleType, layers: int, drop: float) -> tuple[Te
 
 def forward(module: torch.nn.RNNBase, input: Any, hx: Any) -> tuple[Any, Any] | None:
     """What `module(input, hx)` returns; None if torch.nn's own forward is to be called instead."""
-    wanted = dispatch.requested()
-    if wanted == "auto" and torch.compiler.is_compiling():
-        # Before anything else: Dynamo would trace the checks.
-        return None
-    if wanted in ("auto", "reference") and _peek_functorch() is not None and _under_vmap():
-        # torch's kernels have no batching rule, the plain loops need none.
-        wanted = "reference"
-    elif refused(wanted):
+    wanted = _route()
+    if wanted is None:
         return None
     call = prepare(module, input, hx)
     if call is None:
@@ -350,8 +356,8 @@ def cell_forward(module: torch.nn.RNNCellBase, input: Any, hx: Any) -> tuple[Ten
 
     A single step is where torch's own cell is hard to beat, so `auto` does not even look.
     """
-    wanted = dispatch.requested()
-    if wanted in ("auto", "aten") or refused(wanted):
+    wanted = _route()
+    if wanted in (None, "auto", "aten"):
         return None
     call = prepare_cell(module, input, hx)
     if call is None:

@@ -10,7 +10,17 @@ from torch import Tensor
 from triton_rnn import reference
 from triton_rnn.request import Request
 
-_peek_functorch = torch._C._functorch.peek_interpreter_stack
+
+# vmap comes in two makes: torch.func's, and the older one behind `is_grads_batched=True`.
+_BATCHED = tuple(map(torch._C._parse_dispatch_key, ("FuncTorchBatched", "Batched")))
+
+
+def _is_batched(grad: Tensor | None) -> bool:
+    """Whether vmap is at work on a gradient."""
+    if grad is None:
+        return False
+    keys = torch._C._dispatch_keys(grad)
+    return any(keys.has(key) for key in _BATCHED)
 
 
 class LayerFunction(torch.autograd.Function):
@@ -49,7 +59,7 @@ class LayerFunction(torch.autograd.Function):
         needs = ctx.needs_input_grad[3:]
         count = len(needs) - 3 - len(ctx.biases)
         weights, saved = _merge(request, others[:count], ctx.biases), others[count:]
-        if torch.is_grad_enabled() or _peek_functorch() is not None:
+        if torch.is_grad_enabled() or any(map(_is_batched, grads)):
             found = _differentiable_backward(ctx, input, h_0, c_0, weights, grads)
             return None, None, None, *found
 
