@@ -140,7 +140,7 @@ def child_environment(pytestconfig: pytest.Config) -> dict[str, str]:
 
 @pytest.fixture(scope="session")
 def laboratory(pytestconfig: pytest.Config, report: Report) -> Iterator[Laboratory]:
-    yield Laboratory(pytestconfig, report)
+    return Laboratory(pytestconfig, report)
 
 
 # After pytest-benchmark's own table.

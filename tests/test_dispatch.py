@@ -53,7 +53,7 @@ def test_an_explicit_request_is_honoured(gru, name):
 def test_an_explicit_request_that_cannot_be_honoured_raises_with_the_reason(gru):
     with (
         triton_rnn.use_backend("triton"),
-        pytest.raises(triton_rnn.BackendError, match="'triton'.*Triton kernels are not part"),
+        pytest.raises(triton_rnn.BackendError, match=r"'triton'.*Triton kernels are not part"),
     ):
         gru(LONG)
     with (
@@ -198,7 +198,7 @@ def test_explain_of_malformed_input_says_so(gru):
 def test_explain_refuses_what_is_not_ours():
     with pytest.raises(TypeError, match="not a recurrent module"):
         triton_rnn.explain(torch.nn.Linear(3, 4), torch.zeros(3))
-    with pytest.raises(TypeError, match="triton_rnn.replace"):
+    with pytest.raises(TypeError, match=r"triton_rnn\.replace"):
         triton_rnn.explain(torch.nn.GRU(3, 4), LONG)
 
 

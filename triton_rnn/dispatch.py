@@ -16,9 +16,10 @@ from triton_rnn.request import Request
 # In the order in which `auto` asks them.
 BACKENDS = ("triton", "torchscript", "aten", "reference")
 
-# What our call costs beyond torch's (Python around the loops, an autograd node) is earned back step by
-# step, by what a step costs less. So few steps are left to torch: from how many on ours is faster, per
-# cell, with and without gradients. Measured on small sizes, where the call's cost is what counts.
+# What our call costs beyond torch's (Python around the loops, an autograd node) is earned back step
+# by step, by what a step costs less. So few steps are left to torch: from how many on ours is
+# faster, per cell, with and without gradients. Measured on small sizes, where the call's cost is
+# what counts.
 MIN_STEPS = {
     ("rnn_tanh", False): 16,
     ("rnn_tanh", True): 8,
@@ -61,8 +62,9 @@ class use_backend:  # noqa: N801 - used like a function, as torch.no_grad is
     >>> with triton_rnn.use_backend("torchscript"):
     ...     output, h_n = module(input)
 
-    The choice holds for the current thread or asyncio task, and ends with the block. It stands above
-    the environment variable ``TRITON_RNN_BACKEND``, which is read when the package is imported.
+    The choice holds for the current thread or asyncio task, and ends with the block. It stands
+    above the environment variable ``TRITON_RNN_BACKEND``, which is read when the package is
+    imported.
 
     Args:
         name: ``"auto"``, ``"triton"``, ``"torchscript"``, ``"aten"`` or ``"reference"``.

@@ -51,8 +51,7 @@ def explain(module: torch.nn.Module, input: Any, hx: Any = None) -> Explanation:
         TypeError: if the module is not one of this package (`triton_rnn.replace` makes it one).
         BackendError: if a backend was asked for by name and cannot run the call.
     """
-    recurrent = isinstance(module, torch.nn.RNNBase)
-    if not recurrent and not isinstance(module, torch.nn.RNNCellBase):
+    if not isinstance(module, (torch.nn.RNNBase, torch.nn.RNNCellBase)):
         raise TypeError(f"{type(module).__name__} is not a recurrent module")
     if not any(base.__module__ == "triton_rnn.modules" for base in type(module).__mro__):
         raise TypeError(
@@ -61,11 +60,15 @@ def explain(module: torch.nn.Module, input: Any, hx: Any = None) -> Explanation:
     wanted = dispatch.requested()
     if functional.refused(wanted):
         return _left_to_torch(f"{functional.obstacle()}: torch.nn's own forward answers the call")
-    prepare = functional.prepare if recurrent else functional.prepare_cell
-    call = prepare(module, input, hx)
+    if isinstance(module, torch.nn.RNNBase):
+        layers = module.num_layers
+        call = functional.prepare(module, input, hx)
+    else:
+        layers = 1
+        call = functional.prepare_cell(module, input, hx)
     if call is None:
         return _left_to_torch("malformed or out of the ordinary: torch.nn's own forward answers it")
-    if not recurrent and wanted == "auto":
+    if isinstance(module, torch.nn.RNNCellBase) and wanted == "auto":
         return _left_to_torch("auto leaves single steps to torch's own cells")
     choice = dispatch.choose(call.request, wanted)
     describe = getattr(dispatch.backend_module(choice.backend), "describe", None)
@@ -73,7 +76,7 @@ def explain(module: torch.nn.Module, input: Any, hx: Any = None) -> Explanation:
     if describe is not None:
         request = call.request
         rows = call.input.numel() // request.input_size
-        for number in range(module.num_layers if recurrent else 1):
+        for number in range(layers):
             if number == 1:
                 size = request.directions * request.output_size
                 request = request._replace(input_size=size)

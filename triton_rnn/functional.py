@@ -76,7 +76,8 @@ class Call(NamedTuple):
         request: the first layer's.
         input: (T, N, I) or, packed, (sum of lengths, I).
         batch_sizes: rows of every step of a packed batch, empty for a padded one.
-        h_0: (L * D, N, H_out), or None for zeros. c_0: (L * D, N, H), or None for zeros or no cell state.
+        h_0: (L * D, N, H_out), or None for zeros.
+        c_0: (L * D, N, H), or None for zeros or where the cell has none.
         weights: of all layers and directions, in torch's order.
     """
 
@@ -103,7 +104,7 @@ def _weight_shapes(
     shapes: list[tuple[int, ...]] = []
     for number in range(layers):
         size = input_size if number == 0 else directions * output_size
-        one = [(gate_rows, size), (gate_rows, output_size)]
+        one: list[tuple[int, ...]] = [(gate_rows, size), (gate_rows, output_size)]
         if bias:
             one += [(gate_rows,), (gate_rows,)]
         if proj_size:
@@ -118,7 +119,8 @@ def _weights(module: torch.nn.RNNBase) -> list[Tensor] | None:
     for name in module._flat_weights_names:
         weight = module._parameters.get(name)
         if weight is None:
-            # Parametrized, pruned or replicated weights are attributes of another kind, or are gone.
+            # Parametrized, pruned or replicated weights are attributes of another kind, or are
+            # gone.
             weight = getattr(module, name, None)
             if weight is None:
                 return None
@@ -316,7 +318,7 @@ def prepare_cell(module: torch.nn.RNNCellBase, input: Any, hx: Any) -> Call | No
         return None
     data = input.view(1, -1, module.input_size) if input.dim() == 1 else input.unsqueeze(0)
     names = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")[: 4 if module.bias else 2]
-    weights = [getattr(module, name, None) for name in names]
+    weights: list[Any] = [getattr(module, name, None) for name in names]
     shapes = _weight_shapes(
         cell.gates * hidden_size, module.input_size, hidden_size, 0, 1, 1, bool(module.bias)
     )

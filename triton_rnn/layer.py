@@ -10,9 +10,8 @@ from torch import Tensor
 from triton_rnn import reference
 from triton_rnn.request import Request
 
-
 # vmap comes in two makes: torch.func's, and the older one behind `is_grads_batched=True`.
-_BATCHED = tuple(map(torch._C._parse_dispatch_key, ("FuncTorchBatched", "Batched")))
+_BATCHED = [torch._C._parse_dispatch_key(name) for name in ("FuncTorchBatched", "Batched")]
 
 
 def _is_batched(grad: Tensor | None) -> bool:
@@ -20,7 +19,7 @@ def _is_batched(grad: Tensor | None) -> bool:
     if grad is None:
         return False
     keys = torch._C._dispatch_keys(grad)
-    return any(keys.has(key) for key in _BATCHED)
+    return any(key is not None and keys.has(key) for key in _BATCHED)
 
 
 class LayerFunction(torch.autograd.Function):
@@ -45,8 +44,8 @@ class LayerFunction(torch.autograd.Function):
         results, saved = backend.forward(request, rows, batch_sizes, h_0, c_0, weights)
         ctx.set_materialize_grads(False)
         ctx.backend, ctx.request, ctx.batch_sizes = backend, request, batch_sizes
-        # Only the second derivative reads a bias, so as with torch.nn it may change in place; should
-        # it be read after all, its version tells.
+        # Only the second derivative reads a bias, so as with torch.nn it may change in place;
+        # should it be read after all, its version tells.
         ctx.biases = [(weight, weight._version) for weight in weights if weight.dim() == 1]
         matrices = [weight for weight in weights if weight.dim() > 1]
         ctx.save_for_backward(input, h_0, c_0, *matrices, *saved)
@@ -117,21 +116,20 @@ def _differentiable_backward(
     create_graph = torch.is_grad_enabled()
     needs = ctx.needs_input_grad[3:]
     with torch.enable_grad():
-        # Aliases: where one argument is a function of another, or the same tensor twice, the gradient
-        # of each is wanted by itself, not by way of the other.
-        arguments = [
-            None if argument is None else argument.view_as(argument)
-            for argument in (input, h_0, c_0, *weights)
-        ]
-        own_input, own_h_0, own_c_0, *own_weights = arguments
+        # Aliases: where one argument is a function of another, or the same tensor twice, the
+        # gradient of each is wanted by itself, not by way of the other.
+        own_input, own_h_0 = input.view_as(input), h_0.view_as(h_0)
+        own_c_0 = None if c_0 is None else c_0.view_as(c_0)
+        own_weights = [weight.view_as(weight) for weight in weights]
         results = _reference(ctx.request, ctx.batch_sizes, own_input, own_h_0, own_c_0, own_weights)
+    arguments = (own_input, own_h_0, own_c_0, *own_weights)
     pairs = [
         (result, grad) for result, grad in zip(results, grads, strict=True) if grad is not None
     ]
     found = iter(
         torch.autograd.grad(
             [result for result, _ in pairs],
-            [argument for argument, need in zip(arguments, needs, strict=True) if need],
+            [a for a, need in zip(arguments, needs, strict=True) if need and a is not None],
             [grad for _, grad in pairs],
             create_graph=create_graph,
             allow_unused=True,

@@ -1,8 +1,8 @@
-"""The modules: torch.nn's, with a forward of ours. They hold no arithmetic and no state of their own.
+"""The modules: torch.nn's, with a forward of ours. They hold no arithmetic and no state.
 
-Everything but `forward` is inherited, so construction, state_dict, repr and errors are torch's. Where
-`triton_rnn.functional` returns None, torch.nn's own forward is called: for input that is malformed, so
-that the error is torch's, and for calls that only torch.nn can serve.
+Everything but `forward` is inherited, so construction, state_dict, repr and errors are torch's.
+Where `triton_rnn.functional` returns None, torch.nn's own forward is called: for input that is
+malformed, so that the error is torch's, and for calls that only torch.nn can serve.
 """
 
 from typing import Any
@@ -20,7 +20,7 @@ def _torch_twin(module: torch.nn.Module, ours: type, theirs: type) -> torch.nn.M
     """
     if type(module) is not ours:
         return module
-    twin = theirs.__new__(theirs)
+    twin: torch.nn.Module = object.__new__(theirs)
     twin.__dict__.update(module.__dict__)
     return twin
 

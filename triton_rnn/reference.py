@@ -5,6 +5,7 @@ differentiated any number of times; the second derivative of every backend comes
 """
 
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,20 +14,27 @@ from torch.nn.functional import linear
 from triton_rnn.cells import Cell
 
 State = tuple[Tensor, ...]
-Weights = Sequence[Tensor | None]
 
 
-def _split(weights: Weights, cell: Cell) -> tuple[Tensor | None, ...]:
-    """weight_ih, weight_hh, bias_ih, bias_hh, weight_hr; None for what the layer does not have."""
+class Weights(NamedTuple):
+    """The weights of one direction; None for what the layer does not have."""
+
+    weight_ih: Tensor
+    weight_hh: Tensor
+    bias_ih: Tensor | None
+    bias_hh: Tensor | None
+    weight_hr: Tensor | None
+
+
+def _split(weights: Sequence[Tensor], cell: Cell) -> Weights:
     weight_ih, weight_hh, *rest = weights
     weight_hr = rest.pop() if cell.projected else None
     bias_ih, bias_hh = rest if rest else (None, None)
-    return weight_ih, weight_hh, bias_ih, bias_hh, weight_hr
+    return Weights(weight_ih, weight_hh, bias_ih, bias_hh, weight_hr)
 
 
 def rnn_step(input_preact: Tensor, state: State, weights: Weights, activation: Callable) -> State:
-    _, weight_hh, _, bias_hh, _ = weights
-    return (activation(input_preact + linear(state[0], weight_hh, bias_hh)),)
+    return (activation(input_preact + linear(state[0], weights.weight_hh, weights.bias_hh)),)
 
 
 def rnn_tanh_step(input_preact: Tensor, state: State, weights: Weights) -> State:
@@ -41,10 +49,9 @@ def rnn_relu_step(input_preact: Tensor, state: State, weights: Weights) -> State
 
 def gru_step(input_preact: Tensor, state: State, weights: Weights) -> State:
     """r, z = sigmoid(..); n = tanh(W_in x + b_in + r (W_hn h + b_hn)); h = (1 - z) n + z h."""
-    _, weight_hh, _, bias_hh, _ = weights
     (h,) = state
     input_r, input_z, input_n = input_preact.chunk(3, -1)
-    hidden_r, hidden_z, hidden_n = linear(h, weight_hh, bias_hh).chunk(3, -1)
+    hidden_r, hidden_z, hidden_n = linear(h, weights.weight_hh, weights.bias_hh).chunk(3, -1)
     r = torch.sigmoid(input_r + hidden_r)
     z = torch.sigmoid(input_z + hidden_z)
     n = torch.tanh(input_n + r * hidden_n)
@@ -52,13 +59,12 @@ def gru_step(input_preact: Tensor, state: State, weights: Weights) -> State:
 
 
 def lstm_step(input_preact: Tensor, state: State, weights: Weights) -> State:
-    """i, f, o = sigmoid(..); g = tanh(..); c = f c + i g; h = o tanh(c), times W_hr if projected."""
-    _, weight_hh, _, bias_hh, weight_hr = weights
+    """i, f, o = sigmoid(..); g = tanh(..); c = f c + i g; h = o tanh(c), projected by W_hr."""
     h, c = state
-    i, f, g, o = (input_preact + linear(h, weight_hh, bias_hh)).chunk(4, -1)
+    i, f, g, o = (input_preact + linear(h, weights.weight_hh, weights.bias_hh)).chunk(4, -1)
     c = torch.sigmoid(f) * c + torch.sigmoid(i) * torch.tanh(g)
     h = torch.sigmoid(o) * torch.tanh(c)
-    return (h if weight_hr is None else linear(h, weight_hr), c)
+    return (h if weights.weight_hr is None else linear(h, weights.weight_hr), c)
 
 
 STEPS: dict[str, Callable[[Tensor, State, Weights], State]] = {
@@ -75,7 +81,7 @@ def _direction(
     rows: Tensor,
     batch_sizes: Sequence[int],
     state: State,
-    weights: Weights,
+    weights: Sequence[Tensor],
     reverse: bool,
 ) -> tuple[Tensor, State]:
     """One direction over rows (sum of batch sizes, I): its outputs and its final state.
@@ -85,7 +91,7 @@ def _direction(
     """
     step = STEPS[cell.name]
     split = _split(weights, cell)
-    preacts = linear(rows, split[0], split[2]).split(list(batch_sizes))
+    preacts = linear(rows, split.weight_ih, split.bias_ih).split(list(batch_sizes))
     outputs: list[Tensor] = [rows] * len(batch_sizes)
     order = range(len(batch_sizes))
     for t in reversed(order) if reverse else order:
@@ -102,7 +108,7 @@ def layer(
     batch_sizes: Sequence[int],
     h_0: Tensor,
     c_0: Tensor | None,
-    weights: Weights,
+    weights: Sequence[Tensor],
 ) -> tuple[Tensor, ...]:
     """One layer, all its directions, the whole sequence.
 

@@ -1,7 +1,7 @@
 """Swap the recurrent modules inside a model, there and back.
 
-Our modules add no state to torch.nn's, so a swap is a change of class: the object stays, and with it
-its parameters, buffers, hooks, mode, device and whatever else holds a reference to it.
+Our modules add no state to torch.nn's, so a swap is a change of class: the object stays, and
+with it its parameters, buffers, hooks, mode, device and whatever else holds a reference to it.
 """
 
 import functools
@@ -27,7 +27,7 @@ _THEIRS = {ours: theirs for theirs, ours in _OURS.items()}
 
 
 class _Combined:
-    """Marks a class made here of a user's subclass and one of our modules, and pickles it as such."""
+    """Marks a class made here of a user's subclass and one of our modules; pickles it as such."""
 
     _parts: tuple[type, type]
 
@@ -36,8 +36,7 @@ class _Combined:
 
 
 def _rebuild(user: type, ours: type) -> object:
-    combined = _combine(user, ours)
-    return combined.__new__(combined)
+    return object.__new__(_combine(user, ours))
 
 
 @functools.cache

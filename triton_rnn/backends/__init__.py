@@ -1,0 +1,1 @@
+"""The backends: each a module that says what it supports, and does it."""

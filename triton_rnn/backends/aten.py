@@ -1,21 +1,22 @@
 """torch's own kernels: cuDNN, oneDNN, ATen.
 
-torch runs a whole stack of layers in one call, so this backend is a `stack`, not a layer: it makes the
-call that torch.nn's forward makes, after our checks in place of torch.nn's.
+torch runs a whole stack of layers in one call, so this backend is a `stack`, not a layer: it makes
+the call that torch.nn's forward makes, after our checks in place of torch.nn's.
 """
 
+from collections.abc import Callable
 from types import ModuleType
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor, _VF
+from torch import _VF, Tensor
 
 from triton_rnn.request import Request
 
 if TYPE_CHECKING:
     from triton_rnn.functional import Call
 
-_FUNCTIONS = {
+_FUNCTIONS: dict[str, Callable[..., tuple[Tensor, ...]]] = {
     "rnn_tanh": _VF.rnn_tanh,
     "rnn_relu": _VF.rnn_relu,
     "gru": _VF.gru,
@@ -41,7 +42,8 @@ def stack(call: "Call", backend: ModuleType, layers: int, drop: float) -> tuple[
                 c_0 = x.new_zeros((layers * directions, request.batch, request.hidden_size))
     hx = h_0 if c_0 is None else (h_0, c_0)
     function = _FUNCTIONS[request.cell.name]
-    # cuDNN keeps what a backward needs only when told to train; without dropout, eval differs in nothing.
+    # cuDNN keeps what a backward needs only when told to train; without dropout, eval differs in
+    # nothing.
     train = request.needs_grad or drop > 0
     options = (request.biased, layers, drop, train, directions == 2)
     if request.packed:

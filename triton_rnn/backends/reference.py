@@ -1,4 +1,4 @@
-"""The plain loops of `triton_rnn.reference` as a backend: any device, any dtype, differentiable as is."""
+"""The plain loops of `triton_rnn.reference` as a backend: any device, any dtype."""
 
 from triton_rnn.request import Request
 

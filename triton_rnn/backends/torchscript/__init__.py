@@ -1,8 +1,8 @@
 """The CPU backend: TorchScript loops with a hand-written backward.
 
-The only folder of the package that names `torch.jit`. TorchScript is deprecated: it still compiles and
-runs, with a warning that is silenced here, where it arises. Where it refuses (PYTORCH_JIT=0, a torch to
-come) the very same functions run as plain Python: slower, with the same numbers.
+The only folder of the package that names `torch.jit`. TorchScript is deprecated: it still compiles
+and runs, with a warning that is silenced here, where it arises. Where it refuses (PYTORCH_JIT=0, a
+torch to come) the very same functions run as plain Python: slower, with the same numbers.
 
 Nothing is compiled on import; a cell is compiled when it is first called.
 """
@@ -28,8 +28,8 @@ from triton_rnn.request import Request
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 _compiling = threading.Lock()
 
-# Below autograd's dispatch keys a small operation costs a third less. The context manager is private
-# to torch, so its absence is survived.
+# Below autograd's dispatch keys a small operation costs a third less. The context manager is
+# private to torch, so its absence is survived.
 _below_autograd: Callable[[], Any] = getattr(
     torch._C, "_AutoDispatchBelowADInplaceOrView", contextlib.nullcontext
 )

@@ -1,18 +1,18 @@
 """The arithmetic of every cell, forward and backward, as functions that TorchScript compiles.
 
-The recurrence (`recurrence.py`) is written once and calls these through a `ScriptCell`. For every row
-(one batch row at one step) a cell keeps `width` numbers in `gates`:
+The recurrence (`recurrence.py`) is written once and calls these through a `ScriptCell`. For every
+row (one batch row at one step) a cell keeps `width` numbers in `gates`:
 
     rnn   [a]            width H      the preactivation; the state itself is what the backward needs
     gru   [m r z n]      width 4H     m = W_hn h + b_hn, the part that the reset gate multiplies
     lstm  [i f g o]      width 4H
 
-The input's projection fills the last G * H columns, the recurrent product is added to the first G * H;
-GRU's row starts with m so that both are one contiguous range and one matrix product.
+The input's projection fills the last G * H columns, the recurrent product is added to the first G *
+H; GRU's row starts with m so that both are one contiguous range and one matrix product.
 
 The backward of a cell splits into `factors`, all that does not depend on the incoming gradients and
-is computed for a block of steps at once, and `backward_step`, the few operations that must be done one
-step after the other. With dh, dc the gradients that reach h_t, c_t:
+is computed for a block of steps at once, and `backward_step`, the few operations that must be done
+one step after the other. With dh, dc the gradients that reach h_t, c_t:
 
     rnn   da = dh (1 - h^2)                       [relu: dh (h > 0)]
     gru   dn = dh (1-z)(1-n^2)   dm = dn r   dr = dn m r(1-r)   dz = dh (h_prev - n) z(1-z)
@@ -21,9 +21,10 @@ step after the other. With dh, dc the gradients that reach h_t, c_t:
           df = dc c_prev f(1-f)   dc_prev = dc f
     projected lstm: h = W_hr m, so dm = dh W_hr stands where dh stands for the lstm
 
-Shapes: h (n, H_out), c (n, H), a block of `gates` (rows, width); n is the batch at one step. `views`
-holds one list per quantity, each with one tensor per step. Forward: views[0][t] is where step t writes
-h, views[1][t] where it writes c, the rest is the cell's own; `gates` is `h` for a cell of one gate.
+Shapes: h (n, H_out), c (n, H), a block of `gates` (rows, width); n is the batch at one step.
+`views` holds one list per quantity, each with one tensor per step. Forward: views[0][t] is where
+step t writes h, views[1][t] where it writes c, the rest is the cell's own; `gates` is `h` for a
+cell of one gate.
 Backward: views[0][t] receives the gradient of the columns of the recurrent product; `addend` is the
 gradient that reaches h_prev from elsewhere, it may be overwritten.
 """
@@ -64,11 +65,12 @@ class ScriptCell:
 def steps(rows: Tensor, batch_sizes: list[int], batch: int) -> list[Tensor]:
     """Cut rows (sum of batch sizes, width) into one view per time step.
 
-    An empty `batch_sizes` means that every step has `batch` rows, at least one.
+    An empty `batch_sizes` means that every step has `batch` rows, at least one. (What is a tuple
+    in Python is a list in TorchScript.)
     """
     if len(batch_sizes) > 0:
-        return torch.split_with_sizes(rows, batch_sizes)
-    return rows.view(-1, batch, rows.size(1)).unbind(0)
+        return torch.split_with_sizes(rows, batch_sizes)  # type: ignore[return-value]
+    return rows.view(-1, batch, rows.size(1)).unbind(0)  # type: ignore[return-value]
 
 
 def columns(rows: Tensor, begin: int, end: int, batch_sizes: list[int], batch: int) -> list[Tensor]:
@@ -80,8 +82,10 @@ def steps_by_gate(rows: Tensor, gates: int, batch_sizes: list[int], batch: int) 
     """`steps` of rows (.., gates * H) as (n, gates, H)."""
     hidden_size = rows.size(1) // gates
     if len(batch_sizes) > 0:
-        return torch.split_with_sizes(rows.unflatten(1, [gates, hidden_size]), batch_sizes)
-    return rows.unflatten(1, [gates, hidden_size]).unflatten(0, [-1, batch]).unbind(0)
+        by_gate = rows.unflatten(1, [gates, hidden_size])
+        return torch.split_with_sizes(by_gate, batch_sizes)  # type: ignore[return-value]
+    by_step = rows.unflatten(1, [gates, hidden_size]).unflatten(0, [-1, batch])
+    return list(by_step.unbind(0))
 
 
 def keep_order(rows: Tensor, hidden_size: int) -> Tensor:

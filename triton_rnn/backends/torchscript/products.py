@@ -2,10 +2,12 @@
 
 torch sends every float32 `mm` to its BLAS. Where that is MKL on a processor that is not Intel's, it
 runs at half the speed of oneDNN or less, which the same wheel holds and uses for its own LSTM. The
-operator used here is the one that torch's compiler (Inductor) emits for a linear layer; where a build
-lacks it, `HAS_ONEDNN_LINEAR` is False and BLAS does all. `rules.py` says which of the two a call takes.
+operator used here is the one that torch's compiler (Inductor) emits for a linear layer; where a
+build lacks it, `HAS_ONEDNN_LINEAR` is False and BLAS does all. `rules.py` says which of the two a
+call takes.
 
-A weight is handed over in the orientation that its product wants: (K, P) for BLAS, (P, K) for oneDNN.
+A weight is handed over in the orientation that its product wants: (K, P) for BLAS, (P, K) for
+oneDNN.
 """
 
 import torch
@@ -35,7 +37,7 @@ else:
 
 
 def add_product_(addend: Tensor, left: Tensor, weight: Tensor, onednn: bool) -> Tensor:
-    """addend (M, P) plus left (M, K) times weight, as far as the product can in the addend (BLAS)."""
+    """addend (M, P) plus left (M, K) times weight; BLAS writes it into the addend."""
     if onednn:
         return onednn_linear_add(left, weight, addend)
     return addend.addmm_(left, weight)

@@ -1,19 +1,20 @@
 """One direction of a layer over a whole sequence, forward and backward, once for every cell.
 
-`recurrence(cell)` closes these loops over a cell's functions; TorchScript compiles the closures. Rows
-are time-major and dense: padded input is (T * N, I), packed input (sum of lengths, I) with
+`recurrence(cell)` closes these loops over a cell's functions; TorchScript compiles the closures.
+Rows are time-major and dense: padded input is (T * N, I), packed input (sum of lengths, I) with
 `batch_sizes`; an empty `batch_sizes` means `batch` rows at every step.
 
 A packed batch changes its size from step to step. Forward in time it shrinks, backward in time it
 grows, and the gradients travel the other way round: `resize` is the one place for all four.
 
-Steps are done in blocks of about `block_rows` rows. What can be computed for many steps at once (the
-projection; backward, the factors before and the weights' gradients after the steps) is computed for
-one block, so that it is in the cache when the steps come to it, and so that the gates of a forward
-without gradients and the gradients of the gates take the room of one block, not of all steps.
+Steps are done in blocks of about `block_rows` rows. What can be computed for many steps at once
+(the projection; backward, the factors before and the weights' gradients after the steps) is
+computed for one block, so that it is in the cache when the steps come to it, and so that the gates
+of a forward without gradients and the gradients of the gates take the room of one block, not of all
+steps.
 
 Buffers of one direction, all made here and none the caller's:
-    gates (rows, width)       written by projection and steps; saved for the backward if the cell needs it
+    gates (rows, width)       written by projection and steps; saved if the backward needs it
     states (rows, H_out)      h of every step; saved
     cells (rows, H)           c of every step (LSTM); saved
     grad_gates (block, width) backward: first the factors, then the gradients, in place
@@ -61,7 +62,7 @@ class Run(NamedTuple):
 
 
 def resize(state: Tensor, batch: int, initial: Tensor, final: Tensor) -> Tensor:
-    """Give state (n, H) `batch` rows: rows that leave go to `final`, rows that join come from `initial`."""
+    """Give state (n, H) `batch` rows: what leaves goes to `final`, what joins is from `initial`."""
     active = state.size(0)
     if batch < active:
         final[batch:active].copy_(state[batch:])
@@ -114,7 +115,7 @@ def rows_between(rows: Tensor, begin: int, end: int) -> Tensor:
 def previous(
     states: Tensor, initial: Tensor, run: Run, begin: int, start: int, length: int, reverse: bool
 ) -> Tensor:
-    """The states that a block of `length` steps came from; it starts at row `begin`, step `start`."""
+    """The states that `length` steps came from; the first is `start`, its first row `begin`."""
     if len(run.batch_sizes) == 0:
         batch = run.batch
         end = begin + length * batch

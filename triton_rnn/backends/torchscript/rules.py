@@ -34,7 +34,7 @@ def takes_onednn(dtype: torch.dtype, rows: int, inner: int, columns: int) -> boo
     return (
         dtype == torch.float32
         and 2.0 * rows * inner * columns >= ONEDNN_MIN_FLOPS
-        and torch.backends.mkldnn.enabled
+        and bool(torch.backends.mkldnn.enabled)
         and blas_is_slow_here()
     )
 
