@@ -160,6 +160,10 @@ def prepare(module: torch.nn.RNNBase, input: Any, hx: Any) -> Call | None:
         seq_len, batch = len(batch_sizes), max(batch_sizes, default=0)
         if seq_len and batch_sizes[-1] < 1:
             return None
+        if seq_len and batch_sizes[-1] == batch:
+            # Sequences of one length are as good as padded, and some kernels want it so.
+            data = data.reshape(seq_len, batch, shape[-1])
+            batch_sizes = []
     elif unbatched:
         data = data.unsqueeze(1)
         seq_len, batch = shape[0], 1
@@ -234,7 +238,7 @@ def prepare(module: torch.nn.RNNBase, input: Any, hx: Any) -> Call | None:
         output_size,
         directions,
         module.bias,
-        packed,
+        bool(batch_sizes),
         needs_grad and torch.is_grad_enabled(),
     )
     return Call(request, data, batch_sizes, h_0, c_0, weights)
@@ -291,11 +295,14 @@ def forward(module: torch.nn.RNNBase, input: Any, hx: Any) -> tuple[Any, Any] | 
     drop = module.dropout if module.training else 0.0
     run = getattr(backend, "stack", stack)
     output, *states = run(call, backend, module.num_layers, drop)
-    if request.packed:
+    if isinstance(input, PackedSequence):
         if input.unsorted_indices is not None:
             states = [state.index_select(1, input.unsorted_indices) for state in states]
         output = PackedSequence(
-            output, input.batch_sizes, input.sorted_indices, input.unsorted_indices
+            output.reshape(-1, output.size(-1)),
+            input.batch_sizes,
+            input.sorted_indices,
+            input.unsorted_indices,
         )
     elif input.dim() == 2:
         output = output.squeeze(1)

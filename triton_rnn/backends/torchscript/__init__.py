@@ -5,16 +5,18 @@ and runs, with a warning that is silenced here, where it arises. Where it refuse
 torch to come) the very same functions run as plain Python: slower, with the same numbers.
 
 Nothing is compiled on import; a cell is compiled when it is first called.
+
+The two directions of a layer run in turn. Two threads at once look better in a benchmark and are
+not: the second thread brings a second OpenMP team, and with more threads than cores OpenMP stops
+spinning, which slows every parallel operation of the process, torch.nn's too, about threefold.
 """
 
 import contextlib
 import functools
-import os
 import threading
 import time
 import warnings
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import torch
@@ -112,15 +114,13 @@ def describe(request: Request, rows: int) -> str:
     """How this backend would go about a request, in a line."""
     run = _run(request, rows, [])
     compiled = isinstance(_functions(request.cell.name)[0], torch.jit.ScriptFunction)
-    at_once = rules.directions_at_once(torch.get_num_threads())
-    directions = f"{request.directions} directions {'at once' if at_once else 'in turn'}"
     return ", ".join(
         (
             "compiled" if compiled else "plain Python",
             f"blocks of {min(run.block_rows, rows)} rows of {run.width} gates",
             f"projection by {'oneDNN' if run.onednn_input else 'BLAS'}",
             f"steps by {'oneDNN' if run.onednn_step else 'BLAS'}",
-            "1 direction" if request.directions == 1 else directions,
+            f"{request.directions} direction{'s in turn' if request.directions == 2 else ''}",
         )
     )
 
@@ -128,53 +128,6 @@ def describe(request: Request, rows: int) -> str:
 def _call(function: Callable[..., list[Tensor]], *args: Any) -> list[Tensor]:
     with _below_autograd(), torch.jit.optimized_execution(False):
         return function(*args)
-
-
-def _call_in_worker(function: Callable[..., list[Tensor]], *args: Any) -> list[Tensor]:
-    # Grad mode belongs to a thread.
-    with torch.no_grad():
-        return _call(function, *args)
-
-
-class _Worker:
-    """The thread that runs the second direction of a layer while the caller runs the first.
-
-    `torch.jit.fork` would do it with less ado, but its pool aborts the process ("terminate called
-    without an active exception") when the interpreter ends just after a fork.
-    """
-
-    def __init__(self) -> None:
-        self._forget()
-        if hasattr(os, "register_at_fork"):
-            # A forked process has no thread but the one that forked.
-            os.register_at_fork(after_in_child=self._forget)
-
-    def _forget(self) -> None:
-        self._lock = threading.Lock()
-        self._executor: ThreadPoolExecutor | None = None
-
-    def submit(self, function: Callable[..., list[Tensor]], *args: Any) -> Future[list[Tensor]]:
-        with self._lock:
-            if self._executor is None:
-                self._executor = ThreadPoolExecutor(1, thread_name_prefix="triton_rnn")
-            return self._executor.submit(_call_in_worker, function, *args)
-
-
-_worker = _Worker()
-
-
-def _both(
-    function: Callable[..., list[Tensor]], ahead: Sequence[Any], back: Sequence[Any]
-) -> tuple[list[Tensor], list[Tensor]]:
-    """Run a function for the forward direction and for the reverse one."""
-    if not rules.directions_at_once(torch.get_num_threads()):
-        return _call(function, *ahead), _call(function, *back)
-    future = _worker.submit(function, *back)
-    try:
-        first = _call(function, *ahead)
-    finally:
-        second = future.result()
-    return first, second
 
 
 def _shaped(states: Tensor, request: Request) -> Tensor:
@@ -218,11 +171,10 @@ def forward(
         return (output.clone() if run.keep else output, *finals), [states, *others[2:]]
     half = len(weights) // 2
     initial = (h_0, (h_0.new_empty(0),) * 2 if c_0 is None else c_0)
-    ahead, back = _both(
-        function,
-        (rows, *(state[0] for state in initial), list(weights[:half]), run, False),
-        (rows, *(state[1] for state in initial), list(weights[half:]), run, True),
-    )
+    h, c = (state[0] for state in initial)
+    ahead = _call(function, rows, h, c, list(weights[:half]), run, False)
+    h, c = (state[1] for state in initial)
+    back = _call(function, rows, h, c, list(weights[half:]), run, True)
     finals = [torch.stack(pair) for pair in zip(ahead[1:count], back[1:count], strict=True)]
     saved = [ahead[0], *ahead[3:], back[0], *back[3:]]
     output = torch.cat((_shaped(ahead[0], request), _shaped(back[0], request)), -1)
@@ -254,11 +206,12 @@ def backward(
     grad_c_n = empty if c_0 is None else grads[2]
     grad_output = grads[0].chunk(directions, 1)
     share = len(weights) // directions
-    calls = []
+    results: list[list[Tensor]] = []
     for d in range(directions):
         own = slice(d * share, (d + 1) * share)
-        calls.append(
-            (
+        results.append(
+            _call(
+                function,
                 rows,
                 h_0[d],
                 cell_state[d],
@@ -272,12 +225,8 @@ def backward(
                 d == 1,
             )
         )
-    if directions == 1:
-        results = [_call(function, *calls[0])]
-    else:
-        results = list(_both(function, *calls))
-        if needs[0]:
-            results[0][0].add_(results[1][0])
+    if directions == 2 and needs[0]:
+        results[0][0].add_(results[1][0])
     found: list[Tensor | None] = [results[0][0] if needs[0] else None]
     for k in (1, 2):
         parts = [result[k] for result in results]

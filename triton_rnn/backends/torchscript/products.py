@@ -6,18 +6,22 @@ operator used here is the one that torch's compiler (Inductor) emits for a linea
 build lacks it, `HAS_ONEDNN_LINEAR` is False and BLAS does all. `rules.py` says which of the two a
 call takes.
 
-A weight is handed over in the orientation that its product wants: (K, P) for BLAS, (P, K) for
-oneDNN.
+A step's weight is handed over in the orientation that its product wants: (K, P) for BLAS, (P, K)
+for oneDNN. `step_weight` makes it.
 """
 
 import torch
 from torch import Tensor
 
-HAS_ONEDNN_LINEAR = torch.backends.mkldnn.is_available() and hasattr(
-    torch.ops.mkldnn, "_linear_pointwise"
+HAS_ONEDNN_LINEAR = torch.backends.mkldnn.is_available() and all(
+    hasattr(torch.ops.mkldnn, name) for name in ("_linear_pointwise", "_reorder_linear_weight")
 )
 
 if HAS_ONEDNN_LINEAR:
+
+    def onednn_pack(weight: Tensor, batch: int) -> Tensor:
+        """Weight (P, K) in the layout that oneDNN likes best for `batch` rows; an opaque tensor."""
+        return torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), batch)
 
     def onednn_linear(left: Tensor, weight: Tensor) -> Tensor:
         """left (M, K) times the transpose of weight (P, K): (M, P)."""
@@ -29,11 +33,24 @@ if HAS_ONEDNN_LINEAR:
 
 else:
 
+    def onednn_pack(weight: Tensor, batch: int) -> Tensor:
+        return weight
+
     def onednn_linear(left: Tensor, weight: Tensor) -> Tensor:
         return torch.mm(left, weight.t())
 
     def onednn_linear_add(left: Tensor, weight: Tensor, addend: Tensor) -> Tensor:
         return torch.addmm(addend, left, weight.t())
+
+
+def step_weight(weight: Tensor, batch: int, onednn: bool, copy: bool) -> Tensor:
+    """Weight (P, K) as the products of many steps want it; `copy` where they are many enough.
+
+    BLAS gets the transpose, as a view or, better, contiguous.
+    """
+    if onednn:
+        return onednn_pack(weight, batch) if copy else weight
+    return weight.t().contiguous() if copy else weight.t()
 
 
 def add_product_(addend: Tensor, left: Tensor, weight: Tensor, onednn: bool) -> Tensor:

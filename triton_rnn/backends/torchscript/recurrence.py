@@ -32,6 +32,7 @@ from triton_rnn.backends.torchscript.products import (
     add_weight_gradient,
     input_gradient_into,
     project_into,
+    step_weight,
 )
 
 
@@ -46,7 +47,7 @@ class Run(NamedTuple):
         keep: whether a backward will follow.
         block_rows: rows to a block of steps.
         onednn_input, onednn_step: whether oneDNN does the large products, the product of a step.
-        copy_weight: whether BLAS gets W_hh^T as a contiguous copy, not as a view.
+        copy_weight: whether the steps are enough to lay W_hh out for them.
     """
 
     batch_sizes: list[int]
@@ -178,11 +179,8 @@ def recurrence(cell: ScriptCell) -> tuple[Callable[..., list[Tensor]], Callable[
         first = run.width - weight_ih.size(0)
         hidden_size = run.width // 4 if run.width > weight_hh.size(1) else run.width
 
-        weight = recurrent_order(weight_hh, hidden_size)
-        if not run.onednn_step:
-            weight = weight.t()
-            if run.copy_weight:
-                weight = weight.contiguous()
+        recurrent = recurrent_order(weight_hh, hidden_size)
+        weight = step_weight(recurrent, batch, run.onednn_step, run.copy_weight)
         if run.biased:
             bias = gate_bias(recurrent_order(weights[3], hidden_size), weights[2], run.width)
         else:
@@ -294,9 +292,8 @@ def recurrence(cell: ScriptCell) -> tuple[Callable[..., list[Tensor]], Callable[
         first = run.width - projected
         hidden_size = run.width // 4 if run.width > weight_hh.size(1) else run.width
 
-        weight = recurrent_order(weight_hh, hidden_size)
-        if run.onednn_step:
-            weight = weight.t()
+        recurrent = recurrent_order(weight_hh, hidden_size)
+        weight = step_weight(recurrent.t(), batch, run.onednn_step, run.copy_weight)
         has_hr = weight_hr.size(0) != projected and weight_hr.dim() == 2
         # A private copy, to which each step adds what comes from the step behind it.
         grad_states = grad_output.clone(memory_format=torch.contiguous_format)

@@ -1,4 +1,4 @@
-"""How a call is run on the CPU: block length, which matrix product, threads for two directions.
+"""How a call is run on the CPU: block length, which matrix product, which layout.
 
 Each rule is a function of sizes with its reason beside it; `bench/` measures them.
 """
@@ -14,9 +14,10 @@ from triton_rnn.backends.torchscript.products import HAS_ONEDNN_LINEAR
 BLOCK_BYTES = 1 << 20
 # Fewer rows than this make a slow matrix product.
 BLOCK_MIN_ROWS = 256
-# Where oneDNN's faster product has earned back its 12 us of overhead over BLAS.
-ONEDNN_MIN_FLOPS = 3e6
-# From here on a contiguous W_hh^T, read at every step, has earned back its copy.
+# Where oneDNN's faster product has earned back its 12 us of overhead over BLAS, at an inner
+# dimension of 256. The longer the inner dimension, the further BLAS falls behind: it pays sooner.
+ONEDNN_MIN_FLOPS = 4e6
+# From here on a W_hh laid out for the product, which every step reads, has earned back its copy.
 COPY_MIN_STEPS = 32
 
 
@@ -33,7 +34,7 @@ def takes_onednn(dtype: torch.dtype, rows: int, inner: int, columns: int) -> boo
     """Whether oneDNN is to do a product (rows, inner) @ (inner, columns)."""
     return (
         dtype == torch.float32
-        and 2.0 * rows * inner * columns >= ONEDNN_MIN_FLOPS
+        and 2.0 * rows * inner * columns * inner / 256 >= ONEDNN_MIN_FLOPS
         and bool(torch.backends.mkldnn.enabled)
         and blas_is_slow_here()
     )
@@ -45,7 +46,3 @@ def block_rows(width: int, itemsize: int) -> int:
 
 def copies_weight(seq_len: int) -> bool:
     return seq_len >= COPY_MIN_STEPS
-
-
-def directions_at_once(threads: int) -> bool:
-    return threads > 1
