@@ -27,10 +27,10 @@ MIN_STEPS = {
     ("rnn_relu", True): 8,
     ("gru", False): 14,
     ("gru", True): 4,
-    ("lstm", False): 6,
-    ("lstm", True): 3,
-    ("lstm_projected", False): 6,
-    ("lstm_projected", True): 3,
+    ("lstm", False): 16,
+    ("lstm", True): 5,
+    ("lstm_projected", False): 16,
+    ("lstm_projected", True): 5,
 }
 
 _requested: ContextVar[str | None] = ContextVar("triton_rnn_backend", default=None)

@@ -220,13 +220,12 @@ def backward(
                 grad_output[d],
                 grads[1][d],
                 grad_c_n[d],
+                results[0][0] if d == 1 else empty[0],
                 [needs[0], *needs[1:][own]],
                 run,
                 d == 1,
             )
         )
-    if directions == 2 and needs[0]:
-        results[0][0].add_(results[1][0])
     found: list[Tensor | None] = [results[0][0] if needs[0] else None]
     for k in (1, 2):
         parts = [result[k] for result in results]

@@ -84,9 +84,15 @@ def add_weight_gradient(total: Tensor, grad: Tensor, left: Tensor, onednn: bool)
     return total.addmm_(grad.t(), left)
 
 
-def input_gradient_into(out: Tensor, grad: Tensor, weight: Tensor, onednn: bool) -> None:
-    """Write grad (M, P) @ weight (P, K) into out (M, K)."""
+def input_gradient_into(out: Tensor, grad: Tensor, weight: Tensor, add: bool, onednn: bool) -> None:
+    """Write grad (M, P) @ weight (P, K) into out (M, K), or add it."""
     if onednn:
-        out.copy_(onednn_linear(grad, weight.t()))
+        product = onednn_linear(grad, weight.t())
+        if add:
+            out.add_(product)
+        else:
+            out.copy_(product)
+    elif add:
+        out.addmm_(grad, weight)
     else:
         torch.mm(grad, weight, out=out)

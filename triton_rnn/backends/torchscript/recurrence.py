@@ -18,7 +18,7 @@ Buffers of one direction, all made here and none the caller's:
     states (rows, H_out)      h of every step; saved
     cells (rows, H)           c of every step (LSTM); saved
     grad_gates (block, width) backward: first the factors, then the gradients, in place
-    grad_states (rows, H_out) backward: the gradient of the output, then of h
+    grad_states (block, H_out) backward: the gradient of the output, then of h
 """
 
 from collections.abc import Callable
@@ -271,6 +271,7 @@ def recurrence(cell: ScriptCell) -> tuple[Callable[..., list[Tensor]], Callable[
         grad_output: Tensor,
         grad_h_n: Tensor,
         grad_c_n: Tensor,
+        grad_x: Tensor,
         needs: list[bool],
         run: Run,
         reverse: bool,
@@ -278,6 +279,7 @@ def recurrence(cell: ScriptCell) -> tuple[Callable[..., list[Tensor]], Callable[
         """Gradients of x, h_0, c_0 and every weight; `needs` says which, of x and the weights.
 
         saved: states, gates, cells. A gradient that is not needed is an empty tensor.
+        grad_x: the other direction's, to be added to, or empty.
         """
         weight_ih = weights[0]
         weight_hh = weights[1]
@@ -295,29 +297,30 @@ def recurrence(cell: ScriptCell) -> tuple[Callable[..., list[Tensor]], Callable[
         recurrent = recurrent_order(weight_hh, hidden_size)
         weight = step_weight(recurrent.t(), batch, run.onednn_step, run.copy_weight)
         has_hr = weight_hr.size(0) != projected and weight_hr.dim() == 2
-        # A private copy, to which each step adds what comes from the step behind it.
-        grad_states = grad_output.clone(memory_format=torch.contiguous_format)
         grad_h_0 = torch.empty_like(h_0) if packed else h_0
         grad_c_0 = torch.empty_like(c_0) if packed else c_0
 
         starts = block_starts(run)
         offsets = row_offsets(run, starts)
         blocks = len(starts) - 1
-        grad_steps = steps(grad_states, run.batch_sizes, batch)
         now = 0 if reverse else run.seq_len - 1
         final = run.seq_len - 1 - now
         size = run.batch_sizes[now] if packed else batch
-        dh = grad_steps[now].add_(grad_h_n[:size] if packed else grad_h_n)
+        dh = grad_h_n
         dc = grad_c_n
-        if packed and has_c:
-            dc = grad_c_n[:size]
+        if packed:
+            dh = grad_h_n[:size]
+            if has_c:
+                dc = grad_c_n[:size]
 
         scratch_rows = 0
         for k in range(blocks):
             scratch_rows = max(scratch_rows, offsets[k + 1] - offsets[k])
         scratch = x.new_empty([scratch_rows, run.width])
         none = h_0[:0]
-        grad_x = torch.empty_like(x) if needs[0] else none
+        add_to_grad_x = grad_x.numel() > 0
+        if needs[0] and not add_to_grad_x:
+            grad_x = torch.empty_like(x)
         grad_weight_ih = none
         grad_weight_hh = none
         grad_weight_hr = none
@@ -332,7 +335,10 @@ def recurrence(cell: ScriptCell) -> tuple[Callable[..., list[Tensor]], Callable[
             states_block = rows_between(states, begin, end)
             gates_block = rows_between(gates, begin, end)
             cells_block = rows_between(cells, begin, end)
-            grad_states_block = rows_between(grad_states, begin, end)
+            # A private copy, to which each step adds what comes from the step before it.
+            grad_states = rows_between(grad_output, begin, end)
+            grad_states = grad_states.clone(memory_format=torch.contiguous_format)
+            grad_steps = steps(grad_states, sizes, batch)
             grad_gates = rows_between(scratch, 0, end - begin)
             h_prev = previous(states, h_0, run, begin, starts[block], length, reverse)
             c_prev = h_prev
@@ -340,28 +346,36 @@ def recurrence(cell: ScriptCell) -> tuple[Callable[..., list[Tensor]], Callable[
                 c_prev = previous(cells, c_0, run, begin, starts[block], length, reverse)
             extra = factors(gates_block, states_block, h_prev, cells_block, c_prev, grad_gates)
             views = backward_views(
-                gates_block, extra, grad_gates, grad_states_block, hidden_size, sizes, batch
+                gates_block, extra, grad_gates, grad_states, hidden_size, sizes, batch
             )
+            dh = grad_steps[0 if reverse else length - 1].add_(dh)
             for i in range(length):
                 t = i if reverse else length - 1 - i
-                now = starts[block] + t
-                then = now + 1 if reverse else now - 1
-                resized = now == final
-                if packed and not resized:
-                    resized = run.batch_sizes[then] != size
-                addend = torch.zeros_like(dh) if resized else grad_steps[then]
+                then = t + 1 if reverse else t - 1
+                leaves_block = i + 1 == length
+                resized = False
+                if packed and starts[block] + t != final:
+                    resized = run.batch_sizes[starts[block] + then] != size
+                if leaves_block or resized:
+                    addend = torch.zeros_like(dh)
+                else:
+                    addend = grad_steps[then]
                 dh, dc = backward_step(t, views, dh, dc, addend, weight, weight_hr, run.onednn_step)
-                if resized and now != final:
-                    size = run.batch_sizes[then]
-                    dh = grad_steps[then].add_(resize(dh, size, grad_h_n, grad_h_0))
+                if resized:
+                    size = run.batch_sizes[starts[block] + then]
+                    dh = resize(dh, size, grad_h_n, grad_h_0)
                     if has_c:
                         dc = resize(dc, size, grad_c_n, grad_c_0)
+                    if not leaves_block:
+                        dh = grad_steps[then].add_(dh)
             x_block = rows_between(x, begin, end)
             grad_projected = grad_gates[:, first:] if first > 0 else grad_gates
             grad_recurrent = grad_gates[:, :projected] if first > 0 else grad_gates
             if needs[0]:
                 grad_x_block = rows_between(grad_x, begin, end)
-                input_gradient_into(grad_x_block, grad_projected, weight_ih, run.onednn_input)
+                input_gradient_into(
+                    grad_x_block, grad_projected, weight_ih, add_to_grad_x, run.onednn_input
+                )
             if needs[1]:
                 grad_weight_ih = add_weight_gradient(
                     grad_weight_ih, grad_projected, x_block, run.onednn_input
@@ -375,9 +389,7 @@ def recurrence(cell: ScriptCell) -> tuple[Callable[..., list[Tensor]], Callable[
                 grad_bias = grad_bias.add_(sums) if grad_bias.numel() > 0 else sums
             if has_hr and needs[-1]:
                 before_hr = torch.tanh(cells_block).mul_(gates_block[:, 3 * hidden_size :])
-                grad_weight_hr = add_weight_gradient(
-                    grad_weight_hr, grad_states_block, before_hr, False
-                )
+                grad_weight_hr = add_weight_gradient(grad_weight_hr, grad_states, before_hr, False)
         if packed:
             grad_h_0[:size].copy_(dh)
             if has_c:
