@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 
 CELLS = ("rnn", "gru", "lstm")
-# Not part of the grid; asked for with --cell.
+# Not part of the grid; asked for with --cell.
 EXTRA_CELLS = ("rnn-relu",)
 
 GATES = {"rnn": 1, "rnn-relu": 1, "gru": 3, "lstm": 4}

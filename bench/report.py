@@ -33,7 +33,7 @@ COLUMNS = (
 
 @dataclass(frozen=True)
 class Target:
-    """What the issue asks of a group of cases, over the whole grid, on two cores."""
+    """What is asked of a group of cases, over the whole grid, on two cores."""
 
     group: str
     mean: float | None

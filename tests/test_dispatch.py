@@ -211,3 +211,13 @@ def test_cells_run_on_the_backend_that_is_asked_for():
                     found = cell(input)
                     assert _backend(cell, input) == name
                 torch.testing.assert_close(found, expected)
+
+
+# torch says this whenever the flags are set, whatever they are set to.
+@pytest.mark.filterwarnings("ignore:TF32 acceleration on top of oneDNN:UserWarning")
+def test_the_onednn_switch_takes_effect_between_calls():
+    lstm = triton_rnn.LSTM(3, 4)
+    assert _backend(lstm, LONG) == "aten"
+    with torch.backends.mkldnn.flags(enabled=False):
+        assert _backend(lstm, LONG) == "torchscript"
+    assert _backend(lstm, LONG) == "aten"

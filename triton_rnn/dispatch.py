@@ -11,6 +11,7 @@ from typing import Any, NamedTuple, TypeVar
 
 import torch
 
+from triton_rnn.cells import RNN_TANH
 from triton_rnn.request import Request
 
 # In the order in which `auto` asks them.
@@ -119,20 +120,17 @@ def unavailable(name: str) -> str | None:
     device = "cuda" if name == "triton" else "cpu"
     if device == "cuda" and not torch.cuda.is_available():
         return "no CUDA or ROCm device is at hand"
-    from triton_rnn.cells import RNN_TANH
-
     request = Request(RNN_TANH, device, torch.float32, 1, 1, 1, 1, 1, 1, True, False, False)
     return backend_module(name).supports(request)
 
 
-def _slower_than_torch(request: Request) -> str | None:
+def _slower_than_torch(request: Request, onednn: bool) -> str | None:
     """Why `auto` leaves a request that TorchScript could serve to torch's own kernels."""
     if (
         request.cell.name == "lstm"
         and request.dtype in (torch.float32, torch.bfloat16)
         and not request.packed
-        and torch.backends.mkldnn.is_available()
-        and torch.backends.mkldnn.enabled
+        and onednn
     ):
         return "torch runs this LSTM as one oneDNN primitive, which is faster"
     fewest = MIN_STEPS[request.cell.name, request.needs_grad]
@@ -141,13 +139,18 @@ def _slower_than_torch(request: Request) -> str | None:
     return None
 
 
-@functools.lru_cache(maxsize=4096)
 def choose(request: Request, wanted: str) -> Choice:
     """The backend for a request.
 
     Raises:
         BackendError: if `wanted` names a backend that cannot serve the request.
     """
+    # The switch is read at every call: it may be turned between two of them.
+    return _choose(request, wanted, bool(torch.backends.mkldnn.enabled))
+
+
+@functools.lru_cache(maxsize=4096)
+def _choose(request: Request, wanted: str, onednn_enabled: bool) -> Choice:
     check_name(wanted)
     if wanted != "auto":
         reason = backend_module(wanted).supports(request)
@@ -164,7 +167,8 @@ def choose(request: Request, wanted: str) -> Choice:
             continue
         reason = backend_module(name).supports(request)
         if reason is None and name == "torchscript":
-            reason = _slower_than_torch(request)
+            onednn = onednn_enabled and torch.backends.mkldnn.is_available()
+            reason = _slower_than_torch(request, onednn)
         if reason is None:
             taken = name
         else:

@@ -366,7 +366,7 @@ def cell_forward(module: torch.nn.RNNCellBase, input: Any, hx: Any) -> tuple[Ten
     A single step is where torch's own cell is hard to beat, so `auto` does not even look.
     """
     wanted = _route()
-    if wanted in (None, "auto", "aten"):
+    if wanted is None or wanted in ("auto", "aten"):
         return None
     call = prepare_cell(module, input, hx)
     if call is None:

@@ -81,7 +81,7 @@ def compile_check() -> tuple[bool, str]:
 
 
 @functools.lru_cache(maxsize=1024)
-def _plan(request: Request, rows: int) -> Run:
+def _plan(request: Request, rows: int, onednn: bool) -> Run:
     """All of `Run` but the batch sizes."""
     gate_rows = request.cell.gates * request.hidden_size
     width = request.hidden_size * (1 if request.cell.gates == 1 else 4)
@@ -96,14 +96,16 @@ def _plan(request: Request, rows: int) -> Run:
         biased=request.biased,
         keep=request.needs_grad,
         block_rows=block_rows,
-        onednn_input=rules.takes_onednn(request.dtype, block, request.input_size, gate_rows),
-        onednn_step=rules.takes_onednn(request.dtype, per_step, request.output_size, gate_rows),
+        onednn_input=onednn
+        and rules.takes_onednn(request.dtype, block, request.input_size, gate_rows),
+        onednn_step=onednn
+        and rules.takes_onednn(request.dtype, per_step, request.output_size, gate_rows),
         copy_weight=rules.copies_weight(request.seq_len),
     )
 
 
 def _run(request: Request, rows: int, batch_sizes: Sequence[int]) -> Run:
-    run = _plan(request, rows)
+    run = _plan(request, rows, bool(torch.backends.mkldnn.enabled))
     if request.batch == 0:
         # A packed batch may have steps without rows; a padded one is cut by its batch size.
         batch_sizes = [0] * request.seq_len

@@ -31,11 +31,10 @@ def blas_is_slow_here() -> bool:
 
 
 def takes_onednn(dtype: torch.dtype, rows: int, inner: int, columns: int) -> bool:
-    """Whether oneDNN is to do a product (rows, inner) @ (inner, columns)."""
+    """Whether oneDNN, if it is switched on, is to do a product (rows, inner) @ (inner, columns)."""
     return (
         dtype == torch.float32
         and 2.0 * rows * inner * columns * inner / 256 >= ONEDNN_MIN_FLOPS
-        and bool(torch.backends.mkldnn.enabled)
         and blas_is_slow_here()
     )
 
