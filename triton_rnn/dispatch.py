@@ -117,8 +117,8 @@ def backend_module(name: str) -> ModuleType:
 
 def unavailable(name: str) -> str | None:
     """Why a backend cannot run on this machine at all; None when it can."""
-    device = "cuda" if name == "triton" else "cpu"
-    if device == "cuda" and not torch.cuda.is_available():
+    device = torch.device("cuda" if name == "triton" else "cpu")
+    if device.type == "cuda" and not torch.cuda.is_available():
         return "no CUDA or ROCm device is at hand"
     request = Request(RNN_TANH, device, torch.float32, 1, 1, 1, 1, 1, 1, True, False, False)
     return backend_module(name).supports(request)

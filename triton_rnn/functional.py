@@ -229,7 +229,7 @@ def prepare(module: torch.nn.RNNBase, input: Any, hx: Any) -> Call | None:
 
     request = Request(
         cell,
-        device.type,
+        device,
         dtype,
         seq_len,
         batch,
@@ -343,7 +343,7 @@ def prepare_cell(module: torch.nn.RNNCellBase, input: Any, hx: Any) -> Call | No
     tensors = [data, *weights, *states]
     request = Request(
         cell,
-        data.device.type,
+        data.device,
         data.dtype,
         1,
         data.size(1),

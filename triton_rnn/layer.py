@@ -1,5 +1,6 @@
 """The layer op: one layer, all its directions, the whole sequence, differentiable."""
 
+import math
 from collections.abc import Sequence
 from types import ModuleType
 from typing import Any
@@ -40,8 +41,7 @@ class LayerFunction(torch.autograd.Function):
         c_0: Tensor | None,
         *weights: Tensor,
     ) -> tuple[Tensor, ...]:
-        rows = input.reshape(-1, request.input_size)
-        results, saved = backend.forward(request, rows, batch_sizes, h_0, c_0, weights)
+        results, saved = backend.forward(request, input, batch_sizes, h_0, c_0, weights)
         ctx.set_materialize_grads(False)
         ctx.backend, ctx.request, ctx.batch_sizes = backend, request, batch_sizes
         # Only the second derivative reads a bias, so as with torch.nn it may change in place;
@@ -62,16 +62,16 @@ class LayerFunction(torch.autograd.Function):
             found = _differentiable_backward(ctx, input, h_0, c_0, weights, grads)
             return None, None, None, *found
 
-        rows = input.reshape(-1, request.input_size)
+        rows = math.prod(input.shape[:-1])
         width = request.directions * request.output_size
-        shapes = ((rows.size(0), width), h_0.shape, h_0.shape if c_0 is None else c_0.shape)
+        shapes = ((rows, width), h_0.shape, h_0.shape if c_0 is None else c_0.shape)
         dense = [
-            rows.new_zeros(shape) if grad is None else grad.reshape(shape)
+            input.new_zeros(shape) if grad is None else grad.reshape(shape)
             for grad, shape in zip(grads, shapes, strict=False)
         ]
         needed = (needs[0], *needs[3:])
         grad_rows, grad_h_0, grad_c_0, *grad_weights = ctx.backend.backward(
-            request, rows, ctx.batch_sizes, h_0, c_0, weights, saved, dense, needed
+            request, input, ctx.batch_sizes, h_0, c_0, weights, saved, dense, needed
         )
         return (
             None,
@@ -176,5 +176,4 @@ def layer(
         return _reference(request, batch_sizes, input, h_0, c_0, weights)
     if request.needs_grad:
         return LayerFunction.apply(backend, request, batch_sizes, input, h_0, c_0, *weights)
-    rows = input.reshape(-1, request.input_size)
-    return backend.forward(request, rows, batch_sizes, h_0, c_0, weights)[0]
+    return backend.forward(request, input, batch_sizes, h_0, c_0, weights)[0]

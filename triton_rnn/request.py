@@ -12,7 +12,7 @@ class Request(NamedTuple):
 
     Attributes:
         cell: the cell.
-        device: device type, ``"cpu"`` or ``"cuda"``.
+        device: of input, states and weights.
         dtype: of input, states and weights.
         seq_len, batch: T, N (of a packed batch: the longest sequence, the number of sequences).
         input_size, hidden_size, output_size: I, H, H_out; H_out is H unless the cell is projected.
@@ -23,7 +23,7 @@ class Request(NamedTuple):
     """
 
     cell: Cell
-    device: str
+    device: torch.device
     dtype: torch.dtype
     seq_len: int
     batch: int

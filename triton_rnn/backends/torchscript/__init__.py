@@ -39,7 +39,7 @@ _below_autograd: Callable[[], Any] = getattr(
 
 def supports(request: Request) -> str | None:
     """Why this backend cannot serve a request; None when it can."""
-    if request.device != "cpu":
+    if request.device.type != "cpu":
         return f"TorchScript loops run on the CPU, the input is on {request.device}"
     if request.dtype not in _DTYPES:
         return f"dtype {request.dtype} is not one of float32, float64, bfloat16, float16"
@@ -141,7 +141,7 @@ def _shaped(states: Tensor, request: Request) -> Tensor:
 
 def forward(
     request: Request,
-    rows: Tensor,
+    input: Tensor,
     batch_sizes: Sequence[int],
     h_0: Tensor,
     c_0: Tensor | None,
@@ -150,7 +150,7 @@ def forward(
     """One layer, all its directions, the whole sequence.
 
     Args:
-        rows: (T * N, I) or, packed, (sum of lengths, I).
+        input: (T, N, I) or, packed, (sum of lengths, I).
         batch_sizes: rows of every step of a packed batch, empty for a padded one.
         h_0: (D, N, H_out). c_0: (D, N, H) or None.
         weights: weight_ih, weight_hh[, bias_ih, bias_hh][, weight_hr] of each direction in turn.
@@ -160,6 +160,7 @@ def forward(
         backward needs besides the arguments. Where a backward will follow no result is a view of
         another tensor: autograd would forbid to change it in place.
     """
+    rows = input.reshape(-1, request.input_size)
     run = _run(request, rows.size(0), batch_sizes)
     function = _functions(request.cell.name)[0]
     count = 1 + request.cell.states
@@ -185,7 +186,7 @@ def forward(
 
 def backward(
     request: Request,
-    rows: Tensor,
+    input: Tensor,
     batch_sizes: Sequence[int],
     h_0: Tensor,
     c_0: Tensor | None,
@@ -194,12 +195,16 @@ def backward(
     grads: Sequence[Tensor],
     needs: Sequence[bool],
 ) -> list[Tensor | None]:
-    """Gradients of rows, h_0, c_0 and every weight, by the gradients of forward's results.
+    """Gradients of the input, h_0, c_0 and every weight, by the gradients of forward's results.
 
     Args:
-        grads: of output, h_n[, c_n]; none of them is None.
-        needs: whether the gradient of rows and of each weight is wanted.
+        grads: of output (as rows), h_n[, c_n]; none of them is None.
+        needs: whether the gradient of the input and of each weight is wanted.
+
+    Returns:
+        grad_input with the input's rows one after the other, grad_h_0, grad_c_0, then each weight's.
     """
+    rows = input.reshape(-1, request.input_size)
     run = _run(request, rows.size(0), batch_sizes)
     function = _functions(request.cell.name)[1]
     directions = request.directions
