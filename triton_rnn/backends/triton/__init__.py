@@ -1,0 +1,130 @@
+"""The GPU backend: Triton kernels for the input's projection and the recurrence.
+
+`triton` is imported at the first call that this backend serves. Under Triton's interpreter
+(TRITON_INTERPRET=1) the kernels run on CPU tensors, very slowly; for that they must be asked for by
+name.
+"""
+
+import functools
+import importlib.util
+import os
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from triton_rnn.request import Request
+
+if TYPE_CHECKING:
+    from triton_rnn.backends.triton.layer import Packing
+
+_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+
+
+def _interpreter() -> bool:
+    return os.environ.get("TRITON_INTERPRET", "0") not in ("", "0", "false", "off")
+
+
+@functools.cache
+def _missing() -> str | None:
+    """Why Triton is not there at all, or None."""
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed"
+    return None
+
+
+def supports(request: Request) -> str | None:
+    """Why the kernels cannot serve a request; None when they can.
+
+    The first request of its kind on a device is tried out on small numbers (`check`).
+    """
+    device = request.device.type
+    if device == "cpu" and not _interpreter():
+        return "the Triton kernels run on a GPU, the input is on the CPU"
+    if device not in ("cpu", "cuda"):
+        return f"the Triton kernels run on CUDA and ROCm devices, the input is on {device}"
+    if request.dtype not in _DTYPES:
+        return f"dtype {request.dtype} is not one of float16, bfloat16, float32"
+    if device == "cpu" and request.dtype == torch.bfloat16:
+        return "Triton's interpreter computes wrong bfloat16 numbers"
+    if request.batch == 0:
+        return "the batch is empty"
+    reason = _missing()
+    if reason is not None:
+        return reason
+    from triton_rnn.backends.triton import check
+
+    return check.obstacle(request)
+
+
+def slower_than_torch(request: Request) -> str | None:
+    """Why `auto` leaves a request that the kernels could serve to others."""
+    if request.device.type == "cpu":
+        return "the interpreter is for tests"
+    from triton_rnn.backends.triton import rules
+
+    return rules.slower_than_torch(request)
+
+
+def describe(request: Request, rows: int) -> str:
+    """How the kernels would go about a request."""
+    from triton_rnn.backends.triton import launch
+
+    kernels = ("forward", "backward") if request.needs_grad else ("forward",)
+    return "; ".join(str(launch.plan_of(request, kernel)) for kernel in kernels)
+
+
+def forward(
+    request: Request,
+    input: Tensor,
+    batch_sizes: Sequence[int],
+    h_0: Tensor,
+    c_0: Tensor | None,
+    weights: Sequence[Tensor],
+) -> tuple[tuple[Tensor, ...], list[Tensor]]:
+    """One layer, all its directions, the whole sequence. Nothing waits for the device.
+
+    Args:
+        input: (T, N, I) or, packed, (sum of lengths, I), any strides.
+        batch_sizes: rows of every step of a packed batch, empty for a padded one.
+        h_0: (D, N, H_out). c_0: (D, N, H) or None.
+        weights: weight_ih, weight_hh[, bias_ih, bias_hh][, weight_hr] of each direction in turn.
+
+    Returns:
+        (output (T, N, D * H_out) or, packed, (sum of lengths, D * H_out), h_n[, c_n]), and what the
+        backward needs besides the arguments.
+
+    Raises:
+        RuntimeError: if a program of an earlier launch on the device waited in vain.
+    """
+    from triton_rnn.backends.triton import layer
+
+    return layer.forward(request, input, batch_sizes, h_0, c_0, weights)
+
+
+def backward(
+    request: Request,
+    input: Tensor,
+    batch_sizes: Sequence[int],
+    h_0: Tensor,
+    c_0: Tensor | None,
+    weights: Sequence[Tensor],
+    saved: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    needs: Sequence[bool],
+) -> list[Tensor | None]:
+    """Gradients of the input, h_0, c_0 and every weight, by the gradients of forward's results.
+
+    Args:
+        grads: of output (as rows), h_n[, c_n]; none of them is None.
+        needs: whether the gradient of the input and of each weight is wanted.
+
+    Returns:
+        grad_input with the input's rows one after the other, grad_h_0, grad_c_0, then each weight's.
+    """
+    from triton_rnn.backends.triton import layer
+
+    return layer.backward(
+        request, input, batch_sizes, h_0, c_0, weights, saved, grads, needs
+    )

@@ -1,0 +1,419 @@
+"""Launching the kernels: what each is compiled for, and what a device must hold for them."""
+
+import functools
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+
+from triton_rnn import health
+from triton_rnn.cells import Cell
+from triton_rnn.kernels.backward import recurrence_backward
+from triton_rnn.kernels.cells import KERNEL_CELLS, KernelCell
+from triton_rnn.kernels.forward import recurrence_forward
+from triton_rnn.kernels.plan import CHIPS, INTERPRETER, Chip, Plan, Shape, plan
+from triton_rnn.request import Request
+
+# A wait looks so often before it gives up: seconds, where a step takes microseconds.
+POLLS = 1 << 22
+
+interpreted = bool(triton.knobs.runtime.interpret)
+
+
+def kernel_cell(cell: Cell) -> KernelCell:
+    """The cell of the recurrence; a projected LSTM is a plain one with W_hh W_hr for W_hh."""
+    return KERNEL_CELLS["lstm" if cell.projected else cell.name]
+
+
+@functools.cache
+def chip_of(device: torch.device) -> Chip:
+    """The device as the planner sees it."""
+    if device.type == "cpu":
+        return INTERPRETER
+    properties = torch.cuda.get_device_properties(device)
+    limits = triton.runtime.driver.active.utils.get_device_properties(device.index or 0)
+    hip = torch.version.hip is not None
+    architecture: int | str = 10 * properties.major + properties.minor
+    if hip:
+        architecture = properties.gcnArchName.split(":")[0]
+    known = [c for c in CHIPS.values() if c.architecture == architecture]
+    return Chip(
+        properties.name,
+        "hip" if hip else "cuda",
+        architecture,
+        properties.multi_processor_count,
+        limits["max_shared_mem"],
+        known[0].matrix_mflops if known else CHIPS["A100"].matrix_mflops,
+    )
+
+
+def forced_variant() -> str | None:
+    """The variant that TRITON_RNN_VARIANT names, for tests and comparisons."""
+    return os.environ.get("TRITON_RNN_VARIANT") or None
+
+
+def plan_of(request: Request, kernel: str) -> Plan | None:
+    """The plan of a request's forward or backward; None if nothing fits the chip."""
+    shape = Shape(
+        kernel,
+        request.cell.gates,
+        request.hidden_size,
+        request.directions,
+        request.batch,
+        request.dtype.itemsize,
+    )
+    return plan(shape, chip_of(request.device), forced_variant())
+
+
+def precision(dtype: torch.dtype, backend: str) -> str:
+    """How products of float32 are made: as cuDNN's switch for recurrent layers says.
+
+    Without TF32 each product is three of them, which keeps 22 bits: on tensor cores there is no
+    other float32, and elsewhere W_hh would not stay on the chip.
+    """
+    if backend != "cuda" or dtype != torch.float32:
+        return "ieee"
+    return "tf32" if torch.backends.cudnn.rnn.fp32_precision == "tf32" else "tf32x3"
+
+
+def forward_constants(
+    cell: KernelCell, plan: Plan, hidden_size: int, directions: int, save: bool, biased: bool,
+    packed: bool, precision: str,
+) -> dict[str, Any]:  # fmt: skip
+    """What `recurrence_forward` is compiled for."""
+    return {
+        "CELL": cell.forward,
+        "GATES": cell.gates,
+        "WIDTH": cell.width if save else cell.gates,
+        "H": hidden_size,
+        "D": directions,
+        "AT_ONCE": plan.at_once,
+        "BLOCK_H": plan.block_h,
+        "BLOCK_N": plan.block_n,
+        "BLOCK_K": plan.block_k,
+        "EXCHANGE": plan.exchange,
+        "ON_CHIP": plan.on_chip,
+        "HAS_C": cell.has_c,
+        "HAS_BIAS": biased and cell.gates == 3,
+        "PACKED": packed,
+        "SAVE": save and cell.saves,
+        "PRECISION": precision,
+    }
+
+
+def backward_constants(
+    cell: KernelCell, plan: Plan, hidden_size: int, directions: int, packed: bool, precision: str
+) -> dict[str, Any]:
+    """What `recurrence_backward` is compiled for."""
+    return {
+        "FACTORS": cell.factors,
+        "CELL": cell.backward,
+        "GATES": cell.gates,
+        "WIDTH": cell.width,
+        "SAVED": cell.width if cell.saves else 0,
+        "H": hidden_size,
+        "D": directions,
+        "AT_ONCE": plan.at_once,
+        "BLOCK_H": plan.block_h,
+        "BLOCK_N": plan.block_n,
+        "BLOCK_K": plan.block_k,
+        "SPLITS": plan.splits,
+        "EXCHANGE": plan.exchange,
+        "ON_CHIP": plan.on_chip,
+        "HAS_C": cell.has_c,
+        "PACKED": packed,
+        "PRECISION": precision,
+    }
+
+
+def recurrence_options(plan: Plan) -> dict[str, Any]:
+    """Options of the compiler for a recurrence."""
+    options: dict[str, Any] = {"num_warps": plan.warps, "num_stages": 3}
+    if plan.exchange in ("flag", "barrier"):
+        options["launch_cooperative_grid"] = True
+    return options
+
+
+# The batch ---------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Packing:
+    """Where the rows of a packed batch lie, on the device.
+
+    Attributes:
+        batch_sizes: (T,) int32, rows of every step. offsets: (T,) int64, their first row.
+        earlier: (R - N,) int64: for every row after the first N, the one a step before it.
+        last: (N,) int64: the last row of every sequence.
+    """
+
+    batch_sizes: Tensor
+    offsets: Tensor
+    earlier: Tensor
+    last: Tensor
+
+
+# What a captured graph reads must never be freed; that of other calls is kept for the next ones.
+_captured: list[Packing] = []
+
+
+def packing_of(batch_sizes: Sequence[int], device: torch.device) -> Packing:
+    """The packing of a batch, from the last few that were asked for if it is among them."""
+    stream = 0 if device.type == "cpu" else torch.cuda.current_stream(device).cuda_stream
+    capturing = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+    before = _packing.cache_info().misses
+    packing = _packing(tuple(batch_sizes), device, 0 if capturing else stream)
+    if capturing:
+        if _packing.cache_info().misses > before:
+            _packing.cache_clear()
+            raise RuntimeError(
+                "a packed batch is captured in a CUDA graph that was not run before: run the "
+                "module on it once outside the graph"
+            )
+        _captured.append(packing)
+    return packing
+
+
+@functools.lru_cache(maxsize=32)
+def _packing(batch_sizes: tuple[int, ...], device: torch.device, stream: int) -> Packing:
+    sizes = torch.tensor(batch_sizes)
+    offsets = sizes.cumsum(0) - sizes
+    batch, rows = batch_sizes[0], sum(batch_sizes)
+    earlier = torch.arange(batch, rows) - sizes[:-1].repeat_interleave(sizes[1:])
+    lengths = (sizes.unsqueeze(1) > torch.arange(batch)).sum(0)
+    last = offsets[lengths - 1] + torch.arange(batch)
+    tensors = (sizes.int(), offsets, earlier, last)
+    if device.type == "cuda":
+        # From pinned memory the copy does not wait for what the device is busy with.
+        tensors = tuple(t.pin_memory().to(device, non_blocking=True) for t in tensors)
+    return Packing(*tensors)
+
+
+# Failed waits -------------------------------------------------------------------------------------
+
+_KERNELS = ("forward", "backward")
+
+
+@functools.cache
+def _error_words(device: torch.device) -> Tensor:
+    """(2,) int64: the first step + 1 at which a wait of each kernel ran out, zero if none did.
+
+    Pinned memory, which the device writes and the host reads without waiting for the device.
+    """
+    return torch.zeros(len(_KERNELS), dtype=torch.int64, pin_memory=device.type == "cuda")
+
+
+def raise_failed_wait(device: torch.device) -> None:
+    """Raise what an earlier launch on the device has left behind.
+
+    Raises:
+        RuntimeError: if one of its programs waited in vain; names kernel and step.
+    """
+    words = _error_words(device)
+    if not words.any():
+        return
+    failed = [
+        f"{name} recurrence at step {int(word) - 1}"
+        for name, word in zip(_KERNELS, words.tolist(), strict=True)
+        if word
+    ]
+    words.zero_()
+    message = (
+        f"a Triton program waited in vain for the others: {', '.join(failed)}. The results of that "
+        "call are NaN. Its programs did not all run at the same time, or one of them died"
+    )
+    health.report("triton", device, message)
+    raise RuntimeError(message)
+
+
+# Launches -----------------------------------------------------------------------------------------
+
+
+@functools.cache
+def nothing(device: torch.device, dtype: torch.dtype) -> Tensor:
+    """What stands for an argument that a kernel does not read."""
+    return torch.empty(1, dtype=dtype, device=device)
+
+
+def _unwritten(buffer: Tensor) -> None:
+    """Fill a buffer with the pattern that says: not written yet (`exchange.UNWRITTEN`)."""
+    buffer.view(torch.int16 if buffer.dtype.itemsize == 2 else torch.int32).fill_(-2)
+
+
+def pair(tensors: Sequence[Tensor | None], missing: Tensor) -> tuple[Tensor, Tensor]:
+    first = missing if tensors[0] is None else tensors[0]
+    second = tensors[-1]
+    return first, missing if second is None else second
+
+
+def _launch_all(
+    kernel: Any,
+    plan: Plan,
+    request: Request,
+    arguments: Sequence[Any],
+    states: Sequence[Tensor | None],
+    packing: Packing | None,
+    last_step: int,
+    constants: dict[str, Any],
+    error: Tensor,
+) -> None:
+    """Launch a recurrence: once, once per direction, or once per step.
+
+    Args:
+        arguments: those before the states. states: h and c before, h and c after.
+    """
+    device = request.device
+    missing = nothing(device, request.dtype)
+    sizes = nothing(device, torch.int32) if packing is None else packing.batch_sizes
+    offsets = nothing(device, torch.int64) if packing is None else packing.offsets
+    counters = nothing(device, torch.int32)
+    h_in, c_in, h_out, c_out = (missing if state is None else state for state in states)
+    spans = [(0, last_step)]
+    if plan.exchange == "launch":
+        # The states between the launches, in float32.
+        h_in = h_in.to(torch.float32, copy=True)
+        c_in = c_in.to(torch.float32, copy=True)
+        spans = [(step, step + 1) for step in range(last_step)]
+    grid = (plan.programs,)
+    for first in range(0, request.directions, plan.at_once):
+        if plan.exchange == "barrier":
+            counters = torch.zeros(plan.slots * plan.at_once, dtype=torch.int32, device=device)
+        for begin, end in spans:
+            last = plan.exchange != "launch"
+            kernel[grid](
+                *arguments,
+                h_in,
+                c_in,
+                h_out if last else h_in,
+                c_out if last else c_in,
+                sizes,
+                offsets,
+                counters,
+                error,
+                request.seq_len,
+                request.batch,
+                first,
+                begin,
+                end,
+                plan.slots,
+                POLLS,
+                **constants,
+                **recurrence_options(plan),
+            )
+    if plan.exchange == "launch":
+        h_out.copy_(h_in)
+        if states[3] is not None:
+            c_out.copy_(c_in)
+
+
+def forward(
+    request: Request,
+    gates: Tensor,
+    w_hh: Sequence[Tensor],
+    b_hn: Sequence[Tensor | None],
+    h_0: Tensor,
+    c_0: Tensor | None,
+    packing: Packing | None,
+) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None]:
+    """Launch `recurrence_forward`: output (R, D * H), cells (R, D, H) or None, h_n, c_n or None.
+
+    Args:
+        gates: (R, D, WIDTH * H), replaced by what a backward needs if one is to follow.
+        w_hh: (G * H, H) of each direction. b_hn: (H,) of each, or None.
+        h_0, c_0: (D, N, H).
+    """
+    plan = plan_of(request, "forward")
+    assert plan is not None, "supports() has found one"
+    cell = kernel_cell(request.cell)
+    rows = gates.size(0)
+    output = gates.new_empty(rows, request.directions * request.hidden_size)
+    h_n = torch.empty_like(h_0, memory_format=torch.contiguous_format)
+    c_n = None if c_0 is None else torch.empty_like(c_0, memory_format=torch.contiguous_format)
+    cells = None
+    if request.needs_grad and cell.has_c:
+        cells = gates.new_empty(rows, request.directions, request.hidden_size)
+    if plan.exchange == "flag":
+        _unwritten(output)
+    missing = nothing(request.device, request.dtype)
+    constants = forward_constants(
+        cell,
+        plan,
+        request.hidden_size,
+        request.directions,
+        request.needs_grad,
+        request.biased,
+        request.packed,
+        precision(request.dtype, chip_of(request.device).backend),
+    )
+    _launch_all(
+        recurrence_forward,
+        plan,
+        request,
+        (
+            gates,
+            *pair(w_hh, missing),
+            *pair(b_hn, missing),
+            h_0,
+            output,
+            missing if cells is None else cells,
+        ),
+        (h_0, c_0, h_n, c_n),
+        packing,
+        request.seq_len,
+        constants,
+        _error_words(request.device),
+    )
+    return output, cells, h_n, c_n
+
+
+def backward(
+    request: Request,
+    grad_output: Tensor,
+    gates: Tensor,
+    states: Tensor,
+    initial: Tensor,
+    w_hh: Sequence[Tensor],
+    grad_h_n: Tensor,
+    grad_c_n: Tensor | None,
+    packing: Packing | None,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Launch `recurrence_backward`: grad_gates (R, D, WIDTH * H), grad_h_0, grad_c_0 or None.
+
+    Args:
+        gates: what forward saved. states, initial: cells and c_0, or output and h_0.
+    """
+    plan = plan_of(request, "backward")
+    assert plan is not None, "supports() has found one"
+    cell = kernel_cell(request.cell)
+    grad_gates = grad_output.new_empty(
+        grad_output.size(0), request.directions, cell.width * request.hidden_size
+    )
+    grad_h_0 = torch.empty_like(grad_h_n)
+    grad_c_0 = None if grad_c_n is None else torch.empty_like(grad_c_n)
+    if plan.exchange == "flag":
+        _unwritten(grad_gates)
+    missing = nothing(request.device, request.dtype)
+    constants = backward_constants(
+        cell,
+        plan,
+        request.hidden_size,
+        request.directions,
+        request.packed,
+        precision(request.dtype, chip_of(request.device).backend),
+    )
+    _launch_all(
+        recurrence_backward,
+        plan,
+        request,
+        (grad_output, gates, states, initial, grad_gates, *pair(w_hh, missing)),
+        (grad_h_n, grad_c_n, grad_h_0, grad_c_0),
+        packing,
+        request.seq_len + 1,
+        constants,
+        _error_words(request.device)[1:],
+    )
+    return grad_gates, grad_h_0, grad_c_0

@@ -1,0 +1,253 @@
+"""One layer on the kernels: projection, recurrence, and after the backward the products.
+
+A projected LSTM, h = W_hr m, runs as a plain one. Its recurrent product is W_hh h = (W_hh W_hr) m,
+so m takes the place of h, (W_hh W_hr) that of W_hh, and W_hr is applied to all steps at once after
+the loop. Only h_0 has no m: its part, W_hh h_0, is added to the preactivations of first steps.
+"""
+
+import contextlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from triton_rnn.backends.triton import launch, products
+from triton_rnn.backends.triton.launch import Packing
+from triton_rnn.request import Request
+
+
+@dataclass(frozen=True)
+class Weights:
+    """The weights of a layer, one tensor per direction in each field."""
+
+    weight_ih: list[Tensor]
+    weight_hh: list[Tensor]
+    bias_ih: list[Tensor | None]
+    bias_hh: list[Tensor | None]
+    weight_hr: list[Tensor]
+
+
+def _by_direction(request: Request, weights: Sequence[Tensor]) -> Weights:
+    count = len(weights) // request.directions
+    own = [[w.detach().contiguous() for w in weights[i : i + count]] for i in range(0, len(weights), count)]
+    none: list[Tensor | None] = [None] * request.directions
+    return Weights(
+        [w[0] for w in own],
+        [w[1] for w in own],
+        [w[2] for w in own] if request.biased else none,
+        [w[3] for w in own] if request.biased else none,
+        [w[-1] for w in own] if request.cell.projected else [],
+    )
+
+
+def _recurrent_weights(own: Weights) -> list[Tensor]:
+    """W_hh, or W_hh W_hr of a projected LSTM: what stands in the recurrence."""
+    if not own.weight_hr:
+        return own.weight_hh
+    return [hh @ hr for hh, hr in zip(own.weight_hh, own.weight_hr, strict=True)]
+
+
+def _on(device: torch.device) -> contextlib.AbstractContextManager[object]:
+    """Launches go to the current device: make it the tensors'."""
+    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
+
+
+def _first_rows(request: Request, rows: int, d: int, packing: Packing | None) -> slice | Tensor:
+    """The rows of every sequence's first step in a direction."""
+    if d == 0:
+        return slice(0, request.batch)
+    return slice(rows - request.batch, rows) if packing is None else packing.last
+
+
+def _last_rows(request: Request, rows: int, d: int, packing: Packing | None) -> slice | Tensor:
+    """The rows of every sequence's last step in a direction."""
+    return _first_rows(request, rows, 1 - d, packing)
+
+
+def _shift(
+    states: Tensor, first: Tensor, request: Request, d: int, packing: Packing | None
+) -> Tensor:
+    """Of every row the state before its step, (R, H): `first` where there is none earlier."""
+    batch = request.batch
+    if packing is None:
+        parts = (first, states[:-batch]) if d == 0 else (states[batch:], first)
+        return torch.cat(parts)
+    if d == 0:
+        return torch.cat((first, states.index_select(0, packing.earlier)))
+    shifted = torch.empty_like(states, memory_format=torch.contiguous_format)
+    shifted[packing.earlier] = states[batch:]
+    shifted[packing.last] = first
+    return shifted
+
+
+def _shift_back(
+    grads: Tensor, request: Request, d: int, packing: Packing | None
+) -> tuple[Tensor, Tensor]:
+    """The transpose of `_shift`: gradients of `states` (R, H) and of `first` (N, H)."""
+    batch, rows = request.batch, grads.size(0)
+    first = grads[_first_rows(request, rows, d, packing)]
+    shifted = torch.zeros_like(grads)
+    if packing is None:
+        if d == 0:
+            shifted[: rows - batch] = grads[batch:]
+        else:
+            shifted[batch:] = grads[: rows - batch]
+    elif d == 0:
+        shifted[packing.earlier] = grads[batch:]
+    else:
+        shifted[batch:] = grads.index_select(0, packing.earlier)
+    return shifted, first
+
+
+def forward(
+    request: Request,
+    input: Tensor,
+    batch_sizes: Sequence[int],
+    h_0: Tensor,
+    c_0: Tensor | None,
+    weights: Sequence[Tensor],
+) -> tuple[tuple[Tensor, ...], list[Tensor]]:
+    """See the package's `forward`."""
+    with _on(request.device):
+        launch.raise_failed_wait(request.device)
+        packing = launch.packing_of(batch_sizes, request.device) if batch_sizes else None
+        cell = launch.kernel_cell(request.cell)
+        own = _by_direction(request, weights)
+        h_0 = h_0.contiguous()
+        c_0 = None if c_0 is None else c_0.contiguous()
+        hidden_size, directions = request.hidden_size, request.directions
+        rows = input.numel() // max(1, request.input_size) if input.dim() == 2 else input.size(0) * input.size(1)
+        width = cell.width if request.needs_grad else cell.gates
+        gates = input.new_empty(rows, directions, width * hidden_size)
+        # What a GRU's reset gate multiplies has its bias inside, the others' are added up here.
+        fold = (cell.gates - 1 if cell.gates == 3 else cell.gates) * hidden_size
+        products.project(input, own.weight_ih, own.bias_ih, own.bias_hh, fold, gates)
+        initial = h_0
+        if request.cell.projected:
+            for d in range(directions):
+                first = _first_rows(request, rows, d, packing)
+                gates[first, d] += h_0[d] @ own.weight_hh[d].t()
+            initial = h_0.new_zeros(directions, request.batch, hidden_size)
+        b_hn = [None if bias is None else bias[fold:] for bias in own.bias_hh]
+        output, cells, h_n, c_n = launch.forward(
+            request, gates, _recurrent_weights(own), b_hn, initial, c_0, packing
+        )
+        saved = [output]
+        if request.needs_grad:
+            saved += [gates] if cell.saves else []
+            saved += [] if cells is None else [cells]
+        if request.cell.projected:
+            parts = [
+                states @ weight.t()
+                for states, weight in zip(output.chunk(directions, 1), own.weight_hr, strict=True)
+            ]
+            output = torch.cat(parts, 1) if directions == 2 else parts[0]
+            h_n = torch.stack(
+                [part[_last_rows(request, rows, d, packing)] for d, part in enumerate(parts)]
+            )
+        if not request.packed:
+            output = output.view(request.seq_len, request.batch, output.size(1))
+        states = (h_n,) if c_n is None else (h_n, c_n)
+        return (output, *states), saved
+
+
+def backward(
+    request: Request,
+    input: Tensor,
+    batch_sizes: Sequence[int],
+    h_0: Tensor,
+    c_0: Tensor | None,
+    weights: Sequence[Tensor],
+    saved: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    needs: Sequence[bool],
+) -> list[Tensor | None]:
+    """See the package's `backward`."""
+    with _on(request.device):
+        packing = launch.packing_of(batch_sizes, request.device) if batch_sizes else None
+        cell = launch.kernel_cell(request.cell)
+        own = _by_direction(request, weights)
+        directions, hidden_size = request.directions, request.hidden_size
+        output, *rest = saved
+        gates = rest[0] if cell.saves else output
+        h_0 = h_0.contiguous()
+        initial = h_0
+        # The gradients that come from outside, of m in the place of h if the LSTM is projected.
+        grad_states, grad_h_n = grads[0].contiguous(), grads[1].contiguous()
+        if request.cell.projected:
+            grad_projected = _grad_projected(request, grads, packing)
+            grad_states = torch.cat(
+                [g @ w for g, w in zip(grad_projected, own.weight_hr, strict=True)], 1
+            )
+            initial = h_0.new_zeros(directions, request.batch, hidden_size)
+            grad_h_n = torch.zeros_like(initial)
+        grad_c_n = grads[2].contiguous() if cell.has_c else None
+        grad_gates, grad_h_0, grad_c_0 = launch.backward(
+            request,
+            grad_states,
+            gates,
+            rest[1] if cell.has_c else output,
+            (initial if c_0 is None else c_0.contiguous()),
+            _recurrent_weights(own),
+            grad_h_n,
+            grad_c_n,
+            packing,
+        )
+
+        count = len(weights) // directions
+        grad_preact = grad_gates[:, :, (cell.width - cell.gates) * hidden_size :]
+        results: list[Tensor | None] = [
+            products.grad_input(grad_preact, own.weight_ih) if needs[0] else None
+        ]
+        rows = input.reshape(-1, request.input_size) if any(needs[1::count]) else input
+        found: list[Tensor | None] = []
+        grad_h: list[Tensor] = []
+        for d in range(directions):
+            wanted = needs[1 + d * count : 1 + (d + 1) * count]
+            preact, hidden = grad_preact[:, d], _hidden_side(grad_gates[:, d], cell.gates)
+            states = output[:, d * hidden_size : (d + 1) * hidden_size]
+            if request.cell.projected:
+                # Of h_t: what comes from outside, and what the next step sends through W_hh.
+                recurrent, first = _shift_back(hidden @ own.weight_hh[d], request, d, packing)
+                grad_h.append(first)
+                grad_of_h = grad_projected[d] + recurrent
+                states_m, states = states, states @ own.weight_hr[d].t()
+            found.append(products.grad_weight(preact, rows) if wanted[0] else None)
+            if wanted[1]:
+                before = _shift(states, h_0[d], request, d, packing)
+                found.append(_in_torch_order(products.grad_weight(hidden, before), cell.gates))
+            else:
+                found.append(None)
+            if request.biased:
+                found.append(preact.sum(0) if wanted[2] else None)
+                found.append(_in_torch_order(hidden.sum(0), cell.gates) if wanted[3] else None)
+            if request.cell.projected:
+                found.append(products.grad_weight(grad_of_h, states_m) if wanted[-1] else None)
+        if request.cell.projected:
+            grad_h_0 = torch.stack(grad_h)
+        return [*results, grad_h_0, grad_c_0, *found]
+
+
+def _grad_projected(
+    request: Request, grads: Sequence[Tensor], packing: Packing | None
+) -> list[Tensor]:
+    """Gradients (R, H_out) of every step's h that come from outside, per direction."""
+    parts = []
+    for d, part in enumerate(grads[0].chunk(request.directions, 1)):
+        total = part.clone(memory_format=torch.contiguous_format)
+        total[_last_rows(request, total.size(0), d, packing)] += grads[1][d]
+        parts.append(total)
+    return parts
+
+
+def _hidden_side(grad_gates: Tensor, gates: int) -> Tensor:
+    """The gradient of the recurrent product: all gates, or [m r z] of a GRU."""
+    return grad_gates[:, : grad_gates.size(1) // 4 * 3] if gates == 3 else grad_gates
+
+
+def _in_torch_order(grad: Tensor, gates: int) -> Tensor:
+    """[m r z] as [r z m], the order of a GRU's weight_hh."""
+    if gates != 3:
+        return grad
+    return grad.roll(-(grad.size(0) // 3), 0)

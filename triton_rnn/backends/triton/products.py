@@ -1,0 +1,197 @@
+"""The products that do not depend on time: the input's projection, and the gradients of weights.
+
+The projection is the Triton kernel, which reads the input where it lies. The gradients are cuBLAS
+where it follows the same rules, that is for 16-bit numbers; for float32 they are the kernel too:
+whether it may use TF32 is a switch of its own for recurrent layers, which cuBLAS does not know.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import triton
+from torch import Tensor
+
+from triton_rnn.backends.triton.launch import chip_of, nothing, pair, precision
+from triton_rnn.kernels.matmul import matmul
+from triton_rnn.kernels.plan import INTERPRETER, Chip
+
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """Blocks of a product: rows, columns and inner dimension, warps and pipeline stages."""
+
+    m: int
+    n: int
+    k: int
+    warps: int
+    stages: int
+
+
+def matmul_blocks(itemsize: int, columns: int, precision: str, chip: Chip) -> Blocks:
+    """The blocks of a product, by its columns and the bytes of an element alone."""
+    if chip == INTERPRETER:
+        return Blocks(64, 64, 64, 4, 1)
+    n = min(128, max(32, 1 << (columns - 1).bit_length()))
+    stages = 2 if chip.backend == "hip" else 3
+    if precision == "tf32x3":
+        return Blocks(64, min(n, 64), 32, 4, stages)
+    if itemsize == 4:
+        return Blocks(128 if chip.backend == "cuda" else 64, n, 32, 8, stages)
+    return Blocks(128, n, 64 if chip.backend == "cuda" else 32, 8, stages)
+
+
+def _launch(
+    a: Tensor,
+    a_rows: tuple[int, int, int],
+    a_k: int,
+    a_d: int,
+    b: Sequence[Tensor],
+    b_strides: tuple[int, int, int],
+    out: Tensor,
+    out_strides: tuple[int, int, int],
+    sizes: tuple[int, int, int],
+    directions: int,
+    *,
+    bias: Sequence[Tensor | None] = (None,),
+    folded: Sequence[Tensor | None] = (None,),
+    fold: int = 0,
+    total: bool = False,
+    splits: int = 1,
+) -> None:
+    """Launch `matmul`; its docstring tells what the arguments are.
+
+    Args:
+        a_rows: (inner, a_outer, a_inner). b_strides: (b_k, b_n, b_d).
+        out_strides: (c_m, c_d, c_split). sizes: (M, N, K).
+        folded: added to the first `fold` columns. total: sum the directions.
+    """
+    m, n, k = sizes
+    chip = chip_of(a.device)
+    asked = precision(a.dtype, chip.backend)
+    blocks = matmul_blocks(a.dtype.itemsize, n, asked, chip)
+    missing = nothing(a.device, a.dtype)
+    tiles = triton.cdiv(m, blocks.m) * triton.cdiv(n, blocks.n)
+    matmul[(tiles * splits * (1 if total else directions),)](
+        a,
+        *pair(b, missing),
+        *pair(bias, missing),
+        *pair(folded, missing),
+        out,
+        m,
+        n,
+        k,
+        *a_rows,
+        a_k,
+        a_d,
+        *b_strides,
+        *out_strides,
+        D=directions,
+        SUM=total,
+        SPLITS=splits,
+        HAS_BIAS=bias[0] is not None,
+        FOLDED=fold,
+        BLOCK_M=blocks.m,
+        BLOCK_N=blocks.n,
+        BLOCK_K=blocks.k,
+        PRECISION=asked,
+        num_warps=blocks.warps,
+        num_stages=blocks.stages,
+    )
+
+
+def _rows_of(input: Tensor) -> tuple[int, int, int]:
+    """How to find row m of an input (T, N, I) or (R, I): (inner, outer stride, inner stride)."""
+    if input.dim() == 2:
+        return 1, input.stride(0), 0
+    if input.stride(0) == input.size(1) * input.stride(1):
+        return 1, input.stride(1), 0
+    return input.size(1), input.stride(0), input.stride(1)
+
+
+def project(
+    input: Tensor,
+    weight_ih: Sequence[Tensor],
+    bias_ih: Sequence[Tensor | None],
+    bias_hh: Sequence[Tensor | None],
+    fold: int,
+    gates: Tensor,
+) -> None:
+    """Write the input's preactivations into the last G * H columns of gates (R, D, WIDTH * H).
+
+    Args:
+        input: (T, N, I) or (R, I), any strides.
+        weight_ih: (G * H, I) of each direction. bias_ih, bias_hh: (G * H,) or None.
+        fold: so many elements of bias_hh are added here.
+    """
+    rows, directions, width = gates.shape
+    columns, size = weight_ih[0].shape
+    _launch(
+        input,
+        _rows_of(input),
+        input.stride(-1),
+        0,
+        weight_ih,
+        (1, size, 0),
+        gates[:, :, width - columns :],
+        (directions * width, width, 0),
+        (rows, columns, size),
+        directions,
+        bias=bias_ih,
+        folded=bias_hh,
+        fold=fold,
+    )
+
+
+def grad_input(grad_preact: Tensor, weight_ih: Sequence[Tensor]) -> Tensor:
+    """Gradient (R, I) of the input, from grad_preact (R, D, G * H), the directions added up."""
+    rows, directions, columns = grad_preact.shape
+    if grad_preact.dtype != torch.float32:
+        result = grad_preact[:, 0] @ weight_ih[0]
+        return result if directions == 1 else result.addmm_(grad_preact[:, 1], weight_ih[1])
+    size = weight_ih[0].size(1)
+    result = grad_preact.new_empty(rows, size)
+    _launch(
+        grad_preact,
+        (1, grad_preact.stride(0), 0),
+        1,
+        grad_preact.stride(1),
+        weight_ih,
+        (size, 1, 0),
+        result,
+        (size, 0, 0),
+        (rows, size, columns),
+        directions,
+        total=True,
+    )
+    return result
+
+
+def grad_weight(grad: Tensor, operand: Tensor) -> Tensor:
+    """Gradient (C, K) of a weight: grad^T operand, from grad (R, C) and operand (R, K)."""
+    if grad.dtype != torch.float32:
+        return grad.t() @ operand
+    rows, columns = grad.shape
+    size = operand.size(1)
+    chip = chip_of(grad.device)
+    # Few blocks of result and very many rows: the rows are cut in parts that run side by side, and
+    # their results are added in a fixed order.
+    blocks = matmul_blocks(4, size, precision(grad.dtype, chip.backend), chip)
+    tiles = triton.cdiv(columns, blocks.m) * triton.cdiv(size, blocks.n)
+    splits = max(1, min(2 * chip.multiprocessors // tiles, rows // (16 * blocks.k), 64))
+    parts = grad.new_empty(splits, columns, size)
+    _launch(
+        grad,
+        (1, grad.stride(1), 0),
+        grad.stride(0),
+        0,
+        (operand,),
+        (operand.stride(0), operand.stride(1), 0),
+        parts,
+        (size, 0, columns * size),
+        (columns, size, rows),
+        1,
+        splits=splits,
+    )
+    return parts[0] if splits == 1 else parts.sum(0)

@@ -1,0 +1,21 @@
+"""The Triton kernels. What is here runs on a GPU, or tells how to launch what does.
+
+- `cells`: the pointwise arithmetic of every cell, forward and backward.
+- `exchange`: how the programs of one launch hand each other a state.
+- `forward`, `backward`: the recurrence, one kernel each, written over the cell.
+- `matmul`: the products that do not depend on time.
+- `plan`: which variant, which blocks, how many programs (plain Python, no triton).
+
+Layouts, with R = T * N rows, or the sum of the lengths of a packed batch, in time-major order:
+
+    output      (R, D * H)
+    gates       (R, D, WIDTH * H)  the input's projection in the last G * H columns; where a backward
+                will follow, replaced by what it needs
+    cells       (R, D, H)          the cell state of every step, for the backward
+    grad_gates  (R, D, WIDTH * H)  gradients of the preactivations, laid out as `gates`
+    h_0, c_0, h_n, c_n and their gradients (D, N, H)
+
+WIDTH is G, but 4 for a GRU that will be differentiated: its columns are [m r z n], where
+m = W_hn h + b_hn is the part that the reset gate multiplies. In `grad_gates` the first three are
+the gradient of the recurrent product, the last three the gradient of the input's.
+"""

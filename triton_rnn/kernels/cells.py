@@ -1,0 +1,147 @@
+"""The pointwise arithmetic of every cell: what lies between the two products and the next state.
+
+A cell is three functions. With `a` the hidden preactivations of every gate (float32, one block of
+hidden units by batch rows each), `x` the input's, `b` the bias b_hn of a GRU:
+
+    forward(a, x, b, h, c) -> h, c, saved       `saved` is what the backward needs, WIDTH blocks
+    factors(saved, state, before) -> factors    what a backward step needs that no gradient enters;
+                                                `state` is c_t, or h_t where there is no c
+    backward(factors, dh, dc) -> grads, dh_before, dc_before
+
+`backward` is all that stands between two steps of the chain. Its `grads` are WIDTH blocks in the
+order of `grad_gates`; `dh_before` is the part of the gradient of h_{t-1} that does not come through
+W_hh. With dh, dc the gradients that reach h_t, c_t (formulas of torch.nn's documentation):
+
+    rnn   da = dh (1 - h^2)                       [relu: dh (h > 0)]
+    gru   dn = dh (1-z)(1-n^2)   dm = dn r   dr = dn m r(1-r)   dz = dh (h_before - n) z(1-z)
+          dh_before = dh z
+    lstm  dc += dh o (1-tanh(c)^2)   do = dh tanh(c) o(1-o)   di = dc g i(1-i)   dg = dc i (1-g^2)
+          df = dc c_before f(1-f)   dc_before = dc f
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def tanh(x):
+    """To float32's last digits, near zero relative to x itself: a series there, exp elsewhere."""
+    magnitude = tl.abs(x)
+    far = 1.0 - 2.0 / (tl.exp(2.0 * magnitude) + 1.0)
+    far = tl.where(x < 0, -far, far)
+    y = x * x
+    near = -17.0 / 315 + y * (62.0 / 2835)
+    near = -1.0 / 3 + y * (2.0 / 15 + y * near)
+    return tl.where(magnitude < 0.25, x + x * (y * near), far)
+
+
+@triton.jit
+def rnn_tanh_forward(a, x, b, h, c):
+    return tanh(a[0] + x[0]), c, ()
+
+
+@triton.jit
+def rnn_relu_forward(a, x, b, h, c):
+    preact = a[0] + x[0]
+    # Not tl.maximum: a NaN must stay one.
+    return tl.where(preact <= 0, 0.0, preact), c, ()
+
+
+@triton.jit
+def gru_forward(a, x, b, h, c):
+    m = a[2] + b
+    r = tl.sigmoid(a[0] + x[0])
+    z = tl.sigmoid(a[1] + x[1])
+    n = tanh(x[2] + r * m)
+    return (1.0 - z) * n + z * h, c, (m, r, z, n)
+
+
+@triton.jit
+def lstm_forward(a, x, b, h, c):
+    i = tl.sigmoid(a[0] + x[0])
+    f = tl.sigmoid(a[1] + x[1])
+    g = tanh(a[2] + x[2])
+    o = tl.sigmoid(a[3] + x[3])
+    c = f * c + i * g
+    return o * tanh(c), c, (i, f, g, o)
+
+
+@triton.jit
+def rnn_tanh_factors(saved, state, before):
+    return (1.0 - state * state,)
+
+
+@triton.jit
+def rnn_relu_factors(saved, state, before):
+    # As torch has it: a NaN lets the gradient through.
+    return (tl.where(state <= 0, 0.0, 1.0),)
+
+
+@triton.jit
+def rnn_backward(factors, dh, dc):
+    return (dh * factors[0],), tl.zeros_like(dh), dc
+
+
+@triton.jit
+def gru_factors(saved, state, before):
+    m, r, z, n = saved
+    return (1.0 - z) * (1.0 - n * n), r, m * r * (1.0 - r), (before - n) * z * (1.0 - z), z
+
+
+@triton.jit
+def gru_backward(factors, dh, dc):
+    dn = dh * factors[0]
+    return (dn * factors[1], dn * factors[2], dh * factors[3], dn), dh * factors[4], dc
+
+
+@triton.jit
+def lstm_factors(saved, state, before):
+    i, f, g, o = saved
+    s = tanh(state)
+    return (
+        o * (1.0 - s * s),
+        g * i * (1.0 - i),
+        before * f * (1.0 - f),
+        i * (1.0 - g * g),
+        s * o * (1.0 - o),
+        f,
+    )
+
+
+@triton.jit
+def lstm_backward(factors, dh, dc):
+    dc = dc + dh * factors[0]
+    grads = (dc * factors[1], dc * factors[2], dc * factors[3], dh * factors[4])
+    return grads, tl.zeros_like(dh), dc * factors[5]
+
+
+@dataclass(frozen=True)
+class KernelCell:
+    """A cell as the kernels see it.
+
+    Attributes:
+        forward, factors, backward: the three functions above.
+        gates: G, the number of gates.
+        width: WIDTH, the blocks that `forward` saves and `backward` returns.
+        saves: whether `forward` saves anything but the states.
+        has_c: whether the state is (h, c).
+    """
+
+    forward: Any
+    factors: Any
+    backward: Any
+    gates: int
+    width: int
+    saves: bool = True
+    has_c: bool = False
+
+
+KERNEL_CELLS = {
+    "rnn_tanh": KernelCell(rnn_tanh_forward, rnn_tanh_factors, rnn_backward, 1, 1, False),
+    "rnn_relu": KernelCell(rnn_relu_forward, rnn_relu_factors, rnn_backward, 1, 1, False),
+    "gru": KernelCell(gru_forward, gru_factors, gru_backward, 3, 4),
+    "lstm": KernelCell(lstm_forward, lstm_factors, lstm_backward, 4, 4, has_c=True),
+}

@@ -1,0 +1,83 @@
+"""How the programs of one launch hand each other what they computed in a step.
+
+Three ways, by the constexpr EXCHANGE of the kernels:
+
+- "launch": they do not. A step is a launch of its own, and the launch is the barrier.
+- "barrier": each program adds one to a counter when its part is written, and waits until all parts
+  of a step are counted. Counters only grow, so a step needs one counter and no reset.
+- "flag": the data is its own flag. Before the launch, the buffer that the steps write is filled with
+  a bit pattern that is never stored; a reader loads until the pattern is gone. One trip through
+  the L2 cache instead of two, and no fence: no value is read but the one that is waited for.
+
+Both waits need all programs on the chip at once (a cooperative launch), and both are bounded: when
+one runs out, the program notes the step in `error`, goes on without waiting ever again, and makes
+its states NaN. So a launch always ends, and a wrong number is never a plausible one.
+"""
+
+import triton
+import triton.language as tl
+
+# Minus two as an integer of the element's width: a NaN that no conversion yields.
+UNWRITTEN = tl.constexpr(-2)
+# Minus one: another NaN, stored in its place should the arithmetic ever come to it.
+OTHER_NAN = tl.constexpr(-1)
+
+
+@triton.jit
+def _integers(dtype: tl.constexpr):
+    """The integer type of the width of a floating-point type."""
+    return tl.int16 if dtype.primitive_bitwidth == 16 else tl.int32
+
+
+@triton.jit
+def arrive(counter_ptr):
+    """Count this program in, after everything it has stored."""
+    tl.debug_barrier()
+    tl.atomic_add(counter_ptr, 1, sem="release", scope="gpu")
+
+
+@triton.jit
+def wait_for_arrivals(counter_ptr, target, polls):
+    """Wait until `target` arrivals are counted; whether they were within so many polls."""
+    seen = tl.atomic_add(counter_ptr, 0, sem="acquire", scope="gpu")
+    poll = 0
+    while (seen < target) & (poll < polls):
+        seen = tl.atomic_add(counter_ptr, 0, sem="acquire", scope="gpu")
+        poll += 1
+    tl.debug_barrier()
+    return seen >= target
+
+
+@triton.jit
+def load_exchanged(ptrs, mask, written, polls, EXCHANGE: tl.constexpr):
+    """A block that other programs write; and whether it was complete within so many polls.
+
+    `written` masks what they do write; the rest was there before the launch. Loads pass by the L1 cache, which nobody keeps coherent.
+    """
+    complete = True
+    if EXCHANGE == "flag":
+        dtype: tl.constexpr = ptrs.dtype.element_ty
+        integer_ptrs = ptrs.to(tl.pointer_type(_integers(dtype)))
+        bits = tl.load(integer_ptrs, mask=mask, other=0, volatile=True)
+        missing = tl.max(((bits == UNWRITTEN) & written).to(tl.int32))
+        poll = 0
+        while (missing > 0) & (poll < polls):
+            bits = tl.load(integer_ptrs, mask=mask, other=0, volatile=True)
+            missing = tl.max(((bits == UNWRITTEN) & written).to(tl.int32))
+            poll += 1
+        complete = missing == 0
+        block = bits.to(dtype, bitcast=True)
+    else:
+        block = tl.load(ptrs, mask=mask, other=0.0, cache_modifier=".cg")
+    return block, complete
+
+
+@triton.jit
+def store_exchanged(ptrs, block, mask, EXCHANGE: tl.constexpr):
+    """Store a block for other programs."""
+    dtype: tl.constexpr = ptrs.dtype.element_ty
+    block = block.to(dtype)
+    if EXCHANGE == "flag":
+        bits = block.to(_integers(dtype), bitcast=True)
+        block = tl.where(bits == UNWRITTEN, OTHER_NAN, bits).to(dtype, bitcast=True)
+    tl.store(ptrs, block, mask=mask)

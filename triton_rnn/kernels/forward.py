@@ -1,0 +1,281 @@
+"""The recurrence, forward: hidden[t] = cell(input_preact[t], W_hh hidden[t-1]), t after t.
+
+A program owns BLOCK_H hidden units (all their gates) of one direction for BLOCK_N sequences at a
+time, keeps their states in registers in float32, and its rows of W_hh on the chip. What the other
+programs compute reaches it through `output`, which every step reads and writes (`exchange`).
+
+Blocks lie with hidden units along the rows and sequences along the columns: W_hh is the left
+operand of the product, so its rows fill the matrix unit whatever the batch.
+"""
+
+import triton
+import triton.language as tl
+
+from triton_rnn.kernels.exchange import (
+    arrive,
+    load_exchanged,
+    store_exchanged,
+    wait_for_arrivals,
+)
+from triton_rnn.kernels.steps import load_blocks, note_failure, step_rows, store_blocks, to_float
+
+
+@triton.jit
+def _weights(
+    w_hh_ptr,
+    first,
+    k,
+    H: tl.constexpr,
+    GATES: tl.constexpr,
+    GATE: tl.constexpr,
+    MERGED: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """Columns k of W_hh for the units from `first` on: of all gates (MERGED) or of one.
+
+    Merged rows are unit by unit, the gates of a unit side by side, padded to a power of two: so
+    what one unit needs lies close together in the product.
+    """
+    if MERGED:
+        GATES_PADDED: tl.constexpr = 4 if GATES > 1 else 1
+        rows = tl.arange(0, GATES_PADDED * BLOCK_H)
+        gate = rows % GATES_PADDED
+        unit = first + rows // GATES_PADDED
+    else:
+        rows = tl.arange(0, BLOCK_H)
+        gate = tl.full((BLOCK_H,), GATE, tl.int32)
+        unit = first + rows
+    columns = k * BLOCK_K + tl.arange(0, BLOCK_K)
+    mask = ((gate < GATES) & (unit < H))[:, None] & (columns < H)[None, :]
+    return tl.load(
+        w_hh_ptr + (gate * H + unit)[:, None] * H + columns[None, :], mask=mask, other=0.0
+    )
+
+
+@triton.jit
+def _by_gate(product, GATES: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_N: tl.constexpr):
+    """The merged product as one block per gate."""
+    if GATES == 1:
+        blocks = (product,)
+    else:
+        pairs = tl.permute(tl.reshape(product, (BLOCK_H, 2, 2, BLOCK_N)), (0, 3, 1, 2))
+        even, odd = tl.split(pairs)
+        first, third = tl.split(even)
+        second, fourth = tl.split(odd)
+        blocks = (first, second, third, fourth)
+    return blocks
+
+
+@triton.jit(do_not_specialize=["T", "N", "first_direction", "begin", "end", "slots", "polls"])
+def recurrence_forward(
+    gates_ptr,
+    w_hh_0_ptr,
+    w_hh_1_ptr,
+    b_hn_0_ptr,
+    b_hn_1_ptr,
+    h_0_ptr,
+    output_ptr,
+    cells_ptr,
+    h_in_ptr,
+    c_in_ptr,
+    h_out_ptr,
+    c_out_ptr,
+    batch_sizes_ptr,
+    offsets_ptr,
+    counters_ptr,
+    error_ptr,
+    T,
+    N,
+    first_direction,
+    begin,
+    end,
+    slots,
+    polls,
+    CELL: tl.constexpr,
+    GATES: tl.constexpr,
+    WIDTH: tl.constexpr,
+    H: tl.constexpr,
+    D: tl.constexpr,
+    AT_ONCE: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    EXCHANGE: tl.constexpr,
+    ON_CHIP: tl.constexpr,
+    HAS_C: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    PACKED: tl.constexpr,
+    SAVE: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Steps begin <= s < end of AT_ONCE directions; the layouts are those of the package's docstring.
+
+    Args:
+        gates_ptr: the input's preactivations; with SAVE they are replaced by what is saved.
+        w_hh_0_ptr, w_hh_1_ptr: (G * H, H) of either direction. b_hn_0_ptr, b_hn_1_ptr: (H,).
+        h_0_ptr: h before a sequence's first step, in the dtype of `output`.
+        cells_ptr: written with SAVE and HAS_C.
+        h_in_ptr, c_in_ptr, h_out_ptr, c_out_ptr: the states before `begin` and after the last step.
+        batch_sizes_ptr, offsets_ptr: (T,) int32, int64; read if PACKED.
+        counters_ptr: (slots * AT_ONCE,) int32 zeros. error_ptr: one int64, see `exchange`.
+        first_direction: 1 if this launch is for the second alone, else 0.
+        slots: programs side by side along the batch; each takes every slots-th block of it.
+        polls: how often a wait looks before it gives up.
+        CELL: the cell's `forward`. WIDTH: blocks in a row of `gates`.
+        EXCHANGE: "none" if a program owns all units, else one of those in `exchange`.
+        ON_CHIP: keep the rows of W_hh in shared memory for the whole launch; else they stream by.
+    """
+    HELD: tl.constexpr = EXCHANGE == "none"
+    NUM_H: tl.constexpr = (H + BLOCK_H - 1) // BLOCK_H
+    NUM_K: tl.constexpr = (H + BLOCK_K - 1) // BLOCK_K
+    ROWS: tl.constexpr = (4 if GATES > 1 else 1) * BLOCK_H
+    dtype: tl.constexpr = output_ptr.dtype.element_ty
+
+    pid = tl.program_id(0)
+    first = pid % NUM_H * BLOCK_H
+    counter_ptr = counters_ptr + pid // NUM_H
+    d = first_direction + pid // NUM_H % AT_ONCE
+    slot = pid // NUM_H // AT_ONCE
+    w_hh_ptr = w_hh_0_ptr
+    b_hn_ptr = b_hn_0_ptr
+    if D == 2:
+        if d == 1:
+            w_hh_ptr = w_hh_1_ptr
+            b_hn_ptr = b_hn_1_ptr
+
+    weights = ()
+    if HELD:
+        for g in tl.static_range(GATES):
+            weights = weights + (
+                _weights(w_hh_ptr, 0, 0, H, GATES, g, False, BLOCK_H, BLOCK_K),
+            )
+    elif ON_CHIP:
+        for k in tl.static_range(NUM_K):
+            weights = weights + (
+                _weights(w_hh_ptr, first, k, H, GATES, 0, True, BLOCK_H, BLOCK_K),
+            )
+
+    unit = first + tl.arange(0, BLOCK_H)
+    bias = tl.zeros((BLOCK_H, 1), tl.float32)
+    if HAS_BIAS:
+        bias = tl.load(b_hn_ptr + unit, mask=unit < H, other=0.0).to(tl.float32)[:, None]
+
+    alive = polls >= 0
+    expected = 0
+    for tile in range(slot, tl.cdiv(N, BLOCK_N), slots):
+        n = tile * BLOCK_N + tl.arange(0, BLOCK_N)
+        inside = (unit < H)[:, None] & (n < N)[None, :]
+        state_offsets = (d.to(tl.int64) * N + n)[None, :] * H + unit[:, None]
+        h = tl.load(h_in_ptr + state_offsets, mask=inside, other=0.0).to(tl.float32)
+        c = h
+        if HAS_C:
+            c = tl.load(c_in_ptr + state_offsets, mask=inside, other=0.0).to(tl.float32)
+
+        # t counts up in the first direction and down in the second.
+        t = begin + d * (T - 1 - 2 * begin)
+        ahead = 1 - 2 * d
+        before_active, before_row = step_rows(
+            t - ahead, T, N, batch_sizes_ptr, offsets_ptr, PACKED
+        )
+        active, row = step_rows(t, T, N, batch_sizes_ptr, offsets_ptr, PACKED)
+        preact_ptrs = gates_ptr + d * WIDTH * H + (WIDTH - GATES) * H + unit[:, None]
+        x = load_blocks(
+            preact_ptrs + (row + n)[None, :] * (D * WIDTH * H),
+            inside & (n < active)[None, :],
+            H,
+            GATES,
+        )
+
+        for s in range(begin, end):
+            t += ahead
+            next_active, next_row = step_rows(t, T, N, batch_sizes_ptr, offsets_ptr, PACKED)
+            # One step before it is needed, so that memory has a step's time to answer.
+            next_x = load_blocks(
+                preact_ptrs + (next_row + n)[None, :] * (D * WIDTH * H),
+                inside & (n < next_active)[None, :],
+                H,
+                GATES,
+            )
+
+            if HELD:
+                h_block = h.to(dtype)
+                a = ()
+                for g in tl.static_range(GATES):
+                    a = a + (tl.dot(weights[g], h_block, input_precision=PRECISION),)
+            else:
+                if EXCHANGE == "barrier":
+                    complete = wait_for_arrivals(counter_ptr, expected, polls * alive)
+                    alive = note_failure(error_ptr, alive, complete, s)
+                written = n < before_active
+                source = tl.where(
+                    written,
+                    output_ptr + (before_row + n) * (D * H) + d * H,
+                    h_0_ptr + (d.to(tl.int64) * N + n) * H,
+                )
+                product = tl.zeros((ROWS, BLOCK_N), tl.float32)
+                if ON_CHIP:
+                    for k in tl.static_range(NUM_K):
+                        column = k * BLOCK_K + tl.arange(0, BLOCK_K)
+                        h_block, complete = load_exchanged(
+                            source[None, :] + column[:, None],
+                            (column < H)[:, None] & (n < active)[None, :],
+                            written[None, :],
+                            polls * alive,
+                            EXCHANGE,
+                        )
+                        if EXCHANGE == "flag":
+                            alive = note_failure(error_ptr, alive, complete, s)
+                        product = tl.dot(weights[k], h_block, product, input_precision=PRECISION)
+                else:
+                    for k in range(NUM_K):
+                        column = k * BLOCK_K + tl.arange(0, BLOCK_K)
+                        h_block = tl.load(
+                            source[None, :] + column[:, None],
+                            mask=(column < H)[:, None] & (n < active)[None, :],
+                            other=0.0,
+                            cache_modifier=".cg",
+                        )
+                        w_block = _weights(
+                            w_hh_ptr, first, k, H, GATES, 0, True, BLOCK_H, BLOCK_K
+                        )
+                        product = tl.dot(w_block, h_block, product, input_precision=PRECISION)
+                a = _by_gate(product, GATES, BLOCK_H, BLOCK_N)
+
+            new_h, new_c, saved = CELL(a, to_float(x), bias, h, c)
+            if EXCHANGE == "barrier" or EXCHANGE == "flag":
+                new_h = tl.where(alive, new_h, float("nan"))
+            now = inside & (n < active)[None, :]
+            place = (row + n)[None, :]
+            store_exchanged(
+                output_ptr + place * (D * H) + d * H + unit[:, None], new_h, now, EXCHANGE
+            )
+            if EXCHANGE == "barrier":
+                arrive(counter_ptr)
+                expected += NUM_H
+            if SAVE:
+                store_blocks(
+                    gates_ptr + place * (D * WIDTH * H) + d * WIDTH * H + unit[:, None],
+                    saved,
+                    now,
+                    H,
+                    0,
+                    len(saved),
+                )
+                if HAS_C:
+                    tl.store(
+                        cells_ptr + place * (D * H) + d * H + unit[:, None],
+                        new_c.to(cells_ptr.dtype.element_ty),
+                        mask=now,
+                    )
+            # A sequence that has not begun, or is over, keeps its state.
+            h = tl.where(now, new_h, h)
+            if HAS_C:
+                c = tl.where(now, new_c, c)
+            x = next_x
+            before_active, before_row = active, row
+            active, row = next_active, next_row
+
+        tl.store(h_out_ptr + state_offsets, h.to(h_out_ptr.dtype.element_ty), mask=inside)
+        if HAS_C:
+            tl.store(c_out_ptr + state_offsets, c.to(c_out_ptr.dtype.element_ty), mask=inside)
