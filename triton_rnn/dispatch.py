@@ -11,6 +11,7 @@ from typing import Any, NamedTuple, TypeVar
 
 import torch
 
+from triton_rnn import health
 from triton_rnn.cells import RNN_TANH
 from triton_rnn.request import Request
 
@@ -145,12 +146,18 @@ def choose(request: Request, wanted: str) -> Choice:
     Raises:
         BackendError: if `wanted` names a backend that cannot serve the request.
     """
-    # The switch is read at every call: it may be turned between two of them.
-    return _choose(request, wanted, bool(torch.backends.mkldnn.enabled))
+    # What may change between two calls: torch's switches, and a backend that has failed.
+    precision = ""
+    if request.device.type == "cuda":
+        precision = torch.backends.cudnn.rnn.fp32_precision
+    onednn_enabled = bool(torch.backends.mkldnn.enabled)
+    return _choose(request, wanted, onednn_enabled, precision, health.failures())
 
 
 @functools.lru_cache(maxsize=4096)
-def _choose(request: Request, wanted: str, onednn_enabled: bool) -> Choice:
+def _choose(
+    request: Request, wanted: str, onednn_enabled: bool, precision: str, failures: int
+) -> Choice:
     check_name(wanted)
     if wanted != "auto":
         reason = backend_module(wanted).supports(request)
@@ -165,7 +172,9 @@ def _choose(request: Request, wanted: str, onednn_enabled: bool) -> Choice:
         if taken:
             reasons[name] = f"{taken} comes first"
             continue
-        reason = backend_module(name).supports(request)
+        module = backend_module(name)
+        # A backend that knows when it does not pay says so.
+        reason = getattr(module, "declines", module.supports)(request)
         if reason is None and name == "torchscript":
             onednn = onednn_enabled and torch.backends.mkldnn.is_available()
             reason = _slower_than_torch(request, onednn)

@@ -12,41 +12,26 @@ after the loop: nothing is accumulated here, so the order of additions is always
 import triton
 import triton.language as tl
 
-from triton_rnn.kernels.exchange import (
-    arrive,
-    load_exchanged,
-    store_exchanged,
-    wait_for_arrivals,
-)
+from triton_rnn.kernels.exchange import arrive, store_exchanged, wait_for_arrivals
+from triton_rnn.kernels.product import exchanged_product, inner_columns
 from triton_rnn.kernels.steps import load_blocks, note_failure, step_rows, store_blocks, to_float
-
-
-@triton.jit
-def _columns(k, NUM_K: tl.constexpr, BLOCK_K: tl.constexpr, SPLITS: tl.constexpr):
-    """Which gradients take part in block k of the product, one row per part: (SPLITS, BLOCK_K)."""
-    part = tl.arange(0, SPLITS) * (NUM_K * BLOCK_K)
-    return part[:, None] + (k * BLOCK_K + tl.arange(0, BLOCK_K))[None, :]
 
 
 @triton.jit
 def _weights(
     w_hh_ptr,
     first,
-    k,
+    column,
     H: tl.constexpr,
     GATES: tl.constexpr,
     TURN: tl.constexpr,
-    NUM_K: tl.constexpr,
     BLOCK_H: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    SPLITS: tl.constexpr,
 ):
-    """W_hh^T for the units from `first` on and block k of the gradients: (SPLITS, BLOCK_H, BLOCK_K).
+    """W_hh^T for the units from `first` on and gradients `column` (SPLITS, BLOCK_K).
 
     TURN: the gate whose gradients come first in `grad_gates`.
     """
     unit = first + tl.arange(0, BLOCK_H)
-    column = _columns(k, NUM_K, BLOCK_K, SPLITS)
     row = (column + TURN * H) % (GATES * H)
     mask = (unit < H)[None, :, None] & (column < GATES * H)[:, None, :]
     return tl.load(w_hh_ptr + row[:, None, :] * H + unit[None, :, None], mask=mask, other=0.0)
@@ -61,6 +46,14 @@ def _gate_weights(
     row = (g + TURN) % GATES * H + unit
     mask = (unit < H)[:, None] & (unit < H)[None, :]
     return tl.load(w_hh_ptr + row[None, :] * H + unit[:, None], mask=mask, other=0.0)
+
+
+@triton.jit
+def _before(ptrs, initial_ptrs, has_before, inside):
+    """The states before a step: those of another step, or the initial ones."""
+    later = tl.load(ptrs, mask=inside & has_before, other=0.0)
+    first = tl.load(initial_ptrs, mask=inside & (has_before == 0), other=0.0)
+    return tl.where(has_before, later, first)
 
 
 @triton.jit(do_not_specialize=["T", "N", "first_direction", "begin", "end", "slots", "polls"])
@@ -99,6 +92,7 @@ def recurrence_backward(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     SPLITS: tl.constexpr,
+    TOGETHER: tl.constexpr,
     EXCHANGE: tl.constexpr,
     ON_CHIP: tl.constexpr,
     HAS_C: tl.constexpr,
@@ -120,7 +114,8 @@ def recurrence_backward(
     """
     HELD: tl.constexpr = EXCHANGE == "none"
     NUM_H: tl.constexpr = (H + BLOCK_H - 1) // BLOCK_H
-    NUM_K: tl.constexpr = (GATES * H + SPLITS * BLOCK_K - 1) // (SPLITS * BLOCK_K)
+    INNER: tl.constexpr = GATES * H
+    NUM_K: tl.constexpr = (INNER + SPLITS * BLOCK_K - 1) // (SPLITS * BLOCK_K)
     # The first block of a GRU's `grad_gates` belongs to its last gate.
     TURN: tl.constexpr = GATES - 1 if WIDTH > GATES else 0
     dtype: tl.constexpr = grad_gates_ptr.dtype.element_ty
@@ -141,11 +136,8 @@ def recurrence_backward(
             weights = weights + (_gate_weights(w_hh_ptr, g, H, GATES, TURN, BLOCK_H),)
     elif ON_CHIP:
         for k in tl.static_range(NUM_K):
-            weights = weights + (
-                _weights(
-                    w_hh_ptr, first, k, H, GATES, TURN, NUM_K, BLOCK_H, BLOCK_K, SPLITS
-                ),
-            )
+            column = inner_columns(k, INNER, BLOCK_K, SPLITS)
+            weights = weights + (_weights(w_hh_ptr, first, column, H, GATES, TURN, BLOCK_H),)
 
     unit = first + tl.arange(0, BLOCK_H)
     alive = polls >= 0
@@ -153,11 +145,16 @@ def recurrence_backward(
     for tile in range(slot, tl.cdiv(N, BLOCK_N), slots):
         n = tile * BLOCK_N + tl.arange(0, BLOCK_N)
         inside = (unit < H)[:, None] & (n < N)[None, :]
-        state_offsets = (d.to(tl.int64) * N + n)[None, :] * H + unit[:, None]
-        dh = tl.load(grad_h_in_ptr + state_offsets, mask=inside, other=0.0).to(tl.float32)
+        # Within a step 32 bits are enough; the step's first row takes 64, once for all elements.
+        own = n[None, :] * (D * H) + d * H + unit[:, None]
+        own_saved = n[None, :] * (D * SAVED * H) + d * SAVED * H + unit[:, None]
+        own_grads = n[None, :] * (D * WIDTH * H) + d * WIDTH * H + unit[:, None]
+        first_state = d.to(tl.int64) * N * H
+        state_offsets = n[None, :] * H + unit[:, None]
+        dh = tl.load(grad_h_in_ptr + first_state + state_offsets, mask=inside, other=0.0).to(tl.float32)
         dc = dh
         if HAS_C:
-            dc = tl.load(grad_c_in_ptr + state_offsets, mask=inside, other=0.0).to(tl.float32)
+            dc = tl.load(grad_c_in_ptr + first_state + state_offsets, mask=inside, other=0.0).to(tl.float32)
 
         # Backward, t counts down in the first direction and up in the second.
         t = T - 1 - begin + d * (2 * begin - T + 1)
@@ -168,19 +165,14 @@ def recurrence_backward(
             t + ahead, T, N, batch_sizes_ptr, offsets_ptr, PACKED
         )
         now = inside & (n < active)[None, :]
-        place = (row + n)[None, :]
-        own = d * H + unit[:, None]
-        initial_ptrs = initial_ptr + (d.to(tl.int64) * N + n) * H
-        grad_output = tl.load(grad_output_ptr + place * (D * H) + own, mask=now, other=0.0)
-        state = tl.load(states_ptr + place * (D * H) + own, mask=now, other=0.0).to(tl.float32)
-        before_ptrs = tl.where(
-            n < before_active, states_ptr + (before_row + n) * (D * H) + d * H, initial_ptrs
+        initial_ptrs = initial_ptr + first_state + state_offsets
+        grad_output = tl.load(grad_output_ptr + row * (D * H) + own, mask=now, other=0.0)
+        state = tl.load(states_ptr + row * (D * H) + own, mask=now, other=0.0).to(tl.float32)
+        before = _before(
+            states_ptr + before_row * (D * H) + own, initial_ptrs, (n < before_active)[None, :], inside
         )
-        before = tl.load(before_ptrs[None, :] + unit[:, None], mask=inside, other=0.0)
         before = before.to(tl.float32)
-        saved = load_blocks(
-            gates_ptr + place * (D * SAVED * H) + d * SAVED * H + unit[:, None], now, H, SAVED
-        )
+        saved = load_blocks(gates_ptr + row * (D * SAVED * H) + own_saved, now, H, SAVED)
         factors = FACTORS(to_float(saved), state, before)
 
         grads = ()
@@ -195,21 +187,17 @@ def recurrence_backward(
                 t + ahead, T, N, batch_sizes_ptr, offsets_ptr, PACKED
             )
             next_now = inside & (n < before_active)[None, :]
-            next_place = (before_row + n)[None, :]
             next_grad_output = tl.load(
-                grad_output_ptr + next_place * (D * H) + own, mask=next_now, other=0.0
+                grad_output_ptr + before_row * (D * H) + own, mask=next_now, other=0.0
             )
-            before_ptrs = tl.where(
-                n < next_before_active,
-                states_ptr + (next_before_row + n) * (D * H) + d * H,
+            next_before = _before(
+                states_ptr + next_before_row * (D * H) + own,
                 initial_ptrs,
+                (n < next_before_active)[None, :],
+                inside,
             )
-            next_before = tl.load(before_ptrs[None, :] + unit[:, None], mask=inside, other=0.0)
             next_saved = load_blocks(
-                gates_ptr + next_place * (D * SAVED * H) + d * SAVED * H + unit[:, None],
-                next_now,
-                H,
-                SAVED,
+                gates_ptr + before_row * (D * SAVED * H) + own_saved, next_now, H, SAVED
             )
 
             if HELD:
@@ -221,44 +209,36 @@ def recurrence_backward(
                     alive = note_failure(error_ptr, alive, complete, s)
                 # Rows that took no part in the step before this one send nothing.
                 written = n < after_active
-                source = (
-                    grad_gates_ptr + (after_row + n) * (D * WIDTH * H) + d * WIDTH * H
+                source = grad_gates_ptr + after_row * (D * WIDTH * H) + (
+                    n * (D * WIDTH * H) + d * WIDTH * H
                 )
-                if SPLITS == 1:
-                    product = tl.zeros((BLOCK_H, BLOCK_N), tl.float32)
-                else:
-                    product = tl.zeros((SPLITS, BLOCK_H, BLOCK_N), tl.float32)
-                if ON_CHIP:
-                    for k in tl.static_range(NUM_K):
-                        column = _columns(k, NUM_K, BLOCK_K, SPLITS)[:, :, None]
-                        taken = (column < GATES * H) & written[None, None, :]
-                        block, complete = load_exchanged(
-                            source[None, None, :] + column, taken, taken, polls * alive, EXCHANGE
-                        )
-                        if EXCHANGE == "flag":
-                            alive = note_failure(error_ptr, alive, complete, s)
-                        w_block = weights[k]
-                        if SPLITS == 1:
-                            block = tl.reshape(block, (BLOCK_K, BLOCK_N))
-                            w_block = tl.reshape(w_block, (BLOCK_H, BLOCK_K))
-                        product = tl.dot(w_block, block, product, input_precision=PRECISION)
-                else:
-                    for k in range(NUM_K):
-                        column = _columns(k, NUM_K, BLOCK_K, SPLITS)[:, :, None]
-                        block = tl.load(
-                            source[None, None, :] + column,
-                            mask=(column < GATES * H) & written[None, None, :],
-                            other=0.0,
-                            cache_modifier=".cg",
-                        )
-                        w_block = _weights(
-                            w_hh_ptr, first, k, H, GATES, TURN, NUM_K, BLOCK_H, BLOCK_K, SPLITS
-                        )
-                        if SPLITS == 1:
-                            block = tl.reshape(block, (BLOCK_K, BLOCK_N))
-                            w_block = tl.reshape(w_block, (BLOCK_H, BLOCK_K))
-                        product = tl.dot(w_block, block, product, input_precision=PRECISION)
-                dh += product if SPLITS == 1 else tl.sum(product, 0)
+                product, alive = exchanged_product(
+                    weights,
+                    w_hh_ptr,
+                    first,
+                    source,
+                    written,
+                    written,
+                    s,
+                    alive,
+                    polls,
+                    error_ptr,
+                    _weights,
+                    H,
+                    GATES,
+                    TURN,
+                    INNER,
+                    BLOCK_H,
+                    BLOCK_H,
+                    BLOCK_N,
+                    BLOCK_K,
+                    SPLITS,
+                    TOGETHER,
+                    EXCHANGE,
+                    ON_CHIP,
+                    PRECISION,
+                )
+                dh += product
 
             blocks, direct_dh, before_dc = CELL(
                 factors, dh + grad_output.to(tl.float32), dc
@@ -268,7 +248,7 @@ def recurrence_backward(
                 for g in tl.static_range(GATES):
                     # Out of a sequence's steps nothing flows on.
                     grads = grads + (tl.where(now, blocks[g], 0.0).to(dtype),)
-            grad_ptrs = grad_gates_ptr + place * (D * WIDTH * H) + d * WIDTH * H + unit[:, None]
+            grad_ptrs = grad_gates_ptr + row * (D * WIDTH * H) + own_grads
             for g in tl.static_range(GATES):
                 block = blocks[g]
                 if EXCHANGE == "barrier" or EXCHANGE == "flag":
@@ -286,13 +266,12 @@ def recurrence_backward(
             before = next_before.to(tl.float32)
             grad_output = next_grad_output
             now = next_now
-            place = next_place
             after_active, after_row = active, row
             active, row = before_active, before_row
             before_active, before_row = next_before_active, next_before_row
 
-        tl.store(grad_h_out_ptr + state_offsets, dh.to(grad_h_out_ptr.dtype.element_ty), mask=inside)
+        dh_ptrs = grad_h_out_ptr + first_state + state_offsets
+        tl.store(dh_ptrs, dh.to(grad_h_out_ptr.dtype.element_ty), mask=inside)
         if HAS_C:
-            tl.store(
-                grad_c_out_ptr + state_offsets, dc.to(grad_c_out_ptr.dtype.element_ty), mask=inside
-            )
+            dc_ptrs = grad_c_out_ptr + first_state + state_offsets
+            tl.store(dc_ptrs, dc.to(grad_c_out_ptr.dtype.element_ty), mask=inside)

@@ -24,12 +24,6 @@ OTHER_NAN = tl.constexpr(-1)
 
 
 @triton.jit
-def _integers(dtype: tl.constexpr):
-    """The integer type of the width of a floating-point type."""
-    return tl.int16 if dtype.primitive_bitwidth == 16 else tl.int32
-
-
-@triton.jit
 def arrive(counter_ptr):
     """Count this program in, after everything it has stored."""
     tl.debug_barrier()
@@ -49,27 +43,55 @@ def wait_for_arrivals(counter_ptr, target, polls):
 
 
 @triton.jit
-def load_exchanged(ptrs, mask, written, polls, EXCHANGE: tl.constexpr):
-    """A block that other programs write; and whether it was complete within so many polls.
+def load_exchanged(
+    ptrs,
+    column,
+    taken,
+    written,
+    polls,
+    INNER: tl.constexpr,
+    STRIDE: tl.constexpr,
+    COUNT: tl.constexpr,
+    EXCHANGE: tl.constexpr,
+):
+    """Blocks that other programs write; and whether they were complete within so many polls.
 
-    `written` masks what they do write; the rest was there before the launch. Loads pass by the L1 cache, which nobody keeps coherent.
+    COUNT blocks, STRIDE elements apart; of block j the elements whose `column` + j * STRIDE is
+    below INNER. `taken` masks what is read, `written` what others do write; the rest was there
+    before the launch. Loads pass by the L1 cache, which nobody keeps coherent.
     """
+    blocks = ()
     complete = True
     if EXCHANGE == "flag":
         dtype: tl.constexpr = ptrs.dtype.element_ty
-        integer_ptrs = ptrs.to(tl.pointer_type(_integers(dtype)))
-        bits = tl.load(integer_ptrs, mask=mask, other=0, volatile=True)
-        missing = tl.max(((bits == UNWRITTEN) & written).to(tl.int32))
+        integers: tl.constexpr = tl.int16 if dtype.primitive_bitwidth == 16 else tl.int32
+        integer_ptrs = ptrs.to(tl.pointer_type(integers))
         poll = 0
-        while (missing > 0) & (poll < polls):
-            bits = tl.load(integer_ptrs, mask=mask, other=0, volatile=True)
-            missing = tl.max(((bits == UNWRITTEN) & written).to(tl.int32))
+        missing = 1
+        bits = ()
+        for j in tl.static_range(COUNT):
+            bits = bits + (tl.zeros(ptrs.shape, integers),)
+        # The first look and the others are one piece of code: it is large.
+        while (missing > 0) & (poll <= polls):
+            found = ()
+            unwritten = tl.zeros(ptrs.shape, tl.int1)
+            for j in tl.static_range(COUNT):
+                mask = (column + j * STRIDE < INNER) & taken
+                block = tl.load(integer_ptrs + j * STRIDE, mask=mask, other=0, volatile=True)
+                unwritten = unwritten | ((block == UNWRITTEN) & written)
+                found = found + (block,)
+            bits = found
+            missing = tl.max(unwritten.to(tl.int32))
             poll += 1
         complete = missing == 0
-        block = bits.to(dtype, bitcast=True)
+        for j in tl.static_range(COUNT):
+            blocks = blocks + (bits[j].to(dtype, bitcast=True),)
     else:
-        block = tl.load(ptrs, mask=mask, other=0.0, cache_modifier=".cg")
-    return block, complete
+        for j in tl.static_range(COUNT):
+            mask = (column + j * STRIDE < INNER) & taken
+            block = tl.load(ptrs + j * STRIDE, mask=mask, other=0.0, cache_modifier=".cg")
+            blocks = blocks + (block,)
+    return blocks, complete
 
 
 @triton.jit
@@ -78,6 +100,7 @@ def store_exchanged(ptrs, block, mask, EXCHANGE: tl.constexpr):
     dtype: tl.constexpr = ptrs.dtype.element_ty
     block = block.to(dtype)
     if EXCHANGE == "flag":
-        bits = block.to(_integers(dtype), bitcast=True)
+        integers: tl.constexpr = tl.int16 if dtype.primitive_bitwidth == 16 else tl.int32
+        bits = block.to(integers, bitcast=True)
         block = tl.where(bits == UNWRITTEN, OTHER_NAN, bits).to(dtype, bitcast=True)
     tl.store(ptrs, block, mask=mask)

@@ -11,12 +11,8 @@ operand of the product, so its rows fill the matrix unit whatever the batch.
 import triton
 import triton.language as tl
 
-from triton_rnn.kernels.exchange import (
-    arrive,
-    load_exchanged,
-    store_exchanged,
-    wait_for_arrivals,
-)
+from triton_rnn.kernels.exchange import arrive, store_exchanged, wait_for_arrivals
+from triton_rnn.kernels.product import exchanged_product, inner_columns
 from triton_rnn.kernels.steps import load_blocks, note_failure, step_rows, store_blocks, to_float
 
 
@@ -24,32 +20,33 @@ from triton_rnn.kernels.steps import load_blocks, note_failure, step_rows, store
 def _weights(
     w_hh_ptr,
     first,
-    k,
+    column,
     H: tl.constexpr,
     GATES: tl.constexpr,
-    GATE: tl.constexpr,
-    MERGED: tl.constexpr,
+    TURN: tl.constexpr,
     BLOCK_H: tl.constexpr,
-    BLOCK_K: tl.constexpr,
 ):
-    """Columns k of W_hh for the units from `first` on: of all gates (MERGED) or of one.
+    """Columns (SPLITS, BLOCK_K) of W_hh, all gates of the units from `first` on.
 
-    Merged rows are unit by unit, the gates of a unit side by side, padded to a power of two: so
-    what one unit needs lies close together in the product.
+    Rows are unit by unit, the gates of a unit side by side, padded to a power of two: so what one
+    unit needs lies close together in the product.
     """
-    if MERGED:
-        GATES_PADDED: tl.constexpr = 4 if GATES > 1 else 1
-        rows = tl.arange(0, GATES_PADDED * BLOCK_H)
-        gate = rows % GATES_PADDED
-        unit = first + rows // GATES_PADDED
-    else:
-        rows = tl.arange(0, BLOCK_H)
-        gate = tl.full((BLOCK_H,), GATE, tl.int32)
-        unit = first + rows
-    columns = k * BLOCK_K + tl.arange(0, BLOCK_K)
-    mask = ((gate < GATES) & (unit < H))[:, None] & (columns < H)[None, :]
+    GATES_PADDED: tl.constexpr = 4 if GATES > 1 else 1
+    row = tl.arange(0, GATES_PADDED * BLOCK_H)
+    gate = row % GATES_PADDED
+    unit = first + row // GATES_PADDED
+    mask = ((gate < GATES) & (unit < H))[None, :, None] & (column < H)[:, None, :]
+    row_ptrs = w_hh_ptr + (gate * H + unit)[None, :, None] * H
+    return tl.load(row_ptrs + column[:, None, :], mask=mask, other=0.0)
+
+
+@triton.jit
+def _gate_weights(w_hh_ptr, g: tl.constexpr, H: tl.constexpr, BLOCK_H: tl.constexpr):
+    """W_hh of one gate, all units: (BLOCK_H, BLOCK_H)."""
+    unit = tl.arange(0, BLOCK_H)
+    mask = (unit < H)[:, None] & (unit < H)[None, :]
     return tl.load(
-        w_hh_ptr + (gate * H + unit)[:, None] * H + columns[None, :], mask=mask, other=0.0
+        w_hh_ptr + (g * H + unit)[:, None] * H + unit[None, :], mask=mask, other=0.0
     )
 
 
@@ -101,6 +98,8 @@ def recurrence_forward(
     BLOCK_H: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    SPLITS: tl.constexpr,
+    TOGETHER: tl.constexpr,
     EXCHANGE: tl.constexpr,
     ON_CHIP: tl.constexpr,
     HAS_C: tl.constexpr,
@@ -128,7 +127,7 @@ def recurrence_forward(
     """
     HELD: tl.constexpr = EXCHANGE == "none"
     NUM_H: tl.constexpr = (H + BLOCK_H - 1) // BLOCK_H
-    NUM_K: tl.constexpr = (H + BLOCK_K - 1) // BLOCK_K
+    NUM_K: tl.constexpr = (H + SPLITS * BLOCK_K - 1) // (SPLITS * BLOCK_K)
     ROWS: tl.constexpr = (4 if GATES > 1 else 1) * BLOCK_H
     dtype: tl.constexpr = output_ptr.dtype.element_ty
 
@@ -147,14 +146,11 @@ def recurrence_forward(
     weights = ()
     if HELD:
         for g in tl.static_range(GATES):
-            weights = weights + (
-                _weights(w_hh_ptr, 0, 0, H, GATES, g, False, BLOCK_H, BLOCK_K),
-            )
+            weights = weights + (_gate_weights(w_hh_ptr, g, H, BLOCK_H),)
     elif ON_CHIP:
         for k in tl.static_range(NUM_K):
-            weights = weights + (
-                _weights(w_hh_ptr, first, k, H, GATES, 0, True, BLOCK_H, BLOCK_K),
-            )
+            column = inner_columns(k, H, BLOCK_K, SPLITS)
+            weights = weights + (_weights(w_hh_ptr, first, column, H, GATES, 0, BLOCK_H),)
 
     unit = first + tl.arange(0, BLOCK_H)
     bias = tl.zeros((BLOCK_H, 1), tl.float32)
@@ -166,11 +162,15 @@ def recurrence_forward(
     for tile in range(slot, tl.cdiv(N, BLOCK_N), slots):
         n = tile * BLOCK_N + tl.arange(0, BLOCK_N)
         inside = (unit < H)[:, None] & (n < N)[None, :]
-        state_offsets = (d.to(tl.int64) * N + n)[None, :] * H + unit[:, None]
-        h = tl.load(h_in_ptr + state_offsets, mask=inside, other=0.0).to(tl.float32)
+        # Within a step 32 bits are enough; the step's first row takes 64, once for all elements.
+        own = n[None, :] * (D * H) + d * H + unit[:, None]
+        own_gates = n[None, :] * (D * WIDTH * H) + d * WIDTH * H + unit[:, None]
+        first_state = d.to(tl.int64) * N * H
+        state_offsets = n[None, :] * H + unit[:, None]
+        h = tl.load(h_in_ptr + first_state + state_offsets, mask=inside, other=0.0).to(tl.float32)
         c = h
         if HAS_C:
-            c = tl.load(c_in_ptr + state_offsets, mask=inside, other=0.0).to(tl.float32)
+            c = tl.load(c_in_ptr + first_state + state_offsets, mask=inside, other=0.0).to(tl.float32)
 
         # t counts up in the first direction and down in the second.
         t = begin + d * (T - 1 - 2 * begin)
@@ -179,9 +179,9 @@ def recurrence_forward(
             t - ahead, T, N, batch_sizes_ptr, offsets_ptr, PACKED
         )
         active, row = step_rows(t, T, N, batch_sizes_ptr, offsets_ptr, PACKED)
-        preact_ptrs = gates_ptr + d * WIDTH * H + (WIDTH - GATES) * H + unit[:, None]
+        preact_ptr = gates_ptr + (WIDTH - GATES) * H
         x = load_blocks(
-            preact_ptrs + (row + n)[None, :] * (D * WIDTH * H),
+            preact_ptr + row * (D * WIDTH * H) + own_gates,
             inside & (n < active)[None, :],
             H,
             GATES,
@@ -192,7 +192,7 @@ def recurrence_forward(
             next_active, next_row = step_rows(t, T, N, batch_sizes_ptr, offsets_ptr, PACKED)
             # One step before it is needed, so that memory has a step's time to answer.
             next_x = load_blocks(
-                preact_ptrs + (next_row + n)[None, :] * (D * WIDTH * H),
+                preact_ptr + next_row * (D * WIDTH * H) + own_gates,
                 inside & (n < next_active)[None, :],
                 H,
                 GATES,
@@ -210,52 +210,48 @@ def recurrence_forward(
                 written = n < before_active
                 source = tl.where(
                     written,
-                    output_ptr + (before_row + n) * (D * H) + d * H,
-                    h_0_ptr + (d.to(tl.int64) * N + n) * H,
+                    output_ptr + before_row * (D * H) + (n * (D * H) + d * H),
+                    h_0_ptr + first_state + n * H,
                 )
-                product = tl.zeros((ROWS, BLOCK_N), tl.float32)
-                if ON_CHIP:
-                    for k in tl.static_range(NUM_K):
-                        column = k * BLOCK_K + tl.arange(0, BLOCK_K)
-                        h_block, complete = load_exchanged(
-                            source[None, :] + column[:, None],
-                            (column < H)[:, None] & (n < active)[None, :],
-                            written[None, :],
-                            polls * alive,
-                            EXCHANGE,
-                        )
-                        if EXCHANGE == "flag":
-                            alive = note_failure(error_ptr, alive, complete, s)
-                        product = tl.dot(weights[k], h_block, product, input_precision=PRECISION)
-                else:
-                    for k in range(NUM_K):
-                        column = k * BLOCK_K + tl.arange(0, BLOCK_K)
-                        h_block = tl.load(
-                            source[None, :] + column[:, None],
-                            mask=(column < H)[:, None] & (n < active)[None, :],
-                            other=0.0,
-                            cache_modifier=".cg",
-                        )
-                        w_block = _weights(
-                            w_hh_ptr, first, k, H, GATES, 0, True, BLOCK_H, BLOCK_K
-                        )
-                        product = tl.dot(w_block, h_block, product, input_precision=PRECISION)
+                product, alive = exchanged_product(
+                    weights,
+                    w_hh_ptr,
+                    first,
+                    source,
+                    n < active,
+                    written,
+                    s,
+                    alive,
+                    polls,
+                    error_ptr,
+                    _weights,
+                    H,
+                    GATES,
+                    0,
+                    H,
+                    ROWS,
+                    BLOCK_H,
+                    BLOCK_N,
+                    BLOCK_K,
+                    SPLITS,
+                    TOGETHER,
+                    EXCHANGE,
+                    ON_CHIP,
+                    PRECISION,
+                )
                 a = _by_gate(product, GATES, BLOCK_H, BLOCK_N)
 
             new_h, new_c, saved = CELL(a, to_float(x), bias, h, c)
             if EXCHANGE == "barrier" or EXCHANGE == "flag":
                 new_h = tl.where(alive, new_h, float("nan"))
             now = inside & (n < active)[None, :]
-            place = (row + n)[None, :]
-            store_exchanged(
-                output_ptr + place * (D * H) + d * H + unit[:, None], new_h, now, EXCHANGE
-            )
+            store_exchanged(output_ptr + row * (D * H) + own, new_h, now, EXCHANGE)
             if EXCHANGE == "barrier":
                 arrive(counter_ptr)
                 expected += NUM_H
             if SAVE:
                 store_blocks(
-                    gates_ptr + place * (D * WIDTH * H) + d * WIDTH * H + unit[:, None],
+                    gates_ptr + row * (D * WIDTH * H) + own_gates,
                     saved,
                     now,
                     H,
@@ -264,7 +260,7 @@ def recurrence_forward(
                 )
                 if HAS_C:
                     tl.store(
-                        cells_ptr + place * (D * H) + d * H + unit[:, None],
+                        cells_ptr + row * (D * H) + own,
                         new_c.to(cells_ptr.dtype.element_ty),
                         mask=now,
                     )
@@ -276,6 +272,8 @@ def recurrence_forward(
             before_active, before_row = active, row
             active, row = next_active, next_row
 
-        tl.store(h_out_ptr + state_offsets, h.to(h_out_ptr.dtype.element_ty), mask=inside)
+        h_out_ptrs = h_out_ptr + first_state + state_offsets
+        tl.store(h_out_ptrs, h.to(h_out_ptr.dtype.element_ty), mask=inside)
         if HAS_C:
-            tl.store(c_out_ptr + state_offsets, c.to(c_out_ptr.dtype.element_ty), mask=inside)
+            c_out_ptrs = c_out_ptr + first_state + state_offsets
+            tl.store(c_out_ptrs, c.to(c_out_ptr.dtype.element_ty), mask=inside)

@@ -22,7 +22,9 @@ from dataclasses import dataclass, replace
 # other chips are taken to be alike. The order of two plans is what counts.
 _WITHIN_US = 0.25  # two products' and one pointwise latency within a multiprocessor
 _FLAG_US = 0.6  # from one multiprocessor's store to another's load
+_LOOK_US = 0.15  # to look whether a group of blocks is complete
 _BARRIER_US = 1.0
+_LOAD_US = 0.4  # to load what a barrier has let through
 _LAUNCH_US = 5.0
 _L2_BYTES_PER_US = 80e3  # into one multiprocessor, all of them reading
 _SHARED_BYTES_PER_US = 200e3  # from shared memory into the matrix units: 128 bytes a cycle
@@ -54,8 +56,9 @@ class Chip:
     def weight_room(self) -> int:
         """Bytes of W_hh that a program can keep."""
         if self.backend == "hip":
-            # Registers, twice as many as on other chips: the 64 KB of shared memory are too few.
-            return 128 * 1024
+            # Registers, half of which are left to everything else: what is loaded before a loop
+            # does not stay in shared memory there.
+            return 64 * 1024
         return self.shared_memory
 
 
@@ -85,6 +88,7 @@ class Plan:
         block_h, block_n, block_k: hidden units and sequences of a program; the inner dimension of
             its product is taken block_k at a time.
         splits: parts of that dimension that are added up side by side.
+        together: blocks of it that are waited for together.
         warps: of a program.
         units: programs along the hidden dimension.
         slots: programs along the batch; each takes every slots-th block of it.
@@ -100,6 +104,7 @@ class Plan:
     block_n: int
     block_k: int
     splits: int
+    together: int
     warps: int
     units: int
     slots: int
@@ -133,7 +138,8 @@ class Shape:
     Attributes:
         kernel: "forward" or "backward".
         gates, hidden_size, directions, batch: G, H, D, N.
-        itemsize: bytes of an element of W_hh.
+        itemsize: bytes of an element.
+        copies: of W_hh on the chip: 2 where float32 is made of three TF32 products.
     """
 
     kernel: str
@@ -142,6 +148,7 @@ class Shape:
     directions: int
     batch: int
     itemsize: int
+    copies: int = 1
 
     @property
     def inner(self) -> int:
@@ -161,14 +168,16 @@ def _threads(chip: Chip, warps: int) -> int:
     return warps * (64 if chip.backend == "hip" else 32)
 
 
-def _rows(shape: Shape, block_h: int) -> int:
+def rows_of(shape: Shape, block_h: int) -> int:
     """Rows of the product: forward the gates of every unit, three of them padded to four."""
     return block_h * (_power_of_two(shape.gates) if shape.kernel == "forward" else 1)
 
 
 def _resident(shape: Shape, chip: Chip) -> Iterator[Plan]:
     block = max(16, _power_of_two(shape.hidden_size))
-    weight = shape.gates * block * block * shape.itemsize
+    weight = shape.gates * block * block * shape.itemsize * shape.copies
+    if not _compiles_resident(shape, chip, block):
+        return
     warps = 4 if block <= 64 else 8
     for block_n in (16, 32, 64):
         state = block * block_n
@@ -190,6 +199,7 @@ def _resident(shape: Shape, chip: Chip) -> Iterator[Plan]:
             block_n,
             block,
             1,
+            1,
             warps,
             1,
             slots,
@@ -197,6 +207,21 @@ def _resident(shape: Shape, chip: Chip) -> Iterator[Plan]:
             weight + sent,
             waves * step,
         )
+
+
+def _compiles_resident(shape: Shape, chip: Chip, block: int) -> bool:
+    """Whether Triton makes of a resident kernel what it should.
+
+    Data-centre Blackwell multiplies in a memory of its own. There the compiler (3.6 to 3.9) fails
+    on the backward of one gate, and runs out of registers on the larger float32 products.
+    """
+    if block > 64 and shape.copies > 1:
+        return False
+    if not isinstance(chip.architecture, int) or not 100 <= chip.architecture < 120:
+        return True
+    if shape.kernel == "backward":
+        return shape.gates > 1 and (block <= 64 or (shape.itemsize == 2 and shape.gates == 3))
+    return shape.copies == 1
 
 
 def _product_us(chip: Chip, shape: Shape, weight_bytes: int, flops: int) -> float:
@@ -207,70 +232,140 @@ def _product_us(chip: Chip, shape: Shape, weight_bytes: int, flops: int) -> floa
 
 def _spread(shape: Shape, chip: Chip, variant: str) -> Iterator[Plan]:
     """Plans whose programs share a direction's hidden units."""
-    block_hs = (8, 16, 32, 64, 128) if shape.gates == 1 else (8, 16, 32)
-    for at_once in {1, shape.directions}:
-        for block_h in block_hs:
-            units = _ceil(shape.hidden_size, block_h)
-            for block_n in (16, 32, 64, 128):
-                for block_k in (32, 64, 128, 256):
-                    plan = _spread_plan(shape, chip, variant, at_once, block_h, block_n, block_k)
-                    if plan is not None and units * at_once <= chip.multiprocessors:
-                        yield plan
+    exchanges = {"cooperative": ("flag", "barrier"), "streaming": ("barrier",)}
+    for exchange in exchanges.get(variant, ("launch",)):
+        for at_once in {1, shape.directions}:
+            for block_h in (8, 16, 32, 64):
+                programs = _ceil(shape.hidden_size, block_h) * at_once
+                if variant != "stepwise" and programs > chip.multiprocessors:
+                    continue
+                for block_n in (16, 32, 64):
+                    for warps in (4, 8):
+                        for splits in {warps, 1}:
+                            blocks = (block_h, block_n, splits, warps)
+                            found = _spread_plan(shape, chip, variant, exchange, at_once, *blocks)
+                            if found is not None:
+                                yield found
+
+
+def _block_ks(inner: int, splits: int) -> list[int]:
+    """Blocks that pad the inner dimension no more than the smallest does, the largest first."""
+    least = _ceil(inner, splits * 16) * 16
+    return [k for k in (128, 64, 32, 16) if _ceil(inner, splits * k) * k == least]
+
+
+def _fits_registers(
+    shape: Shape, variant: str, block_h: int, block_n: int, splits: int, warps: int, waiting: int
+) -> bool:
+    """Whether a program's numbers stay in registers, going by what the compiler made of many plans.
+
+    Args:
+        waiting: bytes of a group of blocks on their way from the others.
+    """
+    threads = 32 * warps
+    rows = rows_of(shape, block_h)
+    product = splits * rows * block_n // threads
+    elements = block_h * block_n / threads
+    # Wider elements take more instructions, and those more registers.
+    wide = shape.itemsize // 2 * shape.copies
+    held = (48 if warps == 4 else 32) // wide
+    most = 2 if shape.gates > 1 else 4
+    if variant != "cooperative":
+        return product <= 64 // wide and elements <= most and waiting <= threads * 4 * 64 // wide
+    if splits == 1 and shape.copies > 1:
+        return False
+    if splits == 1:
+        # Matrix instructions that read W_hh by 64-bit descriptors, which stay in registers too.
+        large = shape.kernel == "forward" and shape.inner <= 512 and warps == 8 and rows >= 128
+        return large and block_n <= 64 // wide and waiting <= threads * 4 * 16
+    if shape.kernel == "forward":
+        return waiting <= threads * 4 * held and product <= 32 // wide and elements <= most
+    most = 8 // warps if shape.gates > 1 else 16 // warps
+    return waiting <= threads * 4 * held and elements <= most
+
+
+def _most_blocks(shape: Shape, chip: Chip) -> int:
+    """So many blocks of W_hh a program can keep: each has addresses, which stay in registers."""
+    if shape.itemsize == 2:
+        return 16
+    if shape.copies > 1:
+        return 4
+    return 8 if chip.architecture == 80 else 12
 
 
 def _spread_plan(
-    shape: Shape, chip: Chip, variant: str, at_once: int, block_h: int, block_n: int, block_k: int
+    shape: Shape,
+    chip: Chip,
+    variant: str,
+    exchange: str,
+    at_once: int,
+    block_h: int,
+    block_n: int,
+    splits: int,
+    warps: int,
 ) -> Plan | None:
-    rows = _rows(shape, block_h)
-    warps = 8 if rows * block_n >= 8192 or rows >= 128 else 4
-    splits = 4 if shape.kernel == "backward" and block_h <= 32 else 1
+    rows = rows_of(shape, block_h)
+    room = [
+        block_k
+        for block_k in _block_ks(shape.inner, splits)
+        # Three products for one, in a loop, are only made of small blocks without spilling.
+        if (variant == "cooperative" or block_k * shape.copies <= 128 // shape.copies)
+        and _fits_registers(
+            shape,
+            variant,
+            block_h,
+            block_n,
+            splits,
+            warps,
+            splits * block_k * block_n * shape.itemsize,
+        )
+    ]
+    if not room:
+        return None
+    block_k = room[0]
     blocks = _ceil(shape.inner, splits * block_k)
     inner = blocks * splits * block_k
-    weight = rows * inner * shape.itemsize
-    exchanged = splits * block_k * block_n * shape.itemsize
-    product = splits * rows * block_n * 4
-    threads = _threads(chip, warps)
-
-    # Registers: the product, a block on its way to shared memory, the step's numbers and the next.
-    pointwise = block_h * block_n * 4 * (2 * shape.gates + 6)
-    if product + exchanged + pointwise > threads * 4 * 128:
-        return None
-    shared = max(2 * exchanged, product) + 2048
+    weight = rows * inner * shape.itemsize * shape.copies
     if chip.backend == "hip":
-        if shared > chip.shared_memory:
-            return None
-    elif variant == "cooperative":
-        shared += weight
+        # In registers, sixteen rows at least.
+        weight = max(16, rows) * inner * shape.itemsize
+    one_block = splits * block_k * block_n * shape.itemsize
+    scratch = splits * rows * block_n * 4 + 2048
+    together = 1
     if variant == "cooperative":
-        if weight > chip.weight_room or (chip.backend == "cuda" and shared > chip.shared_memory):
+        if blocks > _most_blocks(shape, chip):
             return None
-        if blocks > 32:
-            return None
+        together = max(
+            count
+            for count in range(1, blocks + 1)
+            if _fits_registers(
+                shape, variant, block_h, block_n, splits, warps, count * one_block
+            )
+        )
+        shared = max(together * one_block, scratch)
     else:
-        # Pipelined: three blocks of both operands on their way.
-        shared = 3 * splits * block_k * (rows + block_n) * shape.itemsize + product
-        if shared > chip.shared_memory or block_k > 128:
+        # Both operands come by in a pipeline of three blocks.
+        shared = 3 * (one_block + splits * block_k * rows * shape.itemsize) + scratch
+    kept = weight if variant == "cooperative" else 0
+    if chip.backend == "hip":
+        if shared > chip.shared_memory or kept > chip.weight_room:
             return None
+    elif shared + kept > chip.shared_memory:
+        return None
 
     units = _ceil(shape.hidden_size, block_h)
     tiles = _ceil(shape.batch, block_n)
     side_by_side = max(1, chip.multiprocessors // (units * at_once))
     slots = tiles if variant == "stepwise" else min(tiles, side_by_side)
     turns = _ceil(tiles, min(slots, side_by_side)) * _ceil(shape.directions, at_once)
-    exchange = {"cooperative": "flag", "streaming": "barrier", "stepwise": "launch"}[variant]
-    latency = {"flag": _FLAG_US, "barrier": _BARRIER_US, "launch": _LAUNCH_US}[exchange]
-    passing = inner * block_n * shape.itemsize
-    if variant != "cooperative":
-        passing += weight
+    step = _WITHIN_US + {
+        "flag": _FLAG_US + _LOOK_US * _ceil(blocks, together),
+        "barrier": _BARRIER_US + _LOAD_US,
+        "launch": _LAUNCH_US,
+    }[exchange]
+    passing = inner * block_n * shape.itemsize + (weight - kept)
     flops = 2 * max(16, rows) * inner * block_n
-    step = (
-        _WITHIN_US
-        + latency
-        # Each block is waited for, checked and turned into an operand.
-        + 0.05 * blocks
-        + passing / _L2_BYTES_PER_US
-        + _product_us(chip, shape, weight, flops)
-    )
+    step += passing / _L2_BYTES_PER_US + _product_us(chip, shape, weight, flops)
     return Plan(
         shape.kernel,
         variant,
@@ -279,11 +374,12 @@ def _spread_plan(
         block_n,
         block_k,
         splits,
+        together,
         warps,
         units,
         slots,
         at_once,
-        shared if chip.backend == "cuda" else shared + weight,
+        shared + kept,
         turns * step,
     )
 
@@ -310,7 +406,7 @@ def _interpreted(shape: Shape, variant: str | None) -> Plan | None:
     block_n = min(64, max(16, _power_of_two(shape.batch)))
     slots = _ceil(shape.batch, block_n)
     resident = Plan(
-        shape.kernel, "resident", "none", block, block_n, block, 1, 4, 1, slots,
+        shape.kernel, "resident", "none", block, block_n, block, 1, 1, 4, 1, slots,
         shape.directions, 0, 0.0,
     )  # fmt: skip
     if variant in (None, "resident"):

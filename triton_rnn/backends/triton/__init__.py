@@ -9,15 +9,11 @@ import functools
 import importlib.util
 import os
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from triton_rnn.request import Request
-
-if TYPE_CHECKING:
-    from triton_rnn.backends.triton.layer import Packing
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
@@ -34,11 +30,8 @@ def _missing() -> str | None:
     return None
 
 
-def supports(request: Request) -> str | None:
-    """Why the kernels cannot serve a request; None when they can.
-
-    The first request of its kind on a device is tried out on small numbers (`check`).
-    """
+def _cannot(request: Request) -> str | None:
+    """Why the kernels cannot serve a request, as far as that is known without the device."""
     device = request.device.type
     if device == "cpu" and not _interpreter():
         return "the Triton kernels run on a GPU, the input is on the CPU"
@@ -50,7 +43,15 @@ def supports(request: Request) -> str | None:
         return "Triton's interpreter computes wrong bfloat16 numbers"
     if request.batch == 0:
         return "the batch is empty"
-    reason = _missing()
+    return _missing()
+
+
+def supports(request: Request) -> str | None:
+    """Why the kernels cannot serve a request; None when they can.
+
+    The first request of its kind on a device is tried out on a few short sequences (`check`).
+    """
+    reason = _cannot(request)
     if reason is not None:
         return reason
     from triton_rnn.backends.triton import check
@@ -58,13 +59,16 @@ def supports(request: Request) -> str | None:
     return check.obstacle(request)
 
 
-def slower_than_torch(request: Request) -> str | None:
-    """Why `auto` leaves a request that the kernels could serve to others."""
+def declines(request: Request) -> str | None:
+    """Why `auto` does not take the kernels for a request, or None; nothing is tried out in vain."""
+    reason = _cannot(request)
+    if reason is not None:
+        return reason
     if request.device.type == "cpu":
         return "the interpreter is for tests"
     from triton_rnn.backends.triton import rules
 
-    return rules.slower_than_torch(request)
+    return rules.slower_than_torch(request) or supports(request)
 
 
 def describe(request: Request, rows: int) -> str:

@@ -1,13 +1,147 @@
-"""Trying the kernels out before they are trusted."""
+"""Trying a kernel out before it is trusted: once per process, device and kind of kernel.
 
+What a compiler makes of a kernel on a device that nobody has tried is not known. So the first
+request of a kind runs the very plan that it will get on a few short sequences, and the result is
+held against torch's own. TRITON_RNN_CHECK=0 turns this off.
+"""
+
+import os
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from triton_rnn import health, reference
+from triton_rnn.backends.triton import launch
+from triton_rnn.kernels.plan import Plan
 from triton_rnn.request import Request
+
+# Norm of the difference over norm of the reference, which is computed in float64 from the same
+# rounded numbers. A state is rounded to 11 (float16, TF32), 8 (bfloat16) or 22 bits in each of
+# three steps; a wrong element of a block is off by all of itself, three per cent of the norm.
+_TOLERANCES = {torch.float16: 5e-3, torch.bfloat16: 2.5e-2, torch.float32: 3e-3}
+_STEPS = 3
+
+
+def _wanted() -> bool:
+    return os.environ.get("TRITON_RNN_CHECK", "1") not in ("0", "false", "off")
 
 
 def obstacle(request: Request) -> str | None:
-    from triton_rnn.backends.triton import launch
-
+    """Why the kernels cannot serve a request on its device, or None."""
+    largest = request.directions * 4 * request.hidden_size * request.batch
+    if largest >= 2**31:
+        return f"a step has {largest} numbers, more than 32 bits can count"
+    failed = health.failure("triton", request.device)
+    if failed is not None:
+        return failed
     kernels = ("forward", "backward") if request.needs_grad else ("forward",)
+    plans = {}
     for kernel in kernels:
-        if launch.plan_of(request, kernel) is None:
+        found = launch.plan_of(request, kernel)
+        if found is None:
             return f"no plan of the {kernel} recurrence fits this device"
+        plans[kernel] = found
+    if request.device.type == "cpu" or not _wanted():
+        return None
+    if torch.cuda.is_current_stream_capturing():
+        # Comparing waits for the device, which a capture forbids.
+        return None
+    error = first_use(request, plans)
+    if error is not None:
+        health.report("triton", request.device, error)
+    return error
+
+
+# What came of it, for every kind of kernel that was tried.
+_tried: dict[tuple[Any, ...], str | None] = {}
+
+
+def first_use(request: Request, plans: dict[str, Plan]) -> str | None:
+    """What is wrong with the kernels of a request on its device, or None; tried out once a kind."""
+    short = request._replace(seq_len=_STEPS, input_size=16)
+    kind = (
+        # What the kernels are compiled for: neither the batch nor how many programs run.
+        short._replace(batch=0),
+        launch.precision(request.dtype, launch.chip_of(request.device).backend),
+        *(replace(plan, slots=0, floor_us=0.0) for plan in plans.values()),
+    )
+    if kind not in _tried:
+        _tried[kind] = _try(short)
+    return _tried[kind]
+
+
+def _try(request: Request) -> str | None:
+    try:
+        error = compare(request)
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as problem:
+        return f"its kernels do not run here: {type(problem).__name__}: {problem}"
+    limit = _TOLERANCES[request.dtype]
+    # Written so that a NaN fails.
+    if not error <= limit:
+        return f"its {request.cell.name} kernels are off by {error:.1e} here, {limit:.0e} is allowed"
     return None
+
+
+def compare(request: Request) -> float:
+    """Run a layer on random numbers: the worst error of all results, as a part of their norm."""
+    from triton_rnn.backends.triton import layer
+
+    generator = torch.Generator().manual_seed(0)
+    size, cell = request.hidden_size, request.cell
+    directions, batch = request.directions, request.batch
+
+    def random(*shape: int, scale: float = 1.0) -> Tensor:
+        numbers = torch.randn(*shape, generator=generator, dtype=torch.float64) * scale
+        return numbers.to(request.device, request.dtype)
+
+    # As torch initialises them: the preactivations stay where the gates are alive.
+    bound = size**-0.5
+    shapes: list[tuple[int, ...]] = [
+        (cell.gates * size, request.input_size),
+        (cell.gates * size, request.output_size),
+    ]
+    shapes += [(cell.gates * size,)] * 2 if request.biased else []
+    shapes += [(request.output_size, size)] if cell.projected else []
+    weights = [random(*shape, scale=bound) for shape in shapes * directions]
+    # A packed batch is one with a sequence less in the last step.
+    sizes = [batch] * request.seq_len
+    if request.packed:
+        sizes[-1] = max(1, batch - 1)
+    rows = random(sum(sizes), request.input_size)
+    input = rows if request.packed else rows.view(request.seq_len, batch, request.input_size)
+    states = [random(directions, batch, request.output_size)]
+    states += [random(directions, batch, size)] if cell.states == 2 else []
+    h_0, c_0 = states[0], states[1] if len(states) > 1 else None
+    grads = [random(rows.size(0), directions * request.output_size), *map(torch.randn_like, states)]
+
+    batch_sizes = sizes if request.packed else []
+    results, saved = layer.forward(request, input, batch_sizes, h_0, c_0, weights)
+    found: list[Tensor | None] = list(results)
+    if request.needs_grad:
+        found += layer.backward(
+            request, input, batch_sizes, h_0, c_0, weights, saved, grads, [True] * len(weights) * 2
+        )
+    arguments = [t.double().requires_grad_() for t in (rows, *states, *weights)]
+    with torch.enable_grad():
+        expected = reference.layer(
+            cell,
+            arguments[0],
+            sizes,
+            arguments[1],
+            arguments[2] if cell.states == 2 else None,
+            arguments[1 + len(states) :],
+        )
+    right: list[Tensor] = [t.detach() for t in expected]
+    if request.needs_grad:
+        right += torch.autograd.grad(expected, arguments, [g.double() for g in grads])
+    pairs = zip((t for t in found if t is not None), right, strict=True)
+    return max(_error(actual, wanted) for actual, wanted in pairs)
+
+
+def _error(actual: Tensor, expected: Tensor) -> float:
+    difference = actual.double().reshape(expected.shape) - expected
+    return float(difference.norm() / expected.norm().clamp_min(1e-12))

@@ -65,6 +65,7 @@ def plan_of(request: Request, kernel: str) -> Plan | None:
         request.directions,
         request.batch,
         request.dtype.itemsize,
+        copies(precision(request.dtype, chip_of(request.device).backend)),
     )
     return plan(shape, chip_of(request.device), forced_variant())
 
@@ -78,6 +79,11 @@ def precision(dtype: torch.dtype, backend: str) -> str:
     if backend != "cuda" or dtype != torch.float32:
         return "ieee"
     return "tf32" if torch.backends.cudnn.rnn.fp32_precision == "tf32" else "tf32x3"
+
+
+def copies(precision: str) -> int:
+    """How many of W_hh a precision keeps on the chip."""
+    return 2 if precision == "tf32x3" else 1
 
 
 def forward_constants(
@@ -95,6 +101,8 @@ def forward_constants(
         "BLOCK_H": plan.block_h,
         "BLOCK_N": plan.block_n,
         "BLOCK_K": plan.block_k,
+        "SPLITS": plan.splits,
+        "TOGETHER": plan.together,
         "EXCHANGE": plan.exchange,
         "ON_CHIP": plan.on_chip,
         "HAS_C": cell.has_c,
@@ -122,6 +130,7 @@ def backward_constants(
         "BLOCK_N": plan.block_n,
         "BLOCK_K": plan.block_k,
         "SPLITS": plan.splits,
+        "TOGETHER": plan.together,
         "EXCHANGE": plan.exchange,
         "ON_CHIP": plan.on_chip,
         "HAS_C": cell.has_c,
@@ -132,7 +141,7 @@ def backward_constants(
 
 def recurrence_options(plan: Plan) -> dict[str, Any]:
     """Options of the compiler for a recurrence."""
-    options: dict[str, Any] = {"num_warps": plan.warps, "num_stages": 3}
+    options: dict[str, Any] = {"num_warps": plan.warps, "num_stages": 3, "maxnreg": 255}
     if plan.exchange in ("flag", "barrier"):
         options["launch_cooperative_grid"] = True
     return options

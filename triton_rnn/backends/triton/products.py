@@ -7,6 +7,7 @@ whether it may use TF32 is a switch of its own for recurrent layers, which cuBLA
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import triton
@@ -36,10 +37,33 @@ def matmul_blocks(itemsize: int, columns: int, precision: str, chip: Chip) -> Bl
     n = min(128, max(32, 1 << (columns - 1).bit_length()))
     stages = 2 if chip.backend == "hip" else 3
     if precision == "tf32x3":
-        return Blocks(64, min(n, 64), 32, 4, stages)
+        return Blocks(64, 32, 32, 4, stages)
     if itemsize == 4:
         return Blocks(128 if chip.backend == "cuda" else 64, n, 32, 8, stages)
     return Blocks(128, n, 64 if chip.backend == "cuda" else 32, 8, stages)
+
+
+def matmul_constants(
+    blocks: Blocks, directions: int, total: bool, splits: int, biased: bool, fold: int,
+    precision: str,
+) -> dict[str, Any]:  # fmt: skip
+    """What `matmul` is compiled for."""
+    return {
+        "D": directions,
+        "SUM": total,
+        "SPLITS": splits,
+        "HAS_BIAS": biased,
+        "FOLDED": fold,
+        "BLOCK_M": blocks.m,
+        "BLOCK_N": blocks.n,
+        "BLOCK_K": blocks.k,
+        "PRECISION": precision,
+    }
+
+
+def matmul_options(blocks: Blocks) -> dict[str, int]:
+    """Options of the compiler for `matmul`."""
+    return {"num_warps": blocks.warps, "num_stages": blocks.stages}
 
 
 def _launch(
@@ -87,17 +111,8 @@ def _launch(
         a_d,
         *b_strides,
         *out_strides,
-        D=directions,
-        SUM=total,
-        SPLITS=splits,
-        HAS_BIAS=bias[0] is not None,
-        FOLDED=fold,
-        BLOCK_M=blocks.m,
-        BLOCK_N=blocks.n,
-        BLOCK_K=blocks.k,
-        PRECISION=asked,
-        num_warps=blocks.warps,
-        num_stages=blocks.stages,
+        **matmul_constants(blocks, directions, total, splits, bias[0] is not None, fold, asked),
+        **matmul_options(blocks),
     )
 
 

@@ -1,7 +1,69 @@
-"""When `auto` takes the kernels."""
+"""When `auto` takes the kernels, and when it leaves a call to cuDNN.
 
+Both sides are estimated: ours by the floor of the plan, cuDNN by the way that torch makes it choose
+an algorithm (aten/src/ATen/native/cudnn/RNN.cpp, get_algo). The numbers are published ones, not
+measured on this code; `bench/gpu_session.py` measures both sides, and its results belong here.
+"""
+
+import torch
+
+from triton_rnn.backends.triton import launch
 from triton_rnn.request import Request
+
+# A plan's floor counts what cannot be avoided; so much more a step may take.
+_OVER_FLOOR = 1.5
+# cuDNN in microseconds per step: its kernels that keep the weights on the chip, and a product and a
+# pointwise kernel per step.
+_PERSISTENT_US = 2.0
+_STANDARD_US = 7.0
+# Operations per microsecond that its products reach with so few rows.
+_MFLOPS = {2: 300.0, 4: 150.0}
+
+
+def cudnn_is_persistent(request: Request) -> bool:
+    """Whether torch asks cuDNN for one of its persistent algorithms."""
+    if request.packed or request.cell.projected:
+        return False
+    hidden, gates = request.hidden_size, request.cell.gates
+    small = 384 if gates == 1 else 192
+    if request.needs_grad:
+        small = 256 if gates == 1 else 128
+    if hidden <= small:
+        return True
+    return (
+        request.dtype == torch.float16
+        and request.directions == 1
+        and gates != 3
+        and hidden <= 1024
+        and hidden % 128 == 0
+        and request.input_size % 128 == 0
+        and request.batch % 8 == 0
+        and request.batch <= 128
+    )
+
+
+def cudnn_step_us(request: Request, kernel: str) -> float:
+    """About how long cuDNN takes for a step, all sequences and directions."""
+    gate_rows = request.cell.gates * request.hidden_size
+    flops = 2 * gate_rows * request.hidden_size * request.batch * request.directions
+    product = flops / 1e6 / _MFLOPS[request.dtype.itemsize]
+    if cudnn_is_persistent(request):
+        return max(_PERSISTENT_US, product)
+    return max(_STANDARD_US, product) * request.directions
 
 
 def slower_than_torch(request: Request) -> str | None:
+    """Why `auto` leaves a request to cuDNN, or None."""
+    kernels = ("forward", "backward") if request.needs_grad else ("forward",)
+    ours = theirs = 0.0
+    for kernel in kernels:
+        plan = launch.plan_of(request, kernel)
+        if plan is None:
+            return f"no plan of the {kernel} recurrence fits this device"
+        if plan.variant == "stepwise":
+            return f"W_hh does not fit the chip in the {kernel}: a launch per step is too slow"
+        ours += _OVER_FLOOR * plan.floor_us
+        theirs += cudnn_step_us(request, kernel)
+    if ours > theirs:
+        return f"cuDNN is expected to take {theirs:.1f} us a step, the kernels {ours:.1f}"
     return None

@@ -1,0 +1,249 @@
+"""What is checked on a GPU, in the order of importance, and how near is near; no torch."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from typing import Any
+
+from bench.gpu_grid import Values, covering
+
+# Cell -> class of torch.nn and its options; proj_size is a third of the hidden size.
+CELLS: dict[str, tuple[str, dict[str, Any]]] = {
+    "rnn_tanh": ("RNN", {"nonlinearity": "tanh"}),
+    "rnn_relu": ("RNN", {"nonlinearity": "relu"}),
+    "gru": ("GRU", {}),
+    "lstm": ("LSTM", {}),
+    "lstm_proj": ("LSTM", {}),
+}
+# float32 with TF32 products, as torch's default is, and without.
+DTYPES = ("float16", "bfloat16", "float32_tf32", "float32")
+# TRITON_RNN_VARIANT, and after a plus what the plan's exchange is replaced by.
+VARIANTS = ("resident", "cooperative", "cooperative+barrier", "streaming", "stepwise")
+FORMS = ("padded", "packed", "batch_first", "packed_unsorted", "strided", "unbatched")
+
+
+@dataclass(frozen=True)
+class Tolerance:
+    """What a result may be off against float64.
+
+    Attributes:
+        norm: norm of the difference over norm of the expected tensor.
+        peak: largest difference over the root mean square of the expected tensor. One wrong
+            element is off by about 1, so it is seen in a tensor of any size.
+    """
+
+    norm: float
+    peak: float
+
+
+# Both sides start from the same numbers, so what differs is the rounding of products, gates, states
+# and gradients on the way; a state's goes on into all later steps. torch.nn itself, on a CPU over
+# these very cases, is off by the numbers at the right (norm, peak); ours may be three times as far.
+TOLERANCES = {
+    # 2^-11 a rounding: states are stored so, and so are the gates that the backward reads.
+    # 2e-3, 0.03
+    "float16": Tolerance(6e-3, 0.1),
+    # 2^-8 a rounding. 1.3e-2, 0.16
+    "bfloat16": Tolerance(4e-2, 0.5),
+    # Both operands of every product keep 10 bits, as float16 does; everything else is float32.
+    "float32_tf32": Tolerance(5e-3, 0.1),
+    # Three TF32 products keep 21 bits. 6e-7, 7e-6 with all 24
+    "float32": Tolerance(1e-5, 2e-4),
+}
+
+# How a check looks at its case.
+#   numbers: outputs, states and gradients against float64.
+#   repeat: the same bits, many times over, beside other work on the GPU and beside itself.
+#   poison: the same bits with all unwritten memory full of NaN.
+#   graph: captured in a CUDA graph and replayed on other numbers.
+#   nonfinite: NaN and infinity in the input come out as torch gives them.
+CHECKS = ("numbers", "repeat", "poison", "graph", "nonfinite")
+
+
+@dataclass(frozen=True)
+class CheckCase:
+    """One call that is checked."""
+
+    check: str
+    cell: str
+    dtype: str
+    variant: str
+    hidden: int
+    batch: int
+    steps: int
+    form: str = "padded"
+    width: int = 40
+    directions: int = 1
+    layers: int = 1
+    hx: bool = True
+    bias: bool = True
+    training: bool = True
+
+    @property
+    def id(self) -> str:
+        flags = ("" if self.hx else "-nohx") + ("" if self.bias else "-nobias")
+        flags += "" if self.training else "-inference"
+        return (
+            f"{self.check}-{self.cell}-{self.dtype}-{self.variant or 'auto'}-H{self.hidden}"
+            f"-N{self.batch}-T{self.steps}-I{self.width}-D{self.directions}-L{self.layers}"
+            f"-{self.form}{flags}"
+        )
+
+    @property
+    def is_packed(self) -> bool:
+        return self.form.startswith("packed")
+
+    @property
+    def proj_size(self) -> int:
+        return max(1, self.hidden // 3) if self.cell == "lstm_proj" else 0
+
+    @property
+    def tolerance(self) -> Tolerance:
+        return TOLERANCES[self.dtype]
+
+    def lengths(self) -> list[int]:
+        """Lengths of a packed batch, in no order."""
+        draw = random.Random(self.batch * 1000 + self.steps)
+        lengths = [draw.randint(1, self.steps) for _ in range(self.batch)]
+        lengths[self.batch // 2] = self.steps
+        return lengths
+
+
+AXES: dict[str, tuple[Any, ...]] = {
+    "cell": ("lstm", "gru", "rnn_tanh", "rnn_relu", "lstm_proj"),
+    "dtype": ("bfloat16", "float16", "float32_tf32", "float32"),
+    "variant": VARIANTS,
+    "hidden": (100, 64, 19, 500, 256, 63, 1, 768),
+    "batch": (17, 3, 70, 1, 300),
+    "steps": (37, 2, 1),
+    "form": FORMS,
+    "width": (40, 1, 129),
+    "directions": (1, 2),
+    "layers": (1, 2),
+    "hx": (True, False),
+    "bias": (True, False),
+    "training": (True, False),
+}
+SEED = 7
+
+
+def _allowed(values: Values) -> bool:
+    """What can be planned at all: the planner refuses more, and the check then says so."""
+    if values["variant"] == "resident" and values["hidden"] > (
+        64 if values["dtype"].startswith("float32") else 128
+    ):
+        return False
+    if values["form"] == "unbatched" and values["batch"] != 1:
+        return False
+    # relu's on and off depend on a bias that keeps its numbers away from the edge.
+    if values["cell"] == "rnn_relu" and not values["bias"]:
+        return False
+    return not (values["cell"] == "lstm_proj" and values["hidden"] == 1)
+
+
+def _specials() -> list[CheckCase]:
+    """Races, unwritten memory, graphs and numbers that are none, the riskiest first."""
+    case = CheckCase("repeat", "lstm", "float16", "cooperative", 512, 16, 64)
+    repeat = [
+        case,
+        replace(case, dtype="bfloat16", variant="cooperative+barrier"),
+        replace(case, cell="gru", dtype="bfloat16", hidden=1024, batch=70, directions=2),
+        replace(case, variant="streaming", hidden=1024, dtype="float32_tf32"),
+        replace(case, cell="rnn_tanh", hidden=500, batch=300, form="packed"),
+        replace(case, cell="gru", variant="cooperative+barrier", directions=2, batch=300),
+        replace(case, dtype="float32_tf32", hidden=256, batch=3, form="packed_unsorted"),
+        replace(case, hidden=1000, variant="streaming", cell="gru", form="packed"),
+        replace(case, variant="", hidden=64, dtype="bfloat16"),
+        replace(case, cell="lstm_proj", variant="", directions=2, layers=2, form="packed"),
+        replace(case, cell="rnn_relu", dtype="float32", variant="cooperative", hidden=768),
+        replace(case, variant="stepwise", hidden=100, steps=20),
+        replace(case, dtype="bfloat16", hidden=1024, batch=64, training=False, steps=300),
+    ]
+    case = CheckCase("poison", "lstm", "float16", "", 100, 17, 12)
+    poison = [
+        case,
+        replace(case, cell="gru", dtype="bfloat16", form="packed", directions=2, hidden=500),
+        replace(case, cell="lstm_proj", form="packed_unsorted", directions=2),
+        replace(case, cell="rnn_tanh", dtype="float32_tf32", variant="streaming", hidden=500),
+        replace(case, cell="gru", dtype="float32", variant="stepwise", directions=2, layers=2),
+        replace(case, variant="cooperative+barrier", hidden=300, form="batch_first", batch=70),
+        replace(case, cell="rnn_relu", variant="resident", hidden=63, hx=False),
+    ]
+    case = CheckCase("graph", "lstm", "float16", "", 500, 17, 20)
+    graph = [
+        replace(case, training=False),
+        case,
+        replace(case, cell="gru", dtype="bfloat16", directions=2, layers=2),
+        replace(case, cell="gru", form="packed", training=False),
+        replace(case, cell="rnn_tanh", dtype="float32_tf32", variant="stepwise", hidden=100),
+        replace(case, cell="lstm_proj", form="packed", hidden=64),
+        replace(case, variant="cooperative+barrier", hidden=256),
+    ]
+    case = CheckCase("nonfinite", "lstm", "float16", "cooperative", 256, 17, 12)
+    nonfinite = [
+        case,
+        replace(case, cell="gru", dtype="bfloat16", variant="cooperative+barrier"),
+        replace(case, cell="rnn_tanh", dtype="float32_tf32", variant="resident", hidden=63),
+        replace(case, cell="rnn_relu", dtype="float32", form="packed"),
+        replace(case, variant="streaming", dtype="float32", directions=2),
+        replace(case, cell="gru", variant="stepwise", hidden=100),
+    ]
+    return _in_turn(repeat, poison, graph, nonfinite)
+
+
+def _in_turn(*lists: list[CheckCase]) -> list[CheckCase]:
+    longest = max(map(len, lists))
+    return [cases[i] for i in range(longest) for cases in lists if i < len(cases)]
+
+
+def _products() -> list[CheckCase]:
+    """Every cell in every dtype in every variant, at a middling size of each variant."""
+    sizes = {"resident": 64, "stepwise": 63}
+    found = [
+        CheckCase("numbers", cell, dtype, variant, sizes.get(variant, 320), 17, 7, directions=2)
+        for variant in VARIANTS
+        for dtype in DTYPES
+        for cell in CELLS
+    ]
+    random.Random(SEED).shuffle(found)
+    return found
+
+
+def check_cases() -> list[CheckCase]:
+    """All checks, the most informative first, the same at every call.
+
+    1. A covering of all pairs of axis values, with the special checks let in between, one for two;
+    2. every cell, dtype and variant once.
+    """
+    pairs = [CheckCase("numbers", **values) for values in covering(AXES, SEED, _allowed)]
+    specials = _specials()
+    mixed: list[CheckCase] = []
+    for number in range(0, max(len(pairs), 2 * len(specials)), 2):
+        mixed += pairs[number : number + 2]
+        mixed += specials[number // 2 : number // 2 + 1]
+    return _once([*mixed, *_products()])
+
+
+def rehearsal_cases() -> list[CheckCase]:
+    """Tiny ones, for Triton's interpreter: it knows no cooperative launch and no bfloat16."""
+    case = CheckCase("numbers", "lstm", "float16", "resident", 5, 3, 3, "packed", 4)
+    return [
+        case,
+        replace(case, cell="gru", dtype="float32", form="strided", directions=2),
+        replace(
+            case, cell="lstm_proj", dtype="float32", form="packed_unsorted", variant="stepwise"
+        ),
+        replace(case, cell="rnn_relu", form="batch_first", layers=2, variant="stepwise", hx=False),
+        replace(case, cell="rnn_tanh", form="unbatched", batch=1, training=False),
+        replace(case, variant="cooperative"),
+        replace(case, check="repeat", cell="gru", variant="stepwise", steps=2),
+        replace(case, check="poison", form="packed_unsorted"),
+        replace(case, check="nonfinite", dtype="float32", form="padded", batch=5),
+        replace(case, check="graph"),
+    ]
+
+
+def _once(cases: Iterable[CheckCase]) -> list[CheckCase]:
+    return list(dict.fromkeys(cases))

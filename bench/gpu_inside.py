@@ -1,0 +1,300 @@
+"""All that the GPU run asks of the Triton backend's insides: adapt this file when they move."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import os
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+
+from bench.gpu_grid import TuningPoint
+from triton_rnn import dispatch, functional, health
+from triton_rnn.cells import CELLS
+from triton_rnn.kernels import plan as planner
+from triton_rnn.kernels.plan import Plan
+from triton_rnn.request import Request
+
+# The functions that a training step's device time is split by.
+PHASES = (
+    ("products", "project"),
+    ("launch", "forward"),
+    ("launch", "backward"),
+    ("products", "grad_input"),
+    ("products", "grad_weight"),
+)
+# Alternatives of one tuning point, the chosen plan included.
+CANDIDATES = 16
+
+
+def set_tf32(allowed: bool) -> None:
+    """Turn the switch that cuDNN's recurrent layers, and so ours, follow."""
+    torch.backends.cudnn.rnn.fp32_precision = "tf32" if allowed else "ieee"
+
+
+@contextlib.contextmanager
+def _environment(**variables: str) -> Iterator[None]:
+    before = {name: os.environ.get(name) for name in variables}
+    os.environ.update(variables)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
+
+
+@contextlib.contextmanager
+def forced(variant: str) -> Iterator[None]:
+    """Plans of one variant only; "cooperative+barrier" replaces the exchange of its plans.
+
+    Without a variant all is as users have it. With one, the backend does not try its kernels out
+    before it uses them, so that an error is the kernels' own, not the reason of a refusal.
+    """
+    from triton_rnn.backends.triton import launch
+
+    name, _, exchange = variant.partition("+")
+    plan_of = launch.plan_of
+
+    def exchanged(request: Request, kernel: str) -> Plan | None:
+        found = plan_of(request, kernel)
+        if found is None or found.exchange not in ("flag", "barrier"):
+            return found
+        return dataclasses.replace(found, exchange=exchange)
+
+    variables = {"TRITON_RNN_VARIANT": name}
+    if name:
+        variables["TRITON_RNN_CHECK"] = "0"
+    with _environment(**variables):
+        if exchange:
+            launch.plan_of = exchanged
+        # Choices of a backend are remembered by request, and a request does not name the variant.
+        forget_choices()
+        try:
+            yield
+        finally:
+            launch.plan_of = plan_of
+            forget_choices()
+
+
+def forget_choices() -> None:
+    """Forget which backend runs what, and that one has failed: the next case starts anew."""
+    dispatch._choose.cache_clear()
+    health._failures.clear()
+
+
+def raise_failed_wait(device: torch.device) -> None:
+    """Wait for the device, and raise if a program on it waited in vain."""
+    from triton_rnn.backends.triton import launch
+
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    launch.raise_failed_wait(device)
+
+
+def requests_of(module: torch.nn.RNNBase, input: Any, hx: Any = None) -> list[Request]:
+    """What every layer of a call asks of a backend."""
+    call = functional.prepare(module, input, hx)
+    if call is None:
+        raise ValueError("the call is malformed or out of the ordinary")
+    first = call.request
+    deeper = first._replace(input_size=first.directions * first.output_size)
+    return [first, *[deeper] * (module.num_layers - 1)]
+
+
+def plans_of(module: torch.nn.RNNBase, input: Any, hx: Any = None) -> list[Plan | None]:
+    """The plan of every kernel of every layer of a call; None where nothing fits."""
+    from triton_rnn.backends.triton import launch
+
+    return [
+        launch.plan_of(request, kernel)
+        for request in requests_of(module, input, hx)
+        for kernel in (("forward", "backward") if request.needs_grad else ("forward",))
+    ]
+
+
+def floor_us(plans: Sequence[Plan | None]) -> float:
+    """The least that a step of all layers can take by the planner's model."""
+    return sum(plan.floor_us for plan in plans if plan is not None)
+
+
+@contextlib.contextmanager
+def phases_watched(
+    watch: Callable[[str, Callable[..., Any]], Callable[..., Any]],
+) -> Iterator[None]:
+    """Put `watch(name, function)` in the place of every function that `PHASES` names."""
+    from triton_rnn.backends.triton import launch, products
+
+    modules = {"launch": launch, "products": products}
+    before = {(module, name): getattr(modules[module], name) for module, name in PHASES}
+    try:
+        for (module, name), function in before.items():
+            label = f"recurrence {name}" if module == "launch" else name
+            setattr(modules[module], name, watch(label, function))
+        yield
+    finally:
+        for (module, name), function in before.items():
+            setattr(modules[module], name, function)
+
+
+# Tuning -----------------------------------------------------------------------------------------
+
+
+def request_of(point: TuningPoint, device: torch.device) -> Request:
+    return Request(
+        CELLS["rnn_tanh" if point.cell == "rnn" else point.cell],
+        device,
+        getattr(torch, point.dtype),
+        point.steps,
+        point.batch,
+        point.hidden,
+        point.hidden,
+        point.hidden,
+        point.directions,
+        True,
+        False,
+        True,
+    )
+
+
+def _neighbours(chosen: Plan, plans: Sequence[Plan]) -> list[Plan]:
+    """Plans by how many of the chosen one's blocks they change, then by their floor."""
+
+    def distance(plan: Plan) -> tuple[int, float]:
+        fields = ("variant", "block_h", "block_n", "block_k", "at_once")
+        changed = sum(getattr(plan, name) != getattr(chosen, name) for name in fields)
+        return changed, plan.floor_us
+
+    return sorted((plan for plan in plans if plan != chosen), key=distance)
+
+
+def candidates(point: TuningPoint, device: torch.device) -> list[Plan]:
+    """The planner's choice first, then what is worth a try beside it.
+
+    The other exchange, other warps, and of all that the planner looks at by turns the nearest to
+    its choice and the one with the lowest floor.
+    """
+    from triton_rnn.backends.triton import launch
+
+    request = request_of(point, device)
+    chosen = launch.plan_of(request, point.kernel)
+    if chosen is None:
+        return []
+    plans = every_plan(request, point.kernel, chosen)
+    near = _neighbours(chosen, plans)
+    fast = sorted(plans, key=lambda plan: plan.floor_us)
+    found = [chosen]
+    if chosen.variant == "cooperative":
+        other = dataclasses.replace(
+            chosen, exchange="barrier" if chosen.exchange == "flag" else "flag"
+        )
+        # The planner's own, if it knows it, for the floor.
+        found.append(next((plan for plan in plans if _launch_of(plan) == _launch_of(other)), other))
+    found += [dataclasses.replace(chosen, warps=warps) for warps in (4, 8, 16)]
+    found += [plan for pair in zip(near, fast, strict=True) for plan in pair]
+    distinct: dict[Plan, Plan] = {}
+    for plan in found:
+        distinct.setdefault(_launch_of(plan), plan)
+    return list(distinct.values())[:CANDIDATES]
+
+
+def _launch_of(plan: Plan) -> Plan:
+    """A plan without what the model says of it."""
+    return dataclasses.replace(plan, floor_us=0.0, bytes_on_chip=0)
+
+
+def _neighbours(chosen: Plan, plans: Sequence[Plan]) -> list[Plan]:
+    """Plans by how many of the chosen one's blocks they change, then by their floor."""
+
+    def distance(plan: Plan) -> tuple[int, float]:
+        fields = ("variant", "exchange", "block_h", "block_n", "block_k", "at_once")
+        changed = sum(getattr(plan, name) != getattr(chosen, name) for name in fields)
+        return changed, plan.floor_us
+
+    return sorted(plans, key=distance)
+
+
+def every_plan(request: Request, kernel: str, chosen: Plan) -> list[Plan]:
+    """All that the planner looks at."""
+    from triton_rnn.backends.triton import launch
+
+    chip = launch.chip_of(request.device)
+    if chip == planner.INTERPRETER:
+        return [dataclasses.replace(chosen, block_n=2 * chosen.block_n)]
+    shape = planner.Shape(
+        kernel,
+        request.cell.gates,
+        request.hidden_size,
+        request.directions,
+        request.batch,
+        request.dtype.itemsize,
+    )
+    plans = list(planner._resident(shape, chip))
+    for variant in ("cooperative", "streaming"):
+        plans += planner._spread(shape, chip, variant)
+    return plans
+
+
+@contextlib.contextmanager
+def planned(plan: Plan) -> Iterator[None]:
+    """Every launch by this plan."""
+    from triton_rnn.backends.triton import launch
+
+    before = launch.plan_of
+    launch.plan_of = lambda request, kernel: plan
+    try:
+        yield
+    finally:
+        launch.plan_of = before
+
+
+def recurrence(point: TuningPoint, device: torch.device) -> Callable[[bool], list[torch.Tensor]]:
+    """A call of one recurrence kernel alone on random numbers; it gives what the kernel computes.
+
+    The forward overwrites its preactivations with what it saves. Called with True it is given the
+    first ones again, so that two plans can be compared; for timing any bounded numbers will do.
+    """
+    from triton_rnn.backends.triton import launch
+
+    request = request_of(point, device)
+    cell = launch.kernel_cell(request.cell)
+    size, directions = request.hidden_size, request.directions
+    rows = request.seq_len * request.batch
+    generator = torch.Generator(device).manual_seed(0)
+
+    def random(*shape: int) -> torch.Tensor:
+        numbers = torch.randn(*shape, generator=generator, device=device)
+        return numbers.to(request.dtype)
+
+    w_hh = [random(cell.gates * size, size) / (2 * size**0.5) for _ in range(directions)]
+    state = random(directions, request.batch, size)
+    c_0 = state if cell.has_c else None
+    preact = random(rows, directions, cell.width * size)
+    if point.kernel == "forward":
+        b_hn = [random(size) if cell.gates == 3 else None for _ in range(directions)]
+        gates = preact.clone()
+
+        def forward(fresh: bool) -> list[torch.Tensor]:
+            if fresh:
+                gates.copy_(preact)
+            output, _, h_n, _ = launch.forward(request, gates, w_hh, b_hn, state, c_0, None)
+            return [output, h_n]
+
+        return forward
+    # What a forward saves: gates between 0 and 1, or the output between -1 and 1.
+    output = random(rows, directions * size).tanh()
+    saved = preact.sigmoid() if cell.saves else output
+    states = random(rows, directions, size) if cell.has_c else output
+    grad_output = random(rows, directions * size)
+
+    def backward(fresh: bool) -> list[torch.Tensor]:
+        grad_gates, grad_h_0, _ = launch.backward(
+            request, grad_output, saved, states, state, w_hh, state, c_0, None
+        )
+        return [grad_gates, grad_h_0]
+
+    return backward

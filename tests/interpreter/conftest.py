@@ -1,0 +1,79 @@
+"""Kernels under Triton's interpreter: nothing here runs, or is collected, in any other process.
+
+`tests/test_triton_interpreter.py` starts the process: triton reads TRITON_INTERPRET when it is
+first imported, and a process with it can compile no kernel.
+"""
+
+import os
+
+import pytest
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+collect_ignore_glob = [] if INTERPRETED else ["*"]
+
+if INTERPRETED:
+    import numpy as np
+    import torch
+    from triton.runtime import interpreter
+
+    from triton_rnn import health
+    from triton_rnn.backends.triton import launch
+
+    class _Nothing:
+        def restore(self):
+            pass
+
+    @pytest.fixture(autouse=True, scope="session")
+    def language_patched_once():
+        """The interpreter patches the language at every call of a device function, a third of its
+        time; once for each file is enough, for no kernel is compiled in this process."""
+        patch, done = interpreter._patch_lang, {}
+
+        def patch_once(function):
+            # By the file's names, not the function: they say which modules are the language.
+            if id(function.__globals__) not in done:
+                done[id(function.__globals__)] = patch(function)
+            return _Nothing()
+
+        interpreter._patch_lang = patch_once
+        yield
+        interpreter._patch_lang = patch
+        for scope in reversed(done.values()):
+            scope.restore()
+
+    @pytest.fixture(autouse=True)
+    def quiet_arithmetic():
+        """exp may overflow and NaN be compared: a GPU says nothing, numpy would warn.
+
+        Triton 3.6 makes indices of arrays of one element, which numpy says it will forbid.
+        """
+        with np.errstate(all="ignore"), pytest.MonkeyPatch.context() as patch:
+            yield patch
+
+    @pytest.fixture(autouse=True)
+    def no_failures_left(monkeypatch):
+        """Each test begins and ends without a failed wait."""
+        monkeypatch.setattr(health, "_failures", {})
+        yield
+        words = launch._error_words(torch.device("cpu"))
+        left = words.tolist()
+        words.zero_()
+        assert not any(left), f"a wait failed and nobody asked: {left}"
+
+    @pytest.fixture(params=["resident", "stepwise"])
+    def variant(request, monkeypatch):
+        """Every variant of the kernels that needs no programs side by side."""
+        monkeypatch.setenv("TRITON_RNN_VARIANT", request.param)
+        return request.param
+
+    @pytest.fixture
+    def poisoned():
+        """Every empty floating tensor is full of NaN within the test (see tests/test_poison.py)."""
+        deterministic = torch.are_deterministic_algorithms_enabled()
+        warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
+        fill = torch.utils.deterministic.fill_uninitialized_memory
+        torch.use_deterministic_algorithms(True)
+        torch.utils.deterministic.fill_uninitialized_memory = True
+        yield
+        torch.utils.deterministic.fill_uninitialized_memory = fill
+        torch.use_deterministic_algorithms(deterministic, warn_only=warn_only)

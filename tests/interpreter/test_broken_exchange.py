@@ -1,0 +1,165 @@
+"""That a broken exchange is seen: each way to break it gives wrong numbers or a failed wait.
+
+Without these, the tests of `test_exchange` might pass for programs that happen to run in an order
+in which nobody has to wait.
+"""
+
+import pytest
+import torch
+from compare import (
+    EXCHANGES,
+    assert_as_expected,
+    each_state,
+    exact_and_ours,
+    exchanging,
+    input_and_hx,
+    run_on_kernels,
+)
+from threads import AsFarAsItCan, AtRandom, Threads
+from tolerances import run
+from triton.runtime import interpreter
+
+from triton_rnn.backends.triton import launch
+from triton_rnn.kernels import backward, exchange, forward, product
+
+KERNELS = {"forward": forward, "backward": backward}
+
+
+def never(*args):
+    pass
+
+
+def one_too_few(counter_ptr, target, polls):
+    return exchange.wait_for_arrivals(counter_ptr, target - 1, polls)
+
+
+def not_at_all(counter_ptr, target, polls):
+    return True
+
+
+class StoresAfterArriving:
+    """What is stored before the arrival is written after it."""
+
+    def __init__(self):
+        self.stores = {}
+
+    def store(self, *args):
+        self.stores.setdefault(running_program(), []).append(args)
+
+    def arrive(self, counter_ptr):
+        exchange.arrive(counter_ptr)
+        for store in self.stores.pop(running_program(), []):
+            exchange.store_exchanged(*store)
+
+
+def running_program():
+    return interpreter.interpreter_builder.grid_idx
+
+
+def load_with(change):
+    """`load_exchanged` that takes other elements for written by other programs."""
+    original = exchange.load_exchanged
+
+    def load_exchanged(*args):
+        named = dict(zip(original.arg_names, args, strict=True))
+        named["written"] = change(named)
+        return original(**named)
+
+    return load_exchanged
+
+
+def none_of_them(named):
+    return named["written"] & False
+
+
+def half_of_them(named):
+    """The first eight units of every sixteen: a block is another program's too."""
+    return named["written"] & (named["column"] % 16 < 8)
+
+
+def half(buffer):
+    """`_unwritten` of the first half."""
+    rows = buffer[: buffer.size(0) // 2]
+    rows.view(torch.int16 if buffer.itemsize == 2 else torch.int32).fill_(-2)
+
+
+def is_wrong(monkeypatch, expected, ours, input, hx):
+    """Whether any of several orders of events gives other numbers than torch's or a failed wait."""
+    for schedule in (
+        AsFarAsItCan,
+        lambda: AsFarAsItCan(backwards=True),
+        lambda: AsFarAsItCan(leave_after=("arrive",)),
+        lambda: AtRandom(1),
+        lambda: AtRandom(2),
+    ):
+        with monkeypatch.context() as patch:
+            Threads(patch, schedule)
+            actual = run_on_kernels(ours, input, hx)
+            words = launch._error_words(torch.device("cpu"))
+            failed = bool(words.any())
+            words.zero_()
+        try:
+            assert_as_expected(actual, expected, torch.float32)
+        except AssertionError:
+            return True
+        if failed:
+            return True
+    return False
+
+
+def late_stores():
+    late = StoresAfterArriving()
+    return {"store_exchanged": late.store, "arrive": late.arrive}
+
+
+BREAKAGES = {
+    ("barrier", "nothing"): dict,
+    ("barrier", "the arrival before the stores"): late_stores,
+    ("barrier", "no arrival"): lambda: {"arrive": never},
+    ("barrier", "a wait for one too few"): lambda: {"wait_for_arrivals": one_too_few},
+    ("barrier", "no wait"): lambda: {"wait_for_arrivals": not_at_all},
+    ("streaming", "nothing"): dict,
+    ("streaming", "the arrival before the stores"): late_stores,
+    ("streaming", "a wait for one too few"): lambda: {"wait_for_arrivals": one_too_few},
+    ("flag", "nothing"): dict,
+    ("flag", "no wait"): lambda: {"load_exchanged": load_with(none_of_them)},
+    ("flag", "a wait for half a block"): lambda: {"load_exchanged": load_with(half_of_them)},
+    ("flag", "no store"): lambda: {"store_exchanged": never},
+}
+
+
+def break_kernel(monkeypatch, kernel, breakage):
+    """Replace functions of the exchange in one kernel, or in what both of them call."""
+    for name, value in breakage.items():
+        found = [module for module in (KERNELS[kernel], product) if hasattr(module, name)]
+        assert found, f"{name} is gone from the kernels: what is it now?"
+        for module in found:
+            monkeypatch.setattr(module, name, value)
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize(
+    ("way", "breakage"), [pytest.param(*key, id="-".join(key)) for key in BREAKAGES]
+)
+@pytest.mark.usefixtures("poisoned")
+def test_a_broken_exchange_is_seen(monkeypatch, way, breakage, kernel):
+    """Memory that is not written yet is NaN. With nothing broken, the control, all is right."""
+    monkeypatch.setattr(launch, "POLLS", 200)
+    exchanging(monkeypatch, *EXCHANGES[way])
+    exact, ours = exact_and_ours("gru", 5, 19)
+    input, hx = input_and_hx("gru", ours, 4, 3, 5, batch=3)
+    expected = run(exact, input.double(), each_state(torch.Tensor.double, hx))
+    break_kernel(monkeypatch, kernel, BREAKAGES[way, breakage]())
+    assert is_wrong(monkeypatch, expected, ours, input, hx) == (breakage != "nothing")
+
+
+@pytest.mark.parametrize("fill", [never, half], ids=["no fill", "half a fill"])
+@pytest.mark.usefixtures("poisoned")
+def test_a_missing_fill_is_seen(monkeypatch, fill):
+    monkeypatch.setattr(launch, "POLLS", 200)
+    exchanging(monkeypatch, *EXCHANGES["flag"])
+    exact, ours = exact_and_ours("gru", 5, 19)
+    input, hx = input_and_hx("gru", ours, 4, 3, 5, batch=3)
+    expected = run(exact, input.double(), each_state(torch.Tensor.double, hx))
+    monkeypatch.setattr(launch, "_unwritten", fill)
+    assert is_wrong(monkeypatch, expected, ours, input, hx)
