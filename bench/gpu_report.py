@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -182,7 +183,6 @@ def case_line(row: Row) -> list[str]:
         number(row["floor_us"]),
         number(row["floor_share"]),
         "/".join("-" if peak is None else f"{peak / 2**20:.0f}" for peak in peaks),
-        number(row.get("compile_s"), 1),
     ]
 
 
@@ -200,7 +200,6 @@ CASE_HEADER = (
     "floor us",
     "floor/measured",
     "peak MiB",
-    "compile s",
 )
 
 
@@ -213,6 +212,17 @@ def slower(data: Data) -> list[Row]:
     """Cases that are slower than torch.nn on auto, the worst first."""
     rows = [row for row in timed(data) if row["ratio_auto"] < 1.0]
     return sorted(rows, key=lambda row: float(row["ratio_auto"]))
+
+
+def compile_line(data: Data) -> str:
+    """How long first calls took, side by side with those of other processes."""
+    seconds = list(data.get("timing", {}).get("compile_s", {}).values())
+    if not seconds:
+        return ""
+    return (
+        f"First calls, compiling beside other processes: median {statistics.median(seconds):.1f} s,"
+        f" longest {max(seconds):.1f} s of {len(seconds)}."
+    )
 
 
 def explained(rows: Sequence[Row]) -> str:
@@ -321,7 +331,8 @@ def markdown(data: Data) -> str:
         f"## Slower than torch.nn on auto: {len(slow)} of {len(rows)}\n",
         table(CASE_HEADER, map(case_line, slow)),
         "## Every case, in the order of measuring\n",
-        "peak MiB: torch.nn, auto, kernels. Times that lie within the spread are alike.\n",
+        "peak MiB: torch.nn, auto, kernels. Times that lie within the spread are alike. "
+        f"{compile_line(data)}\n",
         table(CASE_HEADER, map(case_line, rows)),
         "## Plans of the anchors and of the slowest beside torch.nn (all: gpu.json)\n",
         explained([row for row in rows if row["id"] in ANCHOR_IDS] + slow[:10]),

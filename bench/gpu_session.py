@@ -104,13 +104,12 @@ def handler(device_name: str) -> tuple[Callable[[Task], Result], Callable[[], bo
         return True
 
     def handle(task: Task) -> Result:
-        try:
-            return handlers[task["kind"]](task)
-        finally:
-            if device.type == "cuda" and task["kind"] in SIDE_BY_SIDE:
-                # The memory is shared with the other processes.
-                gc.collect()
-                torch.cuda.empty_cache()
+        result = handlers[task["kind"]](task)
+        if device.type == "cuda" and task["kind"] in SIDE_BY_SIDE:
+            # The memory is shared with the other processes.
+            gc.collect()
+            torch.cuda.empty_cache()
+        return result
 
     return handle, is_alive
 
@@ -244,23 +243,24 @@ class Session:
         parts_of = gpu_grid.PHASE_CASES[: 2 if self.quick else None]
         if self.is_rehearsal:
             cases, parts_of = list(gpu_grid.REHEARSAL_CASES), gpu_grid.REHEARSAL_CASES[:1]
+        phases = part["phases"] = _empty_part()
         for first in range(0, len(cases), CHUNK):
             chunk = cases[first : first + CHUNK]
-            also = [case for case in parts_of if case not in chunk] if first == 0 else []
-            self._time_chunk(part, chunk, also, budget)
-            if first == 0:
-                phases = part["phases"] = _empty_part()
-                self.run(phases, [_task("phases", case) for case in parts_of], budget.part(0.5))
+            if first > 0:
+                self._time(part, chunk, self._compile(part, chunk, budget), budget)
+                continue
+            # After the anchors, the parts of a training step: soon done, and much is seen in them.
+            also = [case for case in parts_of if case not in chunk]
+            failed = self._compile(part, [*chunk[:4], *also, *chunk[4:]], budget)
+            self._time(part, chunk[:4], failed, budget)
+            self.run(phases, [_task("phases", case) for case in parts_of], budget.part(0.25))
+            self._time(part, chunk[4:], failed, budget)
 
-    def _time_chunk(
-        self,
-        part: dict[str, Any],
-        cases: Sequence[gpu_grid.TimingCase],
-        also: Sequence[gpu_grid.TimingCase],
-        budget: Budget,
-    ) -> None:
-        """Compile on many cores, then time alone. What fails to compile or run is not timed."""
-        compiled: dict[str, float] = {}
+    def _compile(
+        self, part: dict[str, Any], cases: Sequence[gpu_grid.TimingCase], budget: Budget
+    ) -> set[str]:
+        """Compile side by side; what fails to compile or run is a result, and not to be timed."""
+        compiled: dict[str, float] = part.setdefault("compile_s", {})
         failed: set[str] = set()
 
         def keep(task: Task, result: Result) -> None:
@@ -270,12 +270,17 @@ class Session:
                 failed.add(task["id"])
                 part["results"].append({"id": task["id"], "case": task["case"], **result})
 
-        warm = [_task("warm", case) for case in (*cases[:4], *also, *cases[4:])]
-        self.run(part, warm, budget.part(0.35), keep)
-        tasks = [_task("time", case) for case in cases if case.id not in failed]
-        self.run(part, tasks, budget)
-        for result in part["results"]:
-            result.setdefault("compile_s", compiled.get(result["id"]))
+        self.run(part, [_task("warm", case) for case in cases], budget.part(0.35), keep)
+        return failed
+
+    def _time(
+        self,
+        part: dict[str, Any],
+        cases: Sequence[gpu_grid.TimingCase],
+        failed: set[str],
+        budget: Budget,
+    ) -> None:
+        self.run(part, [_task("time", case) for case in cases if case.id not in failed], budget)
 
     def tuning(self, part: dict[str, Any], budget: Budget) -> None:
         points = gpu_grid.TUNING_POINTS[: 2 if self.quick else None]
@@ -306,8 +311,12 @@ class Session:
         for point in points:
             # In the planner's order again: the first is what the others are compared with.
             kept = [plan for plan in plans.get(point.id, []) if plan in good[point.id]]
+            task = {**_task("tune", point), "plans": kept}
             if kept:
-                tasks.append({**_task("tune", point), "plans": kept})
+                tasks.append(task)
+            elif bad[point.id]:
+                broken = {"status": "error", "error": "none of its plans ran"}
+                part["results"].append({"id": task["id"], "case": task["case"], **broken})
             else:
                 part["not_reached"].append(point.id)
         self.run(part, tasks, budget)
@@ -356,6 +365,8 @@ def obstacle(device: str) -> str | None:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     options = _arguments(arguments)
+    # A run that is cut off has printed what it found.
+    sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]
     if options.child is not None:
         serve(*handler(options.device), seconds=options.child)
     reason = obstacle(options.device)

@@ -203,9 +203,7 @@ def _kernel(
     options: dict[str, Any],
     ones: tuple[str, ...] = (),
 ) -> Kernel:
-    return Kernel(
-        name, chip, dtype, what, tuple(constants.items()), tuple(options.items()), ones
-    )
+    return Kernel(name, chip, dtype, what, tuple(constants.items()), tuple(options.items()), ones)
 
 
 def _short(dtype: torch.dtype) -> str:
@@ -428,7 +426,9 @@ def kernels(arguments: argparse.Namespace) -> list[Kernel]:
         else:
             sizes: dict[str, Any] = {"hidden_sizes": (128, 768), "batches": (16,)}
             found += recurrences(chip, directions=(2,), variants=(None,), **sizes)
-    return [kernel for kernel in found if re.search(arguments.match, f"{kernel.name} {kernel.what}")]
+    return [
+        kernel for kernel in found if re.search(arguments.match, f"{kernel.name} {kernel.what}")
+    ]
 
 
 def main(options: list[str] | None = None) -> int:

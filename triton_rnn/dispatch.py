@@ -147,16 +147,21 @@ def choose(request: Request, wanted: str) -> Choice:
         BackendError: if `wanted` names a backend that cannot serve the request.
     """
     # What may change between two calls: torch's switches, and a backend that has failed.
-    precision = ""
-    if request.device.type == "cuda":
-        precision = torch.backends.cudnn.rnn.fp32_precision
+    others: tuple[str | None, ...] = ()
+    if request.device.type == "cuda" or wanted == "triton":
+        precision = torch.backends.cudnn.rnn.fp32_precision  # type: ignore[attr-defined]
+        others = (precision, os.environ.get("TRITON_RNN_VARIANT"))
     onednn_enabled = bool(torch.backends.mkldnn.enabled)
-    return _choose(request, wanted, onednn_enabled, precision, health.failures())
+    return _choose(request, wanted, onednn_enabled, others, health.failures())
 
 
 @functools.lru_cache(maxsize=4096)
 def _choose(
-    request: Request, wanted: str, onednn_enabled: bool, precision: str, failures: int
+    request: Request,
+    wanted: str,
+    onednn_enabled: bool,
+    others: tuple[str | None, ...],
+    failures: int,
 ) -> Choice:
     check_name(wanted)
     if wanted != "auto":

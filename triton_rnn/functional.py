@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn.functional import dropout
 from torch.nn.utils.rnn import PackedSequence
 
-from triton_rnn import dispatch
+from triton_rnn import compiled, dispatch
 from triton_rnn.cells import LSTM_PROJECTED, MODES
 from triton_rnn.layer import layer
 from triton_rnn.request import Request
@@ -283,6 +283,9 @@ def stack(call: Call, backend: ModuleType, layers: int, drop: float) -> tuple[Te
 
 def forward(module: torch.nn.RNNBase, input: Any, hx: Any) -> tuple[Any, Any] | None:
     """What `module(input, hx)` returns; None if torch.nn's own forward is to be called instead."""
+    if torch.compiler.is_compiling():
+        # Before anything else: Dynamo would trace what follows, and cannot.
+        return compiled.forward(module, input, hx)
     wanted = _route()
     if wanted is None:
         return None

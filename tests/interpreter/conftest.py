@@ -32,7 +32,11 @@ if INTERPRETED:
         def patch_once(function):
             # By the file's names, not the function: they say which modules are the language.
             if id(function.__globals__) not in done:
-                done[id(function.__globals__)] = patch(function)
+                scope = done[id(function.__globals__)] = patch(function)
+                # Triton 3.6 makes a number of an array of one element, which numpy gives up.
+                scope.set_attr(
+                    interpreter.tl.tensor, "__index__", lambda self: int(self.handle.data.item())
+                )
             return _Nothing()
 
         interpreter._patch_lang = patch_once
@@ -43,12 +47,9 @@ if INTERPRETED:
 
     @pytest.fixture(autouse=True)
     def quiet_arithmetic():
-        """exp may overflow and NaN be compared: a GPU says nothing, numpy would warn.
-
-        Triton 3.6 makes indices of arrays of one element, which numpy says it will forbid.
-        """
-        with np.errstate(all="ignore"), pytest.MonkeyPatch.context() as patch:
-            yield patch
+        """exp may overflow and NaN be compared: a GPU says nothing, numpy would warn."""
+        with np.errstate(all="ignore"):
+            yield
 
     @pytest.fixture(autouse=True)
     def no_failures_left(monkeypatch):

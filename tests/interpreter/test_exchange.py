@@ -40,7 +40,7 @@ def exchange(request):
 @pytest.fixture(autouse=True)
 def waits_end(monkeypatch):
     """Far more looks than any order of events needs: a wait that is in vain ends as failed."""
-    monkeypatch.setattr(launch, "POLLS", 10_000)
+    monkeypatch.setattr(launch, "POLLS", 1000)
 
 
 def as_it_is(input):

@@ -9,8 +9,8 @@
 Layouts, with R = T * N rows, or the sum of the lengths of a packed batch, in time-major order:
 
     output      (R, D * H)
-    gates       (R, D, WIDTH * H)  the input's projection in the last G * H columns; where a backward
-                will follow, replaced by what it needs
+    gates       (R, D, WIDTH * H)  the input's projection in the last G * H columns; replaced by
+                what a backward needs where one will follow
     cells       (R, D, H)          the cell state of every step, for the backward
     grad_gates  (R, D, WIDTH * H)  gradients of the preactivations, laid out as `gates`
     h_0, c_0, h_n, c_n and their gradients (D, N, H)

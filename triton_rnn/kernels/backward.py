@@ -39,9 +39,14 @@ def _weights(
 
 @triton.jit
 def _gate_weights(
-    w_hh_ptr, g: tl.constexpr, H: tl.constexpr, GATES: tl.constexpr, TURN: tl.constexpr, BLOCK_H: tl.constexpr
+    w_hh_ptr,
+    g: tl.constexpr,
+    H: tl.constexpr,
+    GATES: tl.constexpr,
+    TURN: tl.constexpr,
+    BLOCK_H: tl.constexpr,
 ):
-    """W_hh^T of the gate whose gradients are block g of `grad_gates`, all units: (BLOCK_H, BLOCK_H)."""
+    """W_hh^T of the gate whose gradients are block g of `grad_gates`: (BLOCK_H, BLOCK_H)."""
     unit = tl.arange(0, BLOCK_H)
     row = (g + TURN) % GATES * H + unit
     mask = (unit < H)[:, None] & (unit < H)[None, :]
@@ -151,25 +156,30 @@ def recurrence_backward(
         own_grads = n[None, :] * (D * WIDTH * H) + d * WIDTH * H + unit[:, None]
         first_state = d.to(tl.int64) * N * H
         state_offsets = n[None, :] * H + unit[:, None]
-        dh = tl.load(grad_h_in_ptr + first_state + state_offsets, mask=inside, other=0.0).to(tl.float32)
+        dh = tl.load(grad_h_in_ptr + first_state + state_offsets, mask=inside, other=0.0).to(
+            tl.float32
+        )
         dc = dh
         if HAS_C:
-            dc = tl.load(grad_c_in_ptr + first_state + state_offsets, mask=inside, other=0.0).to(tl.float32)
+            dc = tl.load(grad_c_in_ptr + first_state + state_offsets, mask=inside, other=0.0).to(
+                tl.float32
+            )
 
         # Backward, t counts down in the first direction and up in the second.
         t = T - 1 - begin + d * (2 * begin - T + 1)
         ahead = 2 * d - 1
         after_active, after_row = step_rows(t - ahead, T, N, batch_sizes_ptr, offsets_ptr, PACKED)
         active, row = step_rows(t, T, N, batch_sizes_ptr, offsets_ptr, PACKED)
-        before_active, before_row = step_rows(
-            t + ahead, T, N, batch_sizes_ptr, offsets_ptr, PACKED
-        )
+        before_active, before_row = step_rows(t + ahead, T, N, batch_sizes_ptr, offsets_ptr, PACKED)
         now = inside & (n < active)[None, :]
         initial_ptrs = initial_ptr + first_state + state_offsets
         grad_output = tl.load(grad_output_ptr + row * (D * H) + own, mask=now, other=0.0)
         state = tl.load(states_ptr + row * (D * H) + own, mask=now, other=0.0).to(tl.float32)
         before = _before(
-            states_ptr + before_row * (D * H) + own, initial_ptrs, (n < before_active)[None, :], inside
+            states_ptr + before_row * (D * H) + own,
+            initial_ptrs,
+            (n < before_active)[None, :],
+            inside,
         )
         before = before.to(tl.float32)
         saved = load_blocks(gates_ptr + row * (D * SAVED * H) + own_saved, now, H, SAVED)
@@ -177,7 +187,7 @@ def recurrence_backward(
 
         grads = ()
         if HELD:
-            for g in tl.static_range(GATES):
+            for _ in tl.static_range(GATES):
                 grads = grads + (tl.zeros((BLOCK_H, BLOCK_N), dtype),)
 
         for s in range(begin, end):
@@ -209,8 +219,10 @@ def recurrence_backward(
                     alive = note_failure(error_ptr, alive, complete, s)
                 # Rows that took no part in the step before this one send nothing.
                 written = n < after_active
-                source = grad_gates_ptr + after_row * (D * WIDTH * H) + (
-                    n * (D * WIDTH * H) + d * WIDTH * H
+                source = (
+                    grad_gates_ptr
+                    + after_row * (D * WIDTH * H)
+                    + (n * (D * WIDTH * H) + d * WIDTH * H)
                 )
                 product, alive = exchanged_product(
                     weights,
@@ -240,9 +252,7 @@ def recurrence_backward(
                 )
                 dh += product
 
-            blocks, direct_dh, before_dc = CELL(
-                factors, dh + grad_output.to(tl.float32), dc
-            )
+            blocks, direct_dh, before_dc = CELL(factors, dh + grad_output.to(tl.float32), dc)
             if HELD:
                 grads = ()
                 for g in tl.static_range(GATES):

@@ -3,11 +3,11 @@
 Three ways, by the constexpr EXCHANGE of the kernels:
 
 - "launch": they do not. A step is a launch of its own, and the launch is the barrier.
-- "barrier": each program adds one to a counter when its part is written, and waits until all parts
-  of a step are counted. Counters only grow, so a step needs one counter and no reset.
-- "flag": the data is its own flag. Before the launch, the buffer that the steps write is filled with
-  a bit pattern that is never stored; a reader loads until the pattern is gone. One trip through
-  the L2 cache instead of two, and no fence: no value is read but the one that is waited for.
+- "barrier": each program adds one to a counter when its part is written, and waits until all
+  parts of a step are counted. Counters only grow, so a step needs one counter and no reset.
+- "flag": the data is its own flag. Before the launch, the buffer that the steps write is filled
+  with a bit pattern that is never stored; a reader loads until the pattern is gone. One trip
+  through the L2 cache instead of two, and no fence: no value is read but the one waited for.
 
 Both waits need all programs on the chip at once (a cooperative launch), and both are bounded: when
 one runs out, the program notes the step in `error`, goes on without waiting ever again, and makes
@@ -69,7 +69,7 @@ def load_exchanged(
         poll = 0
         missing = 1
         bits = ()
-        for j in tl.static_range(COUNT):
+        for _ in tl.static_range(COUNT):
             bits = bits + (tl.zeros(ptrs.shape, integers),)
         # The first look and the others are one piece of code: it is large.
         while (missing > 0) & (poll <= polls):

@@ -45,9 +45,7 @@ def _gate_weights(w_hh_ptr, g: tl.constexpr, H: tl.constexpr, BLOCK_H: tl.conste
     """W_hh of one gate, all units: (BLOCK_H, BLOCK_H)."""
     unit = tl.arange(0, BLOCK_H)
     mask = (unit < H)[:, None] & (unit < H)[None, :]
-    return tl.load(
-        w_hh_ptr + (g * H + unit)[:, None] * H + unit[None, :], mask=mask, other=0.0
-    )
+    return tl.load(w_hh_ptr + (g * H + unit)[:, None] * H + unit[None, :], mask=mask, other=0.0)
 
 
 @triton.jit
@@ -108,7 +106,7 @@ def recurrence_forward(
     SAVE: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Steps begin <= s < end of AT_ONCE directions; the layouts are those of the package's docstring.
+    """Steps begin <= s < end of AT_ONCE directions; layouts as in the package's docstring.
 
     Args:
         gates_ptr: the input's preactivations; with SAVE they are replaced by what is saved.
@@ -170,14 +168,14 @@ def recurrence_forward(
         h = tl.load(h_in_ptr + first_state + state_offsets, mask=inside, other=0.0).to(tl.float32)
         c = h
         if HAS_C:
-            c = tl.load(c_in_ptr + first_state + state_offsets, mask=inside, other=0.0).to(tl.float32)
+            c = tl.load(c_in_ptr + first_state + state_offsets, mask=inside, other=0.0).to(
+                tl.float32
+            )
 
         # t counts up in the first direction and down in the second.
         t = begin + d * (T - 1 - 2 * begin)
         ahead = 1 - 2 * d
-        before_active, before_row = step_rows(
-            t - ahead, T, N, batch_sizes_ptr, offsets_ptr, PACKED
-        )
+        before_active, before_row = step_rows(t - ahead, T, N, batch_sizes_ptr, offsets_ptr, PACKED)
         active, row = step_rows(t, T, N, batch_sizes_ptr, offsets_ptr, PACKED)
         preact_ptr = gates_ptr + (WIDTH - GATES) * H
         x = load_blocks(

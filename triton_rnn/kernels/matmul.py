@@ -1,4 +1,4 @@
-"""The products that do not depend on time: the input's projection, and the gradients after the loop.
+"""Products that do not depend on time: the input's projection, and the gradients after the loop.
 
 One kernel, for both directions of a layer in one launch. It reads the input where it lies: rows of
 a padded batch by their strides in time and batch, rows of a packed one as they are.
@@ -118,6 +118,4 @@ def matmul(
         bias += tl.load(folded_ptr + n, mask=n < FOLDED, other=0.0).to(tl.float32)
         product += bias[None, :]
     c_ptrs = c_ptr + d * c_d + part * c_split + m[:, None] * c_m + n[None, :]
-    tl.store(
-        c_ptrs, product.to(c_ptr.dtype.element_ty), mask=(m < M)[:, None] & (n < N)[None, :]
-    )
+    tl.store(c_ptrs, product.to(c_ptr.dtype.element_ty), mask=(m < M)[:, None] & (n < N)[None, :])

@@ -338,9 +338,7 @@ def _spread_plan(
         together = max(
             count
             for count in range(1, blocks + 1)
-            if _fits_registers(
-                shape, variant, block_h, block_n, splits, warps, count * one_block
-            )
+            if _fits_registers(shape, variant, block_h, block_n, splits, warps, count * one_block)
         )
         shared = max(together * one_block, scratch)
     else:
@@ -358,11 +356,14 @@ def _spread_plan(
     side_by_side = max(1, chip.multiprocessors // (units * at_once))
     slots = tiles if variant == "stepwise" else min(tiles, side_by_side)
     turns = _ceil(tiles, min(slots, side_by_side)) * _ceil(shape.directions, at_once)
-    step = _WITHIN_US + {
-        "flag": _FLAG_US + _LOOK_US * _ceil(blocks, together),
-        "barrier": _BARRIER_US + _LOAD_US,
-        "launch": _LAUNCH_US,
-    }[exchange]
+    step = (
+        _WITHIN_US
+        + {
+            "flag": _FLAG_US + _LOOK_US * _ceil(blocks, together),
+            "barrier": _BARRIER_US + _LOAD_US,
+            "launch": _LAUNCH_US,
+        }[exchange]
+    )
     passing = inner * block_n * shape.itemsize + (weight - kept)
     flops = 2 * max(16, rows) * inner * block_n
     step += passing / _L2_BYTES_PER_US + _product_us(chip, shape, weight, flops)

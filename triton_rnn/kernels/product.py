@@ -13,9 +13,7 @@ from triton_rnn.kernels.steps import note_failure
 
 
 @triton.jit
-def inner_columns(
-    block, INNER: tl.constexpr, BLOCK_K: tl.constexpr, SPLITS: tl.constexpr
-):
+def inner_columns(block, INNER: tl.constexpr, BLOCK_K: tl.constexpr, SPLITS: tl.constexpr):
     """Which elements of the inner dimension make up a block: (SPLITS, BLOCK_K)."""
     PER_PART: tl.constexpr = (INNER + SPLITS * BLOCK_K - 1) // (SPLITS * BLOCK_K) * BLOCK_K
     part = tl.arange(0, SPLITS) * PER_PART

@@ -6,7 +6,7 @@ import triton.language as tl
 
 @triton.jit
 def step_rows(t, T, N, batch_sizes_ptr, offsets_ptr, PACKED: tl.constexpr):
-    """How many sequences take part in step t, and the first of its rows; none outside 0 <= t < T."""
+    """How many sequences take part in step t, and its first row; none outside 0 <= t < T."""
     inside = (t >= 0) & (t < T)
     if PACKED:
         active = tl.load(batch_sizes_ptr + t, mask=inside, other=0)

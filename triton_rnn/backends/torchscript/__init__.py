@@ -202,7 +202,7 @@ def backward(
         needs: whether the gradient of the input and of each weight is wanted.
 
     Returns:
-        grad_input with the input's rows one after the other, grad_h_0, grad_c_0, then each weight's.
+        grad_input, the rows one after the other, grad_h_0, grad_c_0, then each weight's.
     """
     rows = input.reshape(-1, request.input_size)
     run = _run(request, rows.size(0), batch_sizes)

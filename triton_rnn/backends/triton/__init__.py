@@ -30,7 +30,7 @@ def _missing() -> str | None:
     return None
 
 
-def _cannot(request: Request) -> str | None:
+def cannot(request: Request) -> str | None:
     """Why the kernels cannot serve a request, as far as that is known without the device."""
     device = request.device.type
     if device == "cpu" and not _interpreter():
@@ -51,7 +51,7 @@ def supports(request: Request) -> str | None:
 
     The first request of its kind on a device is tried out on a few short sequences (`check`).
     """
-    reason = _cannot(request)
+    reason = cannot(request)
     if reason is not None:
         return reason
     from triton_rnn.backends.triton import check
@@ -59,16 +59,18 @@ def supports(request: Request) -> str | None:
     return check.obstacle(request)
 
 
-def declines(request: Request) -> str | None:
-    """Why `auto` does not take the kernels for a request, or None; nothing is tried out in vain."""
-    reason = _cannot(request)
-    if reason is not None:
-        return reason
+def slower_than_torch(request: Request) -> str | None:
+    """Why `auto` leaves a request that the kernels could serve to others."""
     if request.device.type == "cpu":
         return "the interpreter is for tests"
     from triton_rnn.backends.triton import rules
 
-    return rules.slower_than_torch(request) or supports(request)
+    return rules.slower_than_torch(request)
+
+
+def declines(request: Request) -> str | None:
+    """Why `auto` does not take the kernels for a request, or None; nothing is tried out in vain."""
+    return cannot(request) or slower_than_torch(request) or supports(request)
 
 
 def describe(request: Request, rows: int) -> str:
@@ -77,6 +79,30 @@ def describe(request: Request, rows: int) -> str:
 
     kernels = ("forward", "backward") if request.needs_grad else ("forward",)
     return "; ".join(str(launch.plan_of(request, kernel)) for kernel in kernels)
+
+
+def saved_shapes(request: Request, rows: int) -> list[tuple[int, ...]]:
+    """Shapes of what forward saves besides its results, for a request with a backward.
+
+    Args:
+        rows: R, of all steps together.
+    """
+    cell, directions, size = request.cell, request.directions, request.hidden_size
+    shapes: list[tuple[int, ...]] = [(rows, directions * size)] if cell.projected else []
+    if cell.gates > 1:
+        # Four numbers a unit: the gates of an LSTM, those of a GRU and what its reset multiplies.
+        shapes.append((rows, directions, 4 * size))
+    if cell.states == 2:
+        shapes.append((rows, directions, size))
+    return shapes
+
+
+def saved_of(request: Request, results: Sequence[Tensor], shown: Sequence[Tensor]) -> list[Tensor]:
+    """What forward has saved, from its results and the tensors of `saved_shapes`."""
+    if request.cell.projected:
+        return list(shown)
+    output = results[0]
+    return [output.reshape(-1, output.size(-1)), *shown]
 
 
 def forward(
@@ -125,10 +151,8 @@ def backward(
         needs: whether the gradient of the input and of each weight is wanted.
 
     Returns:
-        grad_input with the input's rows one after the other, grad_h_0, grad_c_0, then each weight's.
+        grad_input, the rows one after the other, grad_h_0, grad_c_0, then each weight's.
     """
     from triton_rnn.backends.triton import layer
 
-    return layer.backward(
-        request, input, batch_sizes, h_0, c_0, weights, saved, grads, needs
-    )
+    return layer.backward(request, input, batch_sizes, h_0, c_0, weights, saved, grads, needs)

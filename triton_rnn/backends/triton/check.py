@@ -6,6 +6,7 @@ held against torch's own. TRITON_RNN_CHECK=0 turns this off.
 """
 
 import os
+import warnings
 from dataclasses import replace
 from typing import Any
 
@@ -48,10 +49,7 @@ def obstacle(request: Request) -> str | None:
     if torch.cuda.is_current_stream_capturing():
         # Comparing waits for the device, which a capture forbids.
         return None
-    error = first_use(request, plans)
-    if error is not None:
-        health.report("triton", request.device, error)
-    return error
+    return first_use(request, plans)
 
 
 # What came of it, for every kind of kernel that was tried.
@@ -73,16 +71,30 @@ def first_use(request: Request, plans: dict[str, Plan]) -> str | None:
 
 
 def _try(request: Request) -> str | None:
+    """Run a request and report what is wrong.
+
+    Kernels that do not compile or start are out of use by themselves; after a wrong number, or a
+    wait in vain, none is trusted on that device.
+    """
+    cell = request.cell.name
     try:
         error = compare(request)
+        if request.device.type == "cuda":
+            # Whether a wait ran out is known when the programs have ended.
+            torch.cuda.current_stream(request.device).synchronize()
+        launch.raise_failed_wait(request.device)
     except torch.OutOfMemoryError:
         raise
     except Exception as problem:
-        return f"its kernels do not run here: {type(problem).__name__}: {problem}"
+        reason = f"its {cell} kernels do not run here: {type(problem).__name__}: {problem}"
+        warnings.warn(f"triton_rnn: backend 'triton': {reason}", RuntimeWarning, stacklevel=2)
+        return reason
     limit = _TOLERANCES[request.dtype]
     # Written so that a NaN fails.
     if not error <= limit:
-        return f"its {request.cell.name} kernels are off by {error:.1e} here, {limit:.0e} is allowed"
+        reason = f"its {cell} kernels are off by {error:.1e}, {limit:.0e} is allowed"
+        health.report("triton", request.device, reason)
+        return reason
     return None
 
 

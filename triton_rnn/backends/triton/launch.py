@@ -78,7 +78,8 @@ def precision(dtype: torch.dtype, backend: str) -> str:
     """
     if backend != "cuda" or dtype != torch.float32:
         return "ieee"
-    return "tf32" if torch.backends.cudnn.rnn.fp32_precision == "tf32" else "tf32x3"
+    switch = torch.backends.cudnn.rnn.fp32_precision  # type: ignore[attr-defined]
+    return "tf32" if switch == "tf32" else "tf32x3"
 
 
 def copies(precision: str) -> int:
@@ -158,12 +159,14 @@ class Packing:
         batch_sizes: (T,) int32, rows of every step. offsets: (T,) int64, their first row.
         earlier: (R - N,) int64: for every row after the first N, the one a step before it.
         last: (N,) int64: the last row of every sequence.
+        ready: recorded when they were copied to the device; None on the CPU.
     """
 
     batch_sizes: Tensor
     offsets: Tensor
     earlier: Tensor
     last: Tensor
+    ready: torch.cuda.Event | None
 
 
 # What a captured graph reads must never be freed; that of other calls is kept for the next ones.
@@ -171,35 +174,49 @@ _captured: list[Packing] = []
 
 
 def packing_of(batch_sizes: Sequence[int], device: torch.device) -> Packing:
-    """The packing of a batch, from the last few that were asked for if it is among them."""
-    stream = 0 if device.type == "cpu" else torch.cuda.current_stream(device).cuda_stream
-    capturing = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
-    before = _packing.cache_info().misses
-    packing = _packing(tuple(batch_sizes), device, 0 if capturing else stream)
-    if capturing:
-        if _packing.cache_info().misses > before:
+    """The packing of a batch, from the last few that were asked for if it is among them.
+
+    Raises:
+        RuntimeError: while a CUDA graph is captured, if it is not among them: the copy would be
+            captured, and what it copies from would be gone when the graph is replayed.
+    """
+    key = tuple(batch_sizes)
+    if device.type == "cpu":
+        return _packing(key, device)
+    if torch.cuda.is_current_stream_capturing():
+        misses = _packing.cache_info().misses
+        packing = _packing(key, device)
+        if _packing.cache_info().misses > misses:
             _packing.cache_clear()
             raise RuntimeError(
                 "a packed batch is captured in a CUDA graph that was not run before: run the "
                 "module on it once outside the graph"
             )
         _captured.append(packing)
+        return packing
+    packing = _packing(key, device)
+    assert packing.ready is not None
+    # It may have been copied on another stream.
+    torch.cuda.current_stream(device).wait_event(packing.ready)
     return packing
 
 
 @functools.lru_cache(maxsize=32)
-def _packing(batch_sizes: tuple[int, ...], device: torch.device, stream: int) -> Packing:
+def _packing(batch_sizes: tuple[int, ...], device: torch.device) -> Packing:
     sizes = torch.tensor(batch_sizes)
     offsets = sizes.cumsum(0) - sizes
     batch, rows = batch_sizes[0], sum(batch_sizes)
     earlier = torch.arange(batch, rows) - sizes[:-1].repeat_interleave(sizes[1:])
     lengths = (sizes.unsqueeze(1) > torch.arange(batch)).sum(0)
     last = offsets[lengths - 1] + torch.arange(batch)
-    tensors = (sizes.int(), offsets, earlier, last)
+    tensors = [sizes.int(), offsets, earlier, last]
+    ready = None
     if device.type == "cuda":
         # From pinned memory the copy does not wait for what the device is busy with.
-        tensors = tuple(t.pin_memory().to(device, non_blocking=True) for t in tensors)
-    return Packing(*tensors)
+        tensors = [t.pin_memory().to(device, non_blocking=True) for t in tensors]
+        ready = torch.cuda.Event()
+        ready.record(torch.cuda.current_stream(device))
+    return Packing(tensors[0], tensors[1], tensors[2], tensors[3], ready)
 
 
 # Failed waits -------------------------------------------------------------------------------------

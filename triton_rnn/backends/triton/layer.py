@@ -30,7 +30,10 @@ class Weights:
 
 def _by_direction(request: Request, weights: Sequence[Tensor]) -> Weights:
     count = len(weights) // request.directions
-    own = [[w.detach().contiguous() for w in weights[i : i + count]] for i in range(0, len(weights), count)]
+    own = [
+        [w.detach().contiguous() for w in weights[i : i + count]]
+        for i in range(0, len(weights), count)
+    ]
     none: list[Tensor | None] = [None] * request.directions
     return Weights(
         [w[0] for w in own],
@@ -117,7 +120,11 @@ def forward(
         h_0 = h_0.contiguous()
         c_0 = None if c_0 is None else c_0.contiguous()
         hidden_size, directions = request.hidden_size, request.directions
-        rows = input.numel() // max(1, request.input_size) if input.dim() == 2 else input.size(0) * input.size(1)
+        rows = (
+            input.numel() // max(1, request.input_size)
+            if input.dim() == 2
+            else input.size(0) * input.size(1)
+        )
         width = cell.width if request.needs_grad else cell.gates
         gates = input.new_empty(rows, directions, width * hidden_size)
         # What a GRU's reset gate multiplies has its bias inside, the others' are added up here.

@@ -18,7 +18,6 @@ from triton_rnn.kernels.matmul import matmul
 from triton_rnn.kernels.plan import INTERPRETER, Chip
 
 
-
 @dataclass(frozen=True)
 class Blocks:
     """Blocks of a product: rows, columns and inner dimension, warps and pipeline stages."""
