@@ -280,8 +280,8 @@ def examine(kernel: Kernel) -> Row:
         problems.append(f"{spills} registers spilled")
     if binary.metadata.shared > kernel.chip.shared_memory:
         problems.append(f"{binary.metadata.shared} bytes of shared memory")
-    if not loop.get("matrix"):
-        problems.append("no matrix instruction in the loop")
+    if not any("matrix" in _kinds_of(line) for line in code):
+        problems.append("no matrix instruction")
     return Row(
         kernel,
         registers,

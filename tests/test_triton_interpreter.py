@@ -24,9 +24,11 @@ FILES = {
     "test_cell_arithmetic.py": 40,
     "test_exchange.py": 90,
     "test_failed_waits.py": 60,
+    "test_first_use.py": 1,
     "test_interpreted_autograd.py": 200,
     "test_interpreted_layers.py": 200,
     "test_matrix_products.py": 60,
+    "test_operator.py": 1,
 }
 # Of a file that hangs; the slowest takes one to two minutes.
 TIMEOUT_S = 900

@@ -209,19 +209,26 @@ def _resident(shape: Shape, chip: Chip) -> Iterator[Plan]:
         )
 
 
+def _multiplies_apart(chip: Chip) -> bool:
+    """Whether the chip's matrix units have a memory of their own: data-centre Blackwell."""
+    return isinstance(chip.architecture, int) and 100 <= chip.architecture < 120
+
+
 def _compiles_resident(shape: Shape, chip: Chip, block: int) -> bool:
     """Whether Triton makes of a resident kernel what it should.
 
-    Data-centre Blackwell multiplies in a memory of its own. There the compiler (3.6 to 3.9) fails
-    on the backward of one gate, and runs out of registers on the larger float32 products.
+    Where products lie in a memory apart, the compiler (3.6 to 3.9) fails on the backward of one
+    gate, and runs out of registers on the larger float32 products.
     """
     if block > 64 and shape.copies > 1:
         return False
-    if not isinstance(chip.architecture, int) or not 100 <= chip.architecture < 120:
+    if not _multiplies_apart(chip):
         return True
+    if shape.copies > 1:
+        return False
     if shape.kernel == "backward":
         return shape.gates > 1 and (block <= 64 or (shape.itemsize == 2 and shape.gates == 3))
-    return shape.copies == 1
+    return True
 
 
 def _product_us(chip: Chip, shape: Shape, weight_bytes: int, flops: int) -> float:
@@ -269,9 +276,11 @@ def _fits_registers(
     # Wider elements take more instructions, and those more registers.
     wide = shape.itemsize // 2 * shape.copies
     held = (48 if warps == 4 else 32) // wide
-    most = 2 if shape.gates > 1 else 4
+    most = 2
+    if shape.kernel == "backward" and splits > 1:
+        most = 8 // warps if shape.gates > 1 else 16 // warps
     if variant != "cooperative":
-        return product <= 64 // wide and elements <= most and waiting <= threads * 4 * 64 // wide
+        return product <= 32 // wide and elements <= most and waiting <= threads * 4 * 64 // wide
     if splits == 1 and shape.copies > 1:
         return False
     if splits == 1:
@@ -280,7 +289,6 @@ def _fits_registers(
         return large and block_n <= 64 // wide and waiting <= threads * 4 * 16
     if shape.kernel == "forward":
         return waiting <= threads * 4 * held and product <= 32 // wide and elements <= most
-    most = 8 // warps if shape.gates > 1 else 16 // warps
     return waiting <= threads * 4 * held and elements <= most
 
 
@@ -289,6 +297,8 @@ def _most_blocks(shape: Shape, chip: Chip) -> int:
     if shape.itemsize == 2:
         return 16
     if shape.copies > 1:
+        return 4
+    if _multiplies_apart(chip):
         return 4
     return 8 if chip.architecture == 80 else 12
 
@@ -304,25 +314,29 @@ def _spread_plan(
     splits: int,
     warps: int,
 ) -> Plan | None:
-    rows = rows_of(shape, block_h)
-    room = [
-        block_k
-        for block_k in _block_ks(shape.inner, splits)
-        # Three products for one, in a loop, are only made of small blocks without spilling.
-        if (variant == "cooperative" or block_k * shape.copies <= 128 // shape.copies)
-        and _fits_registers(
-            shape,
-            variant,
-            block_h,
-            block_n,
-            splits,
-            warps,
-            splits * block_k * block_n * shape.itemsize,
+    """The plan of these blocks with the largest block of the inner dimension that fits."""
+    for block_k in _block_ks(shape.inner, splits):
+        made = _with_block_k(
+            shape, chip, variant, exchange, at_once, block_h, block_n, splits, warps, block_k
         )
-    ]
-    if not room:
-        return None
-    block_k = room[0]
+        if made is not None:
+            return made
+    return None
+
+
+def _with_block_k(
+    shape: Shape,
+    chip: Chip,
+    variant: str,
+    exchange: str,
+    at_once: int,
+    block_h: int,
+    block_n: int,
+    splits: int,
+    warps: int,
+    block_k: int,
+) -> Plan | None:
+    rows = rows_of(shape, block_h)
     blocks = _ceil(shape.inner, splits * block_k)
     inner = blocks * splits * block_k
     weight = rows * inner * shape.itemsize * shape.copies
@@ -331,17 +345,23 @@ def _spread_plan(
         weight = max(16, rows) * inner * shape.itemsize
     one_block = splits * block_k * block_n * shape.itemsize
     scratch = splits * rows * block_n * 4 + 2048
+    fits = [
+        count
+        for count in range(1, blocks + 1)
+        if _fits_registers(shape, variant, block_h, block_n, splits, warps, count * one_block)
+    ]
+    if not fits:
+        return None
     together = 1
     if variant == "cooperative":
+        together = fits[-1]
         if blocks > _most_blocks(shape, chip):
             return None
-        together = max(
-            count
-            for count in range(1, blocks + 1)
-            if _fits_registers(shape, variant, block_h, block_n, splits, warps, count * one_block)
-        )
         shared = max(together * one_block, scratch)
     else:
+        # Three products for one, in a loop, are made of small blocks only without spilling.
+        if block_k * shape.copies > 128 // shape.copies:
+            return None
         # Both operands come by in a pipeline of three blocks.
         shared = 3 * (one_block + splits * block_k * rows * shape.itemsize) + scratch
     kept = weight if variant == "cooperative" else 0

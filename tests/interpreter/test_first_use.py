@@ -1,0 +1,133 @@
+"""The kernels are tried out before they are trusted, and out of use once they are wrong."""
+
+import pytest
+import torch
+
+import triton_rnn
+from triton_rnn import dispatch, health
+from triton_rnn.backends.triton import check, launch, rules
+from triton_rnn.cells import CELLS
+from triton_rnn.kernels.plan import CHIPS, Shape, plan
+from triton_rnn.request import Request
+
+CPU = torch.device("cpu")
+
+
+def request(name="lstm", dtype=torch.float32, **changes):
+    cell = CELLS[name]
+    output_size = 6 if cell.projected else 20
+    made = Request(cell, CPU, dtype, 3, 2, 16, 20, output_size, 2, True, False, True)
+    return made._replace(**changes)
+
+
+@pytest.fixture(autouse=True)
+def nothing_tried(monkeypatch):
+    monkeypatch.setattr(check, "_tried", {})
+
+
+@pytest.mark.parametrize("packed", [False, True], ids=["padded", "packed"])
+@pytest.mark.parametrize("name", list(CELLS))
+def test_right_kernels_pass_far_below_the_limit(name, packed):
+    assert check.compare(request(name, packed=packed)) < 1e-5
+
+
+def test_a_slip_in_a_kernel_is_over_the_limit_and_takes_the_backend_out_of_use(monkeypatch):
+    right = launch.forward
+
+    def wrong(*arguments):
+        output, *others = right(*arguments)
+        output[0, 0] += 1
+        return output, *others
+
+    monkeypatch.setattr(launch, "forward", wrong)
+    with pytest.warns(RuntimeWarning, match="not used any more on cpu"):
+        reason = check._try(request())
+    assert "off by" in reason
+    assert health.failure("triton", CPU) == reason
+    with (
+        triton_rnn.use_backend("triton"),
+        pytest.raises(triton_rnn.BackendError, match="off by"),
+    ):
+        triton_rnn.LSTM(3, 4)(torch.randn(2, 2, 3))
+
+
+def test_kernels_that_do_not_start_are_out_of_use_by_themselves(monkeypatch):
+    def broken(*arguments):
+        raise ValueError("no such instruction")
+
+    monkeypatch.setattr(launch, "forward", broken)
+    with pytest.warns(RuntimeWarning, match="no such instruction"):
+        assert "no such instruction" in check._try(request())
+    assert health.failure("triton", CPU) is None
+
+
+def test_a_kind_of_kernel_is_tried_once_whatever_the_length_and_batch(monkeypatch):
+    tried = []
+    monkeypatch.setattr(check, "_try", lambda short: tried.append(short))
+    for seq_len, batch in ((3, 2), (100, 2), (7, 5)):
+        asked = request(seq_len=seq_len, batch=batch)
+        plans = {kernel: launch.plan_of(asked, kernel) for kernel in ("forward", "backward")}
+        assert check.first_use(asked, plans) is None
+    assert len(tried) == 1
+    assert tried[0].seq_len == 3
+    asked = request(needs_grad=False)
+    check.first_use(asked, {"forward": launch.plan_of(asked, "forward")})
+    assert len(tried) == 2
+
+
+def test_what_32_bits_cannot_count_is_refused():
+    assert "32 bits" in check.obstacle(request(batch=2**28))
+
+
+def test_auto_leaves_cpu_tensors_alone_under_the_interpreter():
+    choice = dispatch.choose(request(), "auto")
+    assert choice.backend != "triton"
+    assert "interpreter is for tests" in choice.reasons["triton"]
+
+
+def test_bfloat16_and_float64_are_refused_with_the_reason():
+    assert "bfloat16" in dispatch.backend_module("triton").supports(request(dtype=torch.bfloat16))
+    assert "float64" in dispatch.backend_module("triton").supports(request(dtype=torch.float64))
+
+
+@pytest.mark.parametrize(
+    ("changes", "persistent"),
+    [
+        ({"hidden_size": 128, "output_size": 128, "needs_grad": False}, True),
+        ({"hidden_size": 256, "output_size": 256, "needs_grad": False}, False),
+        ({"hidden_size": 192, "output_size": 192}, False),
+        ({"hidden_size": 128, "output_size": 128, "packed": True}, False),
+    ],
+)
+def test_cudnns_rule_is_known(changes, persistent):
+    assert rules.cudnn_is_persistent(request(**changes)) is persistent
+
+
+def test_cudnns_best_algorithm_is_known():
+    asked = request(
+        dtype=torch.float16,
+        hidden_size=768,
+        output_size=768,
+        input_size=768,
+        batch=16,
+        directions=1,
+    )
+    assert rules.cudnn_is_persistent(asked)
+    assert not rules.cudnn_is_persistent(asked._replace(dtype=torch.bfloat16))
+    assert not rules.cudnn_is_persistent(asked._replace(batch=17))
+    assert not rules.cudnn_is_persistent(asked._replace(directions=2))
+
+
+def test_auto_leaves_to_cudnn_what_is_expected_to_be_slower(monkeypatch):
+    monkeypatch.setattr(
+        launch,
+        "plan_of",
+        lambda r, kernel: plan(
+            Shape(kernel, r.cell.gates, r.hidden_size, r.directions, r.batch, 2), CHIPS["H200"]
+        ),
+    )
+    asked = request(
+        dtype=torch.bfloat16, hidden_size=512, output_size=512, input_size=512, batch=16
+    )
+    assert rules.slower_than_torch(asked) is None
+    assert "cuDNN" in rules.slower_than_torch(asked._replace(batch=4096))

@@ -1,0 +1,153 @@
+"""The launch plan as a function: it fits the chip, covers the work, and asks no device."""
+
+import itertools
+import subprocess
+import sys
+from dataclasses import FrozenInstanceError, replace
+
+import pytest
+
+from triton_rnn.kernels.plan import CHIPS, INTERPRETER, Plan, Shape, plan, rows_of
+
+SIZES = (1, 20, 100, 128, 256, 650, 1024, 1536, 3000)
+BATCHES = (1, 17, 256)
+
+
+def shapes(kernel):
+    for gates, size, directions, batch in itertools.product((1, 3, 4), SIZES, (1, 2), BATCHES):
+        for itemsize, copies in ((2, 1), (4, 1), (4, 2)):
+            yield Shape(kernel, gates, size, directions, batch, itemsize, copies)
+
+
+def is_power_of_two(number):
+    return number > 0 and number & (number - 1) == 0
+
+
+@pytest.mark.parametrize("kernel", ["forward", "backward"])
+@pytest.mark.parametrize("name", sorted(CHIPS))
+def test_every_plan_fits_its_chip_and_covers_all_units_and_sequences(name, kernel):
+    chip = CHIPS[name]
+    variants = set()
+    for shape in shapes(kernel):
+        found = plan(shape, chip)
+        assert found is not None, shape
+        variants.add(found.variant)
+        assert found.kernel == kernel
+        blocks = (found.block_h, found.block_n, found.block_k, found.splits)
+        assert all(map(is_power_of_two, blocks)), (shape, found)
+        assert found.block_k >= 16, "a matrix instruction takes 16 at least"
+        assert found.units * found.block_h >= shape.hidden_size, (shape, found)
+        assert (found.units - 1) * found.block_h < shape.hidden_size, (shape, found)
+        assert found.at_once in (1, shape.directions)
+        assert found.floor_us > 0
+        tiles = -(-shape.batch // found.block_n)
+        assert 1 <= found.slots <= tiles, (shape, found)
+        if found.exchange in ("flag", "barrier"):
+            # A program that waits for one that has no multiprocessor waits for ever.
+            assert found.programs <= chip.multiprocessors, (shape, found)
+        else:
+            assert found.slots == tiles, "without an exchange nobody comes round again"
+        if chip.backend == "cuda":
+            assert found.bytes_on_chip <= chip.shared_memory, (shape, found)
+    assert {"resident", "cooperative", "streaming"} <= variants
+
+
+def test_the_weights_of_a_program_are_counted_in_full():
+    chip = CHIPS["H200"]
+    for shape in shapes("forward"):
+        found = plan(shape, chip, "cooperative")
+        if found is not None:
+            kept = rows_of(shape, found.block_h) * shape.hidden_size * shape.itemsize
+            assert found.bytes_on_chip >= kept * shape.copies, (shape, found)
+
+
+@pytest.mark.parametrize(
+    ("size", "variant"),
+    [(64, "resident"), (128, "resident"), (256, "cooperative"), (1024, "cooperative")],
+)
+def test_w_hh_stays_on_the_chip_as_long_as_it_fits(size, variant):
+    found = plan(Shape("forward", 4, size, 1, 16, 2), CHIPS["H200"])
+    assert found.variant == variant
+    assert found.on_chip
+
+
+def test_w_hh_streams_when_the_whole_chip_is_too_small_for_it():
+    # 4 * 2048 * 2048 * 2 bytes are 32 MB, an H200 has 132 * 227 KB.
+    found = plan(Shape("forward", 4, 2048, 1, 16, 2), CHIPS["H200"])
+    assert found.variant == "streaming"
+    assert not found.on_chip
+
+
+def test_directions_that_do_not_fit_together_are_launched_in_turn():
+    chip = CHIPS["H200"]
+    both = plan(Shape("forward", 4, 1024, 2, 16, 2), chip)
+    assert both.at_once == 2
+    in_turn = plan(Shape("forward", 4, 1536, 2, 16, 2), chip)
+    assert in_turn.at_once == 1
+    assert in_turn.floor_us == pytest.approx(
+        2 * plan(Shape("forward", 4, 1536, 1, 16, 2), chip).floor_us
+    )
+
+
+def test_a_chip_that_cannot_launch_cooperatively_gets_no_exchange():
+    chip = replace(CHIPS["A100"], cooperative=False)
+    for shape in shapes("backward"):
+        found = plan(shape, chip)
+        assert found is not None
+        assert found.variant in ("resident", "stepwise")
+        assert found.exchange in ("none", "launch")
+
+
+def test_a_variant_by_name_is_that_variant_or_nothing():
+    chip = CHIPS["H200"]
+    shape = Shape("forward", 4, 1024, 1, 16, 2)
+    for variant in ("cooperative", "streaming", "stepwise"):
+        assert plan(shape, chip, variant).variant == variant
+    assert plan(shape, chip, "resident") is None
+
+
+def test_only_the_batch_not_the_length_decides_the_blocks():
+    # One compilation serves all batches of a class: few different blocks over many batches.
+    chip = CHIPS["H200"]
+    blocks = {
+        (found.block_h, found.block_n, found.block_k, found.splits, found.variant)
+        for batch in range(1, 300)
+        if (found := plan(Shape("forward", 4, 512, 1, batch, 2), chip))
+    }
+    assert len(blocks) <= 6
+    assert "seq_len" not in Shape.__dataclass_fields__
+
+
+def test_a_plan_is_frozen_and_says_what_it_is():
+    found = plan(Shape("forward", 4, 768, 1, 16, 2), CHIPS["H200"])
+    with pytest.raises(FrozenInstanceError):
+        found.block_h = 1
+    text = str(found)
+    for part in ("forward", found.variant, str(found.block_h), "us a step", "KB"):
+        assert part in text
+    assert isinstance(found, Plan)
+
+
+def test_the_interpreter_gets_what_needs_no_programs_side_by_side():
+    for kernel in ("forward", "backward"):
+        shape = Shape(kernel, 4, 100, 2, 33, 4)
+        assert plan(shape, INTERPRETER).variant == "resident"
+        assert plan(shape, INTERPRETER, "stepwise").units == 2
+        assert plan(shape, INTERPRETER, "cooperative") is None
+
+
+def test_planning_imports_neither_triton_nor_torch():
+    # As files: the package itself imports torch.
+    code = (
+        "import importlib.util, sys\n"
+        "spec = importlib.util.spec_from_file_location('plan', sys.argv[1])\n"
+        "module = sys.modules['plan'] = importlib.util.module_from_spec(spec)\n"
+        "spec.loader.exec_module(module)\n"
+        "found = module.plan(module.Shape('forward', 4, 768, 1, 16, 2), module.CHIPS['A100'])\n"
+        "print(found.variant, 'torch' in sys.modules, 'triton' in sys.modules)\n"
+    )
+    path = sys.modules[Plan.__module__].__file__
+    done = subprocess.run(
+        [sys.executable, "-c", code, path], capture_output=True, text=True, check=True
+    )
+    assert done.stdout.split() == ["cooperative", "False", "False"]
