@@ -281,7 +281,8 @@ def recurrence(point: TuningPoint, device: torch.device) -> Callable[[bool], lis
         def forward(fresh: bool) -> list[torch.Tensor]:
             if fresh:
                 gates.copy_(preact)
-            output, _, h_n, _ = launch.forward(request, gates, w_hh, b_hn, state, c_0, None)
+            output = gates.new_empty(rows, directions * size)
+            _, h_n, _ = launch.forward(request, output, gates, w_hh, b_hn, state, c_0, None)
             return [output, h_n]
 
         return forward

@@ -94,9 +94,7 @@ def _(
     if c_0 is not None:
         results.append(c_0.new_empty(c_0.shape))
     if save:
-        shapes = dispatch.backend_module(backend).saved_shapes(
-            request, input.size(0) * input.size(1)
-        )
+        shapes = dispatch.backend_module(backend).saved_shapes(request, *input.shape[:2])
         results += [input.new_empty(shape) for shape in shapes]
     return results
 

@@ -34,10 +34,10 @@ def test_right_kernels_pass_far_below_the_limit(name, packed):
 def test_a_slip_in_a_kernel_is_over_the_limit_and_takes_the_backend_out_of_use(monkeypatch):
     right = launch.forward
 
-    def wrong(*arguments):
-        output, *others = right(*arguments)
+    def wrong(request, output, *arguments):
+        results = right(request, output, *arguments)
         output[0, 0] += 1
-        return output, *others
+        return results
 
     monkeypatch.setattr(launch, "forward", wrong)
     with pytest.warns(RuntimeWarning, match="not used any more on cpu"):

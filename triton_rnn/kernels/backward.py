@@ -265,7 +265,9 @@ def recurrence_backward(
                     block = tl.where(alive, block, float("nan"))
                 store_exchanged(grad_ptrs + g * H, block, now, EXCHANGE)
             if EXCHANGE == "barrier":
-                arrive(counter_ptr)
+                # What a program that gave up has stored is nothing to wait for.
+                if alive:
+                    arrive(counter_ptr)
                 expected += NUM_H
             store_blocks(grad_ptrs, blocks, now, H, GATES, WIDTH)
 
@@ -280,6 +282,9 @@ def recurrence_backward(
             active, row = before_active, before_row
             before_active, before_row = next_before_active, next_before_row
 
+        if EXCHANGE == "barrier" or EXCHANGE == "flag":
+            dh = tl.where(alive, dh, float("nan"))
+            dc = tl.where(alive, dc, float("nan"))
         dh_ptrs = grad_h_out_ptr + first_state + state_offsets
         tl.store(dh_ptrs, dh.to(grad_h_out_ptr.dtype.element_ty), mask=inside)
         if HAS_C:

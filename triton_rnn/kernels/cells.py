@@ -81,8 +81,14 @@ def rnn_relu_factors(saved, state, before):
 
 
 @triton.jit
-def rnn_backward(factors, dh, dc):
+def rnn_tanh_backward(factors, dh, dc):
     return (dh * factors[0],), tl.zeros_like(dh), dc
+
+
+@triton.jit
+def rnn_relu_backward(factors, dh, dc):
+    # Selected, not multiplied: a NaN ends where the relu is off.
+    return (tl.where(factors[0] == 0, 0.0, dh),), tl.zeros_like(dh), dc
 
 
 @triton.jit
@@ -140,8 +146,8 @@ class KernelCell:
 
 
 KERNEL_CELLS = {
-    "rnn_tanh": KernelCell(rnn_tanh_forward, rnn_tanh_factors, rnn_backward, 1, 1, False),
-    "rnn_relu": KernelCell(rnn_relu_forward, rnn_relu_factors, rnn_backward, 1, 1, False),
+    "rnn_tanh": KernelCell(rnn_tanh_forward, rnn_tanh_factors, rnn_tanh_backward, 1, 1, False),
+    "rnn_relu": KernelCell(rnn_relu_forward, rnn_relu_factors, rnn_relu_backward, 1, 1, False),
     "gru": KernelCell(gru_forward, gru_factors, gru_backward, 3, 4),
     "lstm": KernelCell(lstm_forward, lstm_factors, lstm_backward, 4, 4, has_c=True),
 }

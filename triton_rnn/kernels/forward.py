@@ -245,7 +245,9 @@ def recurrence_forward(
             now = inside & (n < active)[None, :]
             store_exchanged(output_ptr + row * (D * H) + own, new_h, now, EXCHANGE)
             if EXCHANGE == "barrier":
-                arrive(counter_ptr)
+                # What a program that gave up has stored is nothing to wait for.
+                if alive:
+                    arrive(counter_ptr)
                 expected += NUM_H
             if SAVE:
                 store_blocks(
@@ -270,6 +272,9 @@ def recurrence_forward(
             before_active, before_row = active, row
             active, row = next_active, next_row
 
+        if EXCHANGE == "barrier" or EXCHANGE == "flag":
+            h = tl.where(alive, h, float("nan"))
+            c = tl.where(alive, c, float("nan"))
         h_out_ptrs = h_out_ptr + first_state + state_offsets
         tl.store(h_out_ptrs, h.to(h_out_ptr.dtype.element_ty), mask=inside)
         if HAS_C:

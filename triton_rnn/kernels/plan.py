@@ -179,7 +179,7 @@ def _resident(shape: Shape, chip: Chip) -> Iterator[Plan]:
     if not _compiles_resident(shape, chip, block):
         return
     warps = 4 if block <= 64 else 8
-    for block_n in (16, 32, 64):
+    for block_n in (16,) if shape.copies > 1 else (16, 32, 64):
         state = block * block_n
         # Forward h, backward the gradients of all gates; turned into an operand of the product.
         sent = state * shape.itemsize * (shape.gates if shape.kernel == "backward" else 1)
@@ -220,7 +220,7 @@ def _compiles_resident(shape: Shape, chip: Chip, block: int) -> bool:
     Where products lie in a memory apart, the compiler (3.6 to 3.9) fails on the backward of one
     gate, and runs out of registers on the larger float32 products.
     """
-    if block > 64 and shape.copies > 1:
+    if shape.copies > 1 and block > (64 if shape.gates == 1 else 32):
         return False
     if not _multiplies_apart(chip):
         return True
@@ -280,6 +280,8 @@ def _fits_registers(
     if shape.kernel == "backward" and splits > 1:
         most = 8 // warps if shape.gates > 1 else 16 // warps
     if variant != "cooperative":
+        if splits == 1 and rows < 64:
+            return False
         return product <= 32 // wide and elements <= most and waiting <= threads * 4 * 64 // wide
     if splits == 1 and shape.copies > 1:
         return False
@@ -300,7 +302,7 @@ def _most_blocks(shape: Shape, chip: Chip) -> int:
         return 4
     if _multiplies_apart(chip):
         return 4
-    return 8 if chip.architecture == 80 else 12
+    return 8 if chip.architecture == 80 or shape.kernel == "backward" else 12
 
 
 def _spread_plan(
@@ -360,7 +362,7 @@ def _with_block_k(
         shared = max(together * one_block, scratch)
     else:
         # Three products for one, in a loop, are made of small blocks only without spilling.
-        if block_k * shape.copies > 128 // shape.copies:
+        if block_k * shape.itemsize * shape.copies > 256 // shape.copies:
             return None
         # Both operands come by in a pipeline of three blocks.
         shared = 3 * (one_block + splits * block_k * rows * shape.itemsize) + scratch

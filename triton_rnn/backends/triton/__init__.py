@@ -81,14 +81,13 @@ def describe(request: Request, rows: int) -> str:
     return "; ".join(str(launch.plan_of(request, kernel)) for kernel in kernels)
 
 
-def saved_shapes(request: Request, rows: int) -> list[tuple[int, ...]]:
-    """Shapes of what forward saves besides its results, for a request with a backward.
-
-    Args:
-        rows: R, of all steps together.
-    """
+def saved_shapes(request: Request, seq_len: int, batch: int) -> list[tuple[int, ...]]:
+    """Shapes of what forward saves besides its results, for a padded request with a backward."""
     cell, directions, size = request.cell, request.directions, request.hidden_size
-    shapes: list[tuple[int, ...]] = [(rows, directions * size)] if cell.projected else []
+    rows = seq_len * batch
+    shapes: list[tuple[int, ...]] = []
+    if cell.projected:
+        shapes.append((seq_len, batch, directions * size))
     if cell.gates > 1:
         # Four numbers a unit: the gates of an LSTM, those of a GRU and what its reset multiplies.
         shapes.append((rows, directions, 4 * size))
@@ -99,10 +98,7 @@ def saved_shapes(request: Request, rows: int) -> list[tuple[int, ...]]:
 
 def saved_of(request: Request, results: Sequence[Tensor], shown: Sequence[Tensor]) -> list[Tensor]:
     """What forward has saved, from its results and the tensors of `saved_shapes`."""
-    if request.cell.projected:
-        return list(shown)
-    output = results[0]
-    return [output.reshape(-1, output.size(-1)), *shown]
+    return list(shown) if request.cell.projected else [results[0], *shown]
 
 
 def forward(

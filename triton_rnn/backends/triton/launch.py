@@ -338,16 +338,18 @@ def _launch_all(
 
 def forward(
     request: Request,
+    output: Tensor,
     gates: Tensor,
     w_hh: Sequence[Tensor],
     b_hn: Sequence[Tensor | None],
     h_0: Tensor,
     c_0: Tensor | None,
     packing: Packing | None,
-) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None]:
-    """Launch `recurrence_forward`: output (R, D * H), cells (R, D, H) or None, h_n, c_n or None.
+) -> tuple[Tensor | None, Tensor, Tensor | None]:
+    """Launch `recurrence_forward`: cells (R, D, H) or None, h_n, c_n or None.
 
     Args:
+        output: (R, D * H) in any shape, contiguous; written.
         gates: (R, D, WIDTH * H), replaced by what a backward needs if one is to follow.
         w_hh: (G * H, H) of each direction. b_hn: (H,) of each, or None.
         h_0, c_0: (D, N, H).
@@ -356,7 +358,6 @@ def forward(
     assert plan is not None, "supports() has found one"
     cell = kernel_cell(request.cell)
     rows = gates.size(0)
-    output = gates.new_empty(rows, request.directions * request.hidden_size)
     h_n = torch.empty_like(h_0, memory_format=torch.contiguous_format)
     c_n = None if c_0 is None else torch.empty_like(c_0, memory_format=torch.contiguous_format)
     cells = None
@@ -393,7 +394,7 @@ def forward(
         constants,
         _error_words(request.device),
     )
-    return output, cells, h_n, c_n
+    return cells, h_n, c_n
 
 
 def backward(

@@ -137,26 +137,26 @@ def forward(
                 gates[first, d] += h_0[d] @ own.weight_hh[d].t()
             initial = h_0.new_zeros(directions, request.batch, hidden_size)
         b_hn = [None if bias is None else bias[fold:] for bias in own.bias_hh]
-        output, cells, h_n, c_n = launch.forward(
-            request, gates, _recurrent_weights(own), b_hn, initial, c_0, packing
+        # Results are no views: autograd would forbid to change them in place.
+        leading = input.shape[:-1]
+        output = input.new_empty((*leading, directions * hidden_size))
+        cells, h_n, c_n = launch.forward(
+            request, output, gates, _recurrent_weights(own), b_hn, initial, c_0, packing
         )
         saved = [output]
         if request.needs_grad:
             saved += [gates] if cell.saves else []
             saved += [] if cells is None else [cells]
         if request.cell.projected:
-            parts = [
-                states @ weight.t()
-                for states, weight in zip(output.chunk(directions, 1), own.weight_hr, strict=True)
-            ]
-            output = torch.cat(parts, 1) if directions == 2 else parts[0]
-            h_n = torch.stack(
-                [part[_last_rows(request, rows, d, packing)] for d, part in enumerate(parts)]
-            )
-        if not request.packed:
-            output = output.view(request.seq_len, request.batch, output.size(1))
-        states = (h_n,) if c_n is None else (h_n, c_n)
-        return (output, *states), saved
+            states = output.view(rows, directions, hidden_size)
+            output = input.new_empty((*leading, directions * request.output_size))
+            parts = output.view(rows, directions, request.output_size)
+            for d, weight in enumerate(own.weight_hr):
+                parts[:, d] = states[:, d] @ weight.t()
+            last = [_last_rows(request, rows, d, packing) for d in range(directions)]
+            h_n = torch.stack([parts[last[d], d] for d in range(directions)])
+        finals = (h_n,) if c_n is None else (h_n, c_n)
+        return (output, *finals), saved
 
 
 def backward(
@@ -177,6 +177,7 @@ def backward(
         own = _by_direction(request, weights)
         directions, hidden_size = request.directions, request.hidden_size
         output, *rest = saved
+        output = output.view(-1, directions * hidden_size)
         gates = rest[0] if cell.saves else output
         h_0 = h_0.contiguous()
         initial = h_0
