@@ -179,7 +179,8 @@ def _resident(shape: Shape, chip: Chip) -> Iterator[Plan]:
     if not _compiles_resident(shape, chip, block):
         return
     warps = 4 if block <= 64 else 8
-    for block_n in (16,) if shape.copies > 1 else (16, 32, 64):
+    narrow = shape.copies > 1 or (shape.kernel == "backward" and block <= 32)
+    for block_n in (16,) if narrow else (16, 32, 64):
         state = block * block_n
         # Forward h, backward the gradients of all gates; turned into an operand of the product.
         sent = state * shape.itemsize * (shape.gates if shape.kernel == "backward" else 1)
@@ -280,9 +281,13 @@ def _fits_registers(
     if shape.kernel == "backward" and splits > 1:
         most = 8 // warps if shape.gates > 1 else 16 // warps
     if variant != "cooperative":
-        if splits == 1 and rows < 64:
+        if rows < (64 if splits == 1 else 16):
             return False
-        return product <= 32 // wide and elements <= most and waiting <= threads * 4 * 64 // wide
+        return (
+            product <= 32 // wide
+            and elements <= most
+            and waiting <= threads * 4 * 48 // shape.itemsize
+        )
     if splits == 1 and shape.copies > 1:
         return False
     if splits == 1:
@@ -297,10 +302,8 @@ def _fits_registers(
 def _most_blocks(shape: Shape, chip: Chip) -> int:
     """So many blocks of W_hh a program can keep: each has addresses, which stay in registers."""
     if shape.itemsize == 2:
-        return 16
-    if shape.copies > 1:
-        return 4
-    if _multiplies_apart(chip):
+        return 8 if _multiplies_apart(chip) else 16
+    if shape.copies > 1 or _multiplies_apart(chip):
         return 4
     return 8 if chip.architecture == 80 or shape.kernel == "backward" else 12
 
@@ -357,6 +360,9 @@ def _with_block_k(
     together = 1
     if variant == "cooperative":
         together = fits[-1]
+        # What a barrier has let through is loaded all at once.
+        if exchange == "barrier" and together < blocks:
+            return None
         if blocks > _most_blocks(shape, chip):
             return None
         shared = max(together * one_block, scratch)

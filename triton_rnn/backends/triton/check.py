@@ -34,6 +34,9 @@ def obstacle(request: Request) -> str | None:
     largest = request.directions * 4 * request.hidden_size * request.batch
     if largest >= 2**31:
         return f"a step has {largest} numbers, more than 32 bits can count"
+    architecture = launch.chip_of(request.device).architecture
+    if request.device.type == "cuda" and isinstance(architecture, int) and architecture < 80:
+        return f"the kernels are made for compute capability 8.0 and later, not {architecture / 10}"
     failed = health.failure("triton", request.device)
     if failed is not None:
         return failed
