@@ -179,7 +179,9 @@ def _resident(shape: Shape, chip: Chip) -> Iterator[Plan]:
     if not _compiles_resident(shape, chip, block):
         return
     warps = 4 if block <= 64 else 8
-    narrow = shape.copies > 1 or (shape.kernel == "backward" and block <= 32)
+    backward = shape.kernel == "backward"
+    small = block <= 32 and (backward or shape.itemsize == 4)
+    narrow = shape.copies > 1 or small or (backward and _multiplies_apart(chip))
     for block_n in (16,) if narrow else (16, 32, 64):
         state = block * block_n
         # Forward h, backward the gradients of all gates; turned into an operand of the product.
@@ -221,14 +223,16 @@ def _compiles_resident(shape: Shape, chip: Chip, block: int) -> bool:
     Where products lie in a memory apart, the compiler (3.6 to 3.9) fails on the backward of one
     gate, and runs out of registers on the larger float32 products.
     """
-    if shape.copies > 1 and block > (64 if shape.gates == 1 else 32):
+    if shape.copies > 1 and shape.gates > 1 and (shape.kernel == "backward" or block > 32):
+        return False
+    if shape.copies > 1 and block > 64:
         return False
     if not _multiplies_apart(chip):
         return True
     if shape.copies > 1:
         return False
     if shape.kernel == "backward":
-        return shape.gates > 1 and (block <= 64 or (shape.itemsize == 2 and shape.gates == 3))
+        return shape.itemsize == 2 and shape.gates > 1 and (block <= 64 or shape.gates == 3)
     return True
 
 
@@ -283,11 +287,10 @@ def _fits_registers(
     if variant != "cooperative":
         if rows < (64 if splits == 1 else 16):
             return False
-        return (
-            product <= 32 // wide
-            and elements <= most
-            and waiting <= threads * 4 * 48 // shape.itemsize
+        stream = (
+            max(8, 24 // shape.itemsize) if shape.kernel == "backward" else 48 // shape.itemsize
         )
+        return product <= 32 // wide and elements <= most and waiting <= threads * 4 * stream
     if splits == 1 and shape.copies > 1:
         return False
     if splits == 1:
@@ -357,6 +360,10 @@ def _with_block_k(
     ]
     if not fits:
         return None
+    if variant != "cooperative" and _multiplies_apart(chip) and shape.kernel == "backward":
+        # Four warps spill a little there whatever the blocks.
+        if warps == 4:
+            return None
     together = 1
     if variant == "cooperative":
         together = fits[-1]

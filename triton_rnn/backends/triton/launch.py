@@ -142,7 +142,10 @@ def backward_constants(
 
 def recurrence_options(plan: Plan) -> dict[str, Any]:
     """Options of the compiler for a recurrence."""
-    options: dict[str, Any] = {"num_warps": plan.warps, "num_stages": 3, "maxnreg": 255}
+    options: dict[str, Any] = {"num_warps": plan.warps, "num_stages": 3}
+    if torch.version.hip is None:
+        # ptxas would rather spill a little than take all registers; one program runs at a time.
+        options["maxnreg"] = 255
     if plan.exchange in ("flag", "barrier"):
         options["launch_cooperative_grid"] = True
     return options
