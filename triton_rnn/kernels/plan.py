@@ -360,10 +360,6 @@ def _with_block_k(
     ]
     if not fits:
         return None
-    if variant != "cooperative" and _multiplies_apart(chip) and shape.kernel == "backward":
-        # Four warps spill a little there whatever the blocks.
-        if warps == 4:
-            return None
     together = 1
     if variant == "cooperative":
         together = fits[-1]

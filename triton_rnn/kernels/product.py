@@ -91,7 +91,10 @@ def exchanged_product(
             for k in tl.static_range(min(TOGETHER, NUM_K - group)):
                 product = _multiply(weights[group + k], blocks[k], product, SPLITS, PRECISION)
     else:
-        for k in range(NUM_K):
+        # A number that the compiler cannot know: it would unroll the loop, and keep the addresses
+        # of every block in registers.
+        blocks_now = tl.where(polls < 0, 0, NUM_K)
+        for k in range(blocks_now):
             column = inner_columns(k, INNER, BLOCK_K, SPLITS)
             block = tl.load(
                 source[None, None, :] + column[:, :, None],
