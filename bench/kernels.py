@@ -444,10 +444,11 @@ def main(options: list[str] | None = None) -> int:
     rows = examine_all(kernels(arguments), arguments.jobs)
     failed = [row for row in rows if row.problems]
     text = table(failed if arguments.failed else rows)
+    summary = f"{len(rows)} kernels, {len(failed)} fail the gate; Triton {triton.__version__}"
     print(text)
-    print(f"{len(rows)} kernels, {len(failed)} fail the gate; Triton {triton.__version__}")
+    print(summary)
     if arguments.save:
-        arguments.save.write_text(text + "\n")
+        arguments.save.write_text(f"{summary}\n\n{text}\n")
     return 1 if failed else 0
 
 

@@ -15,6 +15,7 @@ Variants, the earlier the better where it fits:
 """
 
 import functools
+import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
@@ -188,7 +189,7 @@ def _resident(shape: Shape, chip: Chip) -> Iterator[Plan]:
         sent = state * shape.itemsize * (shape.gates if shape.kernel == "backward" else 1)
         # What lives in registers: products, the step's numbers and those of the next.
         live = state * 4 * (2 * shape.gates + 4)
-        if live > _threads(chip, warps) * 4 * 168 or weight + sent > chip.weight_room:
+        if live > _threads(chip, warps) * 4 * 150 or weight + sent > chip.weight_room:
             continue
         slots = _ceil(shape.batch, block_n)
         waves = _ceil(slots * shape.directions, chip.multiprocessors)
@@ -245,19 +246,27 @@ def _product_us(chip: Chip, shape: Shape, weight_bytes: int, flops: int) -> floa
 def _spread(shape: Shape, chip: Chip, variant: str) -> Iterator[Plan]:
     """Plans whose programs share a direction's hidden units."""
     exchanges = {"cooperative": ("flag", "barrier"), "streaming": ("barrier",)}
-    for exchange in exchanges.get(variant, ("launch",)):
-        for at_once in {1, shape.directions}:
-            for block_h in (8, 16, 32, 64):
-                programs = _ceil(shape.hidden_size, block_h) * at_once
-                if variant != "stepwise" and programs > chip.multiprocessors:
-                    continue
-                for block_n in (16, 32, 64):
-                    for warps in (4, 8):
-                        for splits in {warps, 1}:
-                            blocks = (block_h, block_n, splits, warps)
-                            found = _spread_plan(shape, chip, variant, exchange, at_once, *blocks)
-                            if found is not None:
-                                yield found
+    for exchange, at_once, block_h, block_n, warps in itertools.product(
+        exchanges.get(variant, ("launch",)),
+        range(1, shape.directions + 1),
+        (8, 16, 32, 64),
+        (16, 32, 64),
+        (4, 8),
+    ):
+        units = _ceil(shape.hidden_size, block_h)
+        if variant != "stepwise" and units * at_once > chip.multiprocessors:
+            continue
+        for splits in (1, warps):
+            for block_k in _block_ks(shape.inner, splits):
+                draft = Plan(
+                    shape.kernel, variant, exchange, block_h, block_n, block_k, splits, 1, warps,
+                    units, 1, at_once, 0, 0.0,
+                )  # fmt: skip
+                found = _finished(shape, chip, draft)
+                if found is not None:
+                    yield found
+                    # Smaller blocks only wait more often.
+                    break
 
 
 def _block_ks(inner: int, splits: int) -> list[int]:
@@ -266,25 +275,24 @@ def _block_ks(inner: int, splits: int) -> list[int]:
     return [k for k in (128, 64, 32, 16) if _ceil(inner, splits * k) * k == least]
 
 
-def _fits_registers(
-    shape: Shape, variant: str, block_h: int, block_n: int, splits: int, warps: int, waiting: int
-) -> bool:
+def _fits_registers(shape: Shape, draft: Plan, waiting: int) -> bool:
     """Whether a program's numbers stay in registers, going by what the compiler made of many plans.
 
     Args:
         waiting: bytes of a group of blocks on their way from the others.
     """
+    block_n, splits, warps = draft.block_n, draft.splits, draft.warps
     threads = 32 * warps
-    rows = rows_of(shape, block_h)
+    rows = rows_of(shape, draft.block_h)
     product = splits * rows * block_n // threads
-    elements = block_h * block_n / threads
+    elements = draft.block_h * block_n / threads
     # Wider elements take more instructions, and those more registers.
     wide = shape.itemsize // 2 * shape.copies
     held = (48 if warps == 4 else 32) // wide
     most = 2
     if shape.kernel == "backward" and splits > 1:
         most = 8 // warps if shape.gates > 1 else 16 // warps
-    if variant != "cooperative":
+    if not draft.on_chip:
         if rows < (64 if splits == 1 else 16):
             return False
         stream = (
@@ -311,108 +319,59 @@ def _most_blocks(shape: Shape, chip: Chip) -> int:
     return 8 if chip.architecture == 80 or shape.kernel == "backward" else 12
 
 
-def _spread_plan(
-    shape: Shape,
-    chip: Chip,
-    variant: str,
-    exchange: str,
-    at_once: int,
-    block_h: int,
-    block_n: int,
-    splits: int,
-    warps: int,
-) -> Plan | None:
-    """The plan of these blocks with the largest block of the inner dimension that fits."""
-    for block_k in _block_ks(shape.inner, splits):
-        made = _with_block_k(
-            shape, chip, variant, exchange, at_once, block_h, block_n, splits, warps, block_k
-        )
-        if made is not None:
-            return made
-    return None
-
-
-def _with_block_k(
-    shape: Shape,
-    chip: Chip,
-    variant: str,
-    exchange: str,
-    at_once: int,
-    block_h: int,
-    block_n: int,
-    splits: int,
-    warps: int,
-    block_k: int,
-) -> Plan | None:
-    rows = rows_of(shape, block_h)
-    blocks = _ceil(shape.inner, splits * block_k)
-    inner = blocks * splits * block_k
+def _finished(shape: Shape, chip: Chip, draft: Plan) -> Plan | None:
+    """A draft with what follows from its blocks; None if it does not fit the chip."""
+    rows = rows_of(shape, draft.block_h)
+    blocks = _ceil(shape.inner, draft.splits * draft.block_k)
+    inner = blocks * draft.splits * draft.block_k
     weight = rows * inner * shape.itemsize * shape.copies
     if chip.backend == "hip":
         # In registers, sixteen rows at least.
         weight = max(16, rows) * inner * shape.itemsize
-    one_block = splits * block_k * block_n * shape.itemsize
-    scratch = splits * rows * block_n * 4 + 2048
-    fits = [
-        count
-        for count in range(1, blocks + 1)
-        if _fits_registers(shape, variant, block_h, block_n, splits, warps, count * one_block)
-    ]
-    if not fits:
+    one_block = draft.splits * draft.block_k * draft.block_n * shape.itemsize
+    scratch = draft.splits * rows * draft.block_n * 4 + 2048
+    together = max(
+        (k for k in range(1, blocks + 1) if _fits_registers(shape, draft, k * one_block)), default=0
+    )
+    if not together:
         return None
-    together = 1
-    if variant == "cooperative":
-        together = fits[-1]
+    if draft.on_chip:
         # What a barrier has let through is loaded all at once.
-        if exchange == "barrier" and together < blocks:
+        if blocks > _most_blocks(shape, chip) or (
+            draft.exchange == "barrier" and together < blocks
+        ):
             return None
-        if blocks > _most_blocks(shape, chip):
-            return None
-        shared = max(together * one_block, scratch)
+        kept, shared = weight, max(together * one_block, scratch)
     else:
         # Three products for one, in a loop, are made of small blocks only without spilling.
-        if block_k * shape.itemsize * shape.copies > 256 // shape.copies:
+        if draft.block_k * shape.itemsize * shape.copies > 256 // shape.copies:
             return None
         # Both operands come by in a pipeline of three blocks.
-        shared = 3 * (one_block + splits * block_k * rows * shape.itemsize) + scratch
-    kept = weight if variant == "cooperative" else 0
+        together, kept = 1, 0
+        shared = 3 * (one_block + draft.splits * draft.block_k * rows * shape.itemsize) + scratch
     if chip.backend == "hip":
         if shared > chip.shared_memory or kept > chip.weight_room:
             return None
     elif shared + kept > chip.shared_memory:
         return None
 
-    units = _ceil(shape.hidden_size, block_h)
-    tiles = _ceil(shape.batch, block_n)
-    side_by_side = max(1, chip.multiprocessors // (units * at_once))
-    slots = tiles if variant == "stepwise" else min(tiles, side_by_side)
-    turns = _ceil(tiles, min(slots, side_by_side)) * _ceil(shape.directions, at_once)
-    step = (
-        _WITHIN_US
-        + {
-            "flag": _FLAG_US + _LOOK_US * _ceil(blocks, together),
-            "barrier": _BARRIER_US + _LOAD_US,
-            "launch": _LAUNCH_US,
-        }[exchange]
-    )
-    passing = inner * block_n * shape.itemsize + (weight - kept)
-    flops = 2 * max(16, rows) * inner * block_n
-    step += passing / _L2_BYTES_PER_US + _product_us(chip, shape, weight, flops)
-    return Plan(
-        shape.kernel,
-        variant,
-        exchange,
-        block_h,
-        block_n,
-        block_k,
-        splits,
-        together,
-        warps,
-        units,
-        slots,
-        at_once,
-        shared + kept,
-        turns * step,
+    tiles = _ceil(shape.batch, draft.block_n)
+    side_by_side = max(1, chip.multiprocessors // (draft.units * draft.at_once))
+    turns = _ceil(tiles, min(tiles, side_by_side)) * _ceil(shape.directions, draft.at_once)
+    latency = {
+        "flag": _FLAG_US + _LOOK_US * _ceil(blocks, together),
+        "barrier": _BARRIER_US + _LOAD_US,
+        "launch": _LAUNCH_US,
+    }[draft.exchange]
+    passing = inner * draft.block_n * shape.itemsize + (weight - kept)
+    flops = 2 * max(16, rows) * inner * draft.block_n
+    product = _product_us(chip, shape, weight, flops)
+    return replace(
+        draft,
+        together=together,
+        slots=tiles if draft.variant == "stepwise" else min(tiles, side_by_side),
+        bytes_on_chip=shared + kept,
+        floor_us=turns * (_WITHIN_US + latency + passing / _L2_BYTES_PER_US + product),
     )
 
 
