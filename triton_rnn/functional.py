@@ -59,6 +59,9 @@ def refused(wanted: str) -> bool:
 
 def _route() -> str | None:
     """The backend that is asked for here and now, or None where only torch.nn's forward will do."""
+    if torch.compiler.is_compiling():
+        # After a graph break Dynamo begins anew with this function; what follows it cannot trace.
+        return None
     wanted = dispatch.requested()
     if _peek_functorch() is not None and wanted in ("auto", "reference") and _under_vmap():
         # torch's kernels have no batching rule, the plain loops need none.
@@ -365,8 +368,6 @@ def cell_forward(module: torch.nn.RNNCellBase, input: Any, hx: Any) -> tuple[Ten
 
     A single step is where torch's own cell is hard to beat, so `auto` does not even look.
     """
-    if torch.compiler.is_compiling():
-        return None
     wanted = _route()
     if wanted is None or wanted in ("auto", "aten"):
         return None
