@@ -87,15 +87,12 @@ def copies(precision: str) -> int:
     return 2 if precision == "tf32x3" else 1
 
 
-def forward_constants(
-    cell: KernelCell, plan: Plan, hidden_size: int, directions: int, save: bool, biased: bool,
-    packed: bool, precision: str,
-) -> dict[str, Any]:  # fmt: skip
-    """What `recurrence_forward` is compiled for."""
+def _constants(
+    cell: KernelCell, plan: Plan, hidden_size: int, directions: int, packed: bool, precision: str
+) -> dict[str, Any]:
+    """What both recurrences are compiled for."""
     return {
-        "CELL": cell.forward,
         "GATES": cell.gates,
-        "WIDTH": cell.width if save else cell.gates,
         "H": hidden_size,
         "D": directions,
         "AT_ONCE": plan.at_once,
@@ -107,10 +104,22 @@ def forward_constants(
         "EXCHANGE": plan.exchange,
         "ON_CHIP": plan.on_chip,
         "HAS_C": cell.has_c,
-        "HAS_BIAS": biased and cell.gates == 3,
         "PACKED": packed,
-        "SAVE": save and cell.saves,
         "PRECISION": precision,
+    }
+
+
+def forward_constants(
+    cell: KernelCell, plan: Plan, hidden_size: int, directions: int, save: bool, biased: bool,
+    packed: bool, precision: str,
+) -> dict[str, Any]:  # fmt: skip
+    """What `recurrence_forward` is compiled for."""
+    return {
+        **_constants(cell, plan, hidden_size, directions, packed, precision),
+        "CELL": cell.forward,
+        "WIDTH": cell.width if save else cell.gates,
+        "HAS_BIAS": biased and cell.gates == 3,
+        "SAVE": save and cell.saves,
     }
 
 
@@ -119,24 +128,11 @@ def backward_constants(
 ) -> dict[str, Any]:
     """What `recurrence_backward` is compiled for."""
     return {
+        **_constants(cell, plan, hidden_size, directions, packed, precision),
         "FACTORS": cell.factors,
         "CELL": cell.backward,
-        "GATES": cell.gates,
         "WIDTH": cell.width,
         "SAVED": cell.width if cell.saves else 0,
-        "H": hidden_size,
-        "D": directions,
-        "AT_ONCE": plan.at_once,
-        "BLOCK_H": plan.block_h,
-        "BLOCK_N": plan.block_n,
-        "BLOCK_K": plan.block_k,
-        "SPLITS": plan.splits,
-        "TOGETHER": plan.together,
-        "EXCHANGE": plan.exchange,
-        "ON_CHIP": plan.on_chip,
-        "HAS_C": cell.has_c,
-        "PACKED": packed,
-        "PRECISION": precision,
     }
 
 
