@@ -6,6 +6,7 @@ the loop. Only h_0 has no m: its part, W_hh h_0, is added to the preactivations 
 """
 
 import contextlib
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -120,11 +121,7 @@ def forward(
         h_0 = h_0.contiguous()
         c_0 = None if c_0 is None else c_0.contiguous()
         hidden_size, directions = request.hidden_size, request.directions
-        rows = (
-            input.numel() // max(1, request.input_size)
-            if input.dim() == 2
-            else input.size(0) * input.size(1)
-        )
+        rows = math.prod(input.shape[:-1])
         width = cell.width if request.needs_grad else cell.gates
         gates = input.new_empty(rows, directions, width * hidden_size)
         # What a GRU's reset gate multiplies has its bias inside, the others' are added up here.
