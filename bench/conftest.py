@@ -11,11 +11,12 @@ import pytest
 import torch
 from rich.console import Console
 
-from bench import report as reporting
+from bench import tables
 from bench.cases import CELLS, EXTRA_CELLS, GRIDS, Case, select
 from bench.gate import RELU_TOLERANCE, TOLERANCE, check_equal
+from bench.machine import describe_machine
 from bench.paired import QUICK_BUDGET, Budget, Pair, measure
-from bench.report import Measurement, Report, describe_machine
+from bench.tables import Measurement, Report
 from bench.workload import OURS, TORCH, Workload
 from triton_rnn import BackendError
 
@@ -156,10 +157,10 @@ def pytest_terminal_summary(
         # Narrower than this, the rows of a table would be broken up.
         width = max(shutil.get_terminal_size().columns, 150)
         console = Console(file=text, force_terminal=colour, no_color=not colour, width=width)
-        for part in reporting.render(report):
+        for part in tables.render(report):
             console.print(part)
         terminalreporter.write(text.getvalue())
         path = config.getoption("--save-table")
         if path is not None:
-            written = reporting.save(report, path)
+            written = tables.save(report, path)
             terminalreporter.write_line(f"written: {', '.join(map(str, written))}")

@@ -10,7 +10,7 @@ import pytest
 from bench.cases import Case, Size
 from bench.children import RETURN_FREED, run_child
 from bench.conftest import selected_cells
-from bench.report import PeakMemory, Report
+from bench.tables import PeakMemory, Report
 from bench.workload import OURS, PROVIDERS, TORCH
 
 MIDDLE = Size(32, 100, 256, 256, directions=2)

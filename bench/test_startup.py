@@ -8,7 +8,7 @@ import pytest
 
 from bench.children import run_child
 from bench.conftest import selected_cells
-from bench.report import Cost, Report
+from bench.tables import Cost, Report
 from bench.workload import OURS
 
 IMPORT_SECONDS = 0.050

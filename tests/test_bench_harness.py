@@ -21,7 +21,7 @@ ROOT = Path(__file__).parent.parent
 # Appended: an installed triton_rnn is still the one that is tested.
 sys.path.append(str(ROOT))
 
-from bench import cases, gate, paired, report, workload  # noqa: E402  (needs the path)
+from bench import cases, gate, paired, workload  # noqa: E402  (needs the path)
 
 TINY = cases.Size(3, 5, 4, 3, layers=2, directions=2)
 ISSUE = {
@@ -256,29 +256,29 @@ def test_the_geometric_mean_of_a_ratio_and_its_inverse_is_one() -> None:
             paired.geometric_mean(impossible)
 
 
-def measured(cell: str, training: bool, packed: bool, ratio: float) -> report.Measurement:
+def measured(cell: str, training: bool, packed: bool, ratio: float) -> tables.Measurement:
     case = cases.Case(cell, training, packed, TINY)
-    return report.Measurement(case, paired.Pair((1.0,) * 4, (ratio,) * 4, 1))
+    return tables.Measurement(case, paired.Pair((1.0,) * 4, (ratio,) * 4, 1))
 
 
 def test_a_summary_reaches_its_target_only_by_mean_and_by_worst_case() -> None:
-    target = next(target for target in report.TARGETS if target.group == "GRU training")
+    target = next(target for target in tables.TARGETS if target.group == "GRU training")
     fast, faster = measured("gru", True, False, 2.5), measured("gru", True, True, 3.0)
-    summary = report.summarise(target, [fast, faster])
+    summary = tables.summarise(target, [fast, faster])
     assert summary.padded == pytest.approx(2.5)
     assert summary.packed == pytest.approx(3.0)
     assert summary.both == pytest.approx(math.sqrt(7.5))
     # Over 2.6 with the packed cases, but not without.
     assert not summary.reached
-    assert report.summarise(target, [faster]).reached
+    assert tables.summarise(target, [faster]).reached
     slow = measured("gru", True, False, 0.99)
-    summary = report.summarise(target, [slow, *[faster] * 20])
+    summary = tables.summarise(target, [slow, *[faster] * 20])
     assert summary.worst is slow
     assert not summary.reached
 
 
 def test_the_targets_are_the_issues() -> None:
-    targets = {target.group: (target.mean, target.worst) for target in report.TARGETS}
+    targets = {target.group: (target.mean, target.worst) for target in tables.TARGETS}
     assert targets == {
         "RNN inference": (2.0, 1.0),
         "RNN training": (2.2, 1.0),
@@ -294,10 +294,10 @@ def test_the_targets_are_the_issues() -> None:
 
 def test_a_case_measured_beside_other_work_is_marked() -> None:
     case = cases.Case("gru", True, False, TINY)
-    busy = report.Measurement(case, paired.Pair((1.0,), (2.0,), 1, others_share=0.5))
-    quiet = report.Measurement(case, paired.Pair((1.0,), (2.0,), 1, others_share=0.01))
-    assert "are marked ?" in report.to_markdown(report.Report("", True, measurements=[busy]))
-    assert "are marked ?" not in report.to_markdown(report.Report("", True, measurements=[quiet]))
+    busy = tables.Measurement(case, paired.Pair((1.0,), (2.0,), 1, others_share=0.5))
+    quiet = tables.Measurement(case, paired.Pair((1.0,), (2.0,), 1, others_share=0.01))
+    assert "are marked ?" in tables.to_markdown(tables.Report("", True, measurements=[busy]))
+    assert "are marked ?" not in tables.to_markdown(tables.Report("", True, measurements=[quiet]))
 
 
 SPOILED_RNN = """
