@@ -21,7 +21,7 @@ ROOT = Path(__file__).parent.parent
 # Appended: an installed triton_rnn is still the one that is tested.
 sys.path.append(str(ROOT))
 
-from bench import cases, gate, paired, workload  # noqa: E402  (needs the path)
+from bench import cases, gate, paired, tables, workload  # noqa: E402  (needs the path)
 
 TINY = cases.Size(3, 5, 4, 3, layers=2, directions=2)
 ISSUE = {
