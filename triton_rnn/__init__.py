@@ -3,6 +3,7 @@
 from triton_rnn.dispatch import BackendError, use_backend
 from triton_rnn.explain import Explanation, explain
 from triton_rnn.modules import GRU, LSTM, RNN, GRUCell, LSTMCell, RNNCell
+from triton_rnn.profiling.session import profile
 from triton_rnn.replace import replace, restore
 from triton_rnn.version import __version__
 
@@ -17,6 +18,7 @@ __all__ = [
     "RNNCell",
     "__version__",
     "explain",
+    "profile",
     "replace",
     "restore",
     "use_backend",

@@ -1,4 +1,5 @@
-"""``python -m triton_rnn``: ``demo`` shows the package at work, ``info`` says what runs here.
+"""``python -m triton_rnn``: ``demo`` shows the package at work, ``info`` says what runs here,
+``profile`` what a layer spends its time on.
 
 matplotlib, rich and the demos themselves are imported by the commands, so that ``--help`` and wrong
 options answer at once.
@@ -37,7 +38,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
             info.show(as_json=options.json)
             return 0
-        return _demo(options)
+        return _profile(options) if options.command == "profile" else _demo(options)
     except KeyboardInterrupt:
         print("\ntriton_rnn: interrupted; no file was left half written", file=sys.stderr)
         return _INTERRUPTED
@@ -84,6 +85,42 @@ def _demo(options: argparse.Namespace) -> int:
     return 0
 
 
+def _profile(options: argparse.Namespace) -> int:
+    from triton_rnn.demo.settings import (
+        DemoError,
+        check_output_folder,
+        resolve_backend,
+        resolve_device,
+    )
+    from triton_rnn.dispatch import BackendError
+    from triton_rnn.profiling import command
+
+    try:
+        if options.packed and options.batch == 1:
+            raise DemoError("--packed needs --batch 2 or more: sequences of different lengths")
+        check_output_folder(options.out)
+        job = command.Job(
+            cell=options.cell,
+            hidden=options.hidden,
+            input=options.input or options.hidden,
+            batch=options.batch,
+            seq_len=options.seq_len,
+            layers=options.layers,
+            bidirectional=options.bidirectional,
+            packed=options.packed,
+            dtype=options.dtype,
+            device=resolve_device(options.device),
+            backend=resolve_backend(options.backend),
+            training=options.mode == "training",
+            steps=options.steps,
+        )
+        command.run(job, options.out)
+    except (DemoError, BackendError) as error:
+        print(f"python -m triton_rnn profile: error: {error}", file=sys.stderr)
+        return error.exit_code if isinstance(error, DemoError) else 2
+    return 0
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m triton_rnn",
@@ -107,7 +144,52 @@ def _parser() -> argparse.ArgumentParser:
         description="Versions, devices, which backends run here, and why the others cannot.",
     )
     info.add_argument("--json", action="store_true", help="print JSON")
+    profile = commands.add_parser(
+        "profile",
+        help="what a layer spends its time on: a table by phase, a trace and a timeline",
+        description=(
+            "Run a layer under torch.profiler and print the time of each of its phases beside what"
+            " this machine can do; write trace.json, timeline.png and profile.json."
+        ),
+    )
+    _add_profile_options(profile)
     return parser
+
+
+def _add_profile_options(profile: argparse.ArgumentParser) -> None:
+    profile.add_argument("--cell", choices=("rnn", "rnn-relu", "gru", "lstm"), default="lstm")
+    for name, value, meaning in (
+        ("hidden", 128, "units of each layer"),
+        ("input", None, "size of the input (default: as --hidden)"),
+        ("batch", 8, "sequences"),
+        ("seq-len", 100, "steps of a sequence"),
+        ("layers", 1, "layers"),
+        ("steps", 20, "how often to run it"),
+    ):
+        text = meaning if value is None else f"{meaning} (default: {value})"
+        profile.add_argument(f"--{name}", type=_positive_int, default=value, metavar="N", help=text)
+    profile.add_argument("--bidirectional", action="store_true", help="two directions")
+    profile.add_argument("--packed", action="store_true", help="sequences of different lengths")
+    profile.add_argument(
+        "--dtype", choices=("float32", "float64", "bfloat16", "float16"), default="float32"
+    )
+    profile.add_argument(
+        "--mode",
+        choices=("training", "inference"),
+        default="training",
+        help="forward and backward, or forward alone (default: training)",
+    )
+    profile.add_argument(
+        "--device", choices=("auto", "cpu", "cuda"), default="auto", help="(default: auto)"
+    )
+    profile.add_argument("--backend", metavar="NAME", help="as for demo (default: auto)")
+    profile.add_argument(
+        "--out",
+        type=Path,
+        default=Path("profile-output"),
+        metavar="FOLDER",
+        help="folder for the files (default: profile-output)",
+    )
 
 
 def _add_demo_options(demo: argparse.ArgumentParser) -> None:

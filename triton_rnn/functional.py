@@ -12,6 +12,7 @@ from torch.nn.utils.rnn import PackedSequence
 from triton_rnn import compiled, dispatch
 from triton_rnn.cells import LSTM_PROJECTED, MODES
 from triton_rnn.layer import layer
+from triton_rnn.profiling import ranges
 from triton_rnn.request import Request
 
 _PLAIN = (Tensor, torch.nn.Parameter)
@@ -254,6 +255,9 @@ def stack(call: Call, backend: ModuleType, layers: int, drop: float) -> tuple[Te
     request, x, batch_sizes, h_0, c_0, weights = call
     directions = request.directions
     given = h_0 is not None
+    profiled = ranges.on()
+    if profiled:
+        ranges.here.layer = 0
     if h_0 is None:
         # One block of zeros serves all layers: no backend writes to an initial state.
         h_0 = x.new_zeros((directions, request.batch, request.output_size))
@@ -272,6 +276,8 @@ def stack(call: Call, backend: ModuleType, layers: int, drop: float) -> tuple[Te
             h, c = h_0[own], None if c_0 is None else c_0[own]
         if number == 1:
             request = request._replace(input_size=directions * request.output_size)
+        if profiled:
+            ranges.here.layer = number
         x, *states = layer(
             backend, request, batch_sizes, x, h, c, weights[number * count : (number + 1) * count]
         )
@@ -297,7 +303,8 @@ def forward(module: torch.nn.RNNBase, input: Any, hx: Any) -> tuple[Any, Any] | 
     backend = dispatch.backend_module(name)
     drop = module.dropout if module.training else 0.0
     run = getattr(backend, "stack", stack)
-    output, *states = run(call, backend, module.num_layers, drop)
+    with ranges.call(request.cell):
+        output, *states = run(call, backend, module.num_layers, drop)
     if isinstance(input, PackedSequence):
         if input.unsorted_indices is not None:
             states = [state.index_select(1, input.unsorted_indices) for state in states]
@@ -375,5 +382,6 @@ def cell_forward(module: torch.nn.RNNCellBase, input: Any, hx: Any) -> tuple[Ten
     if call is None:
         return None
     name = dispatch.choose(call.request, wanted).backend
-    _, *states = stack(call, dispatch.backend_module(name), 1, 0.0)
+    with ranges.call(call.request.cell):
+        _, *states = stack(call, dispatch.backend_module(name), 1, 0.0)
     return tuple(state.view(*input.shape[:-1], module.hidden_size) for state in states)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from triton_rnn import reference
+from triton_rnn.profiling import ranges, session
 from triton_rnn.request import Request
 
 # vmap comes in two makes: torch.func's, and the older one behind `is_grads_batched=True`.
@@ -44,6 +45,7 @@ class LayerFunction(torch.autograd.Function):
         results, saved = backend.forward(request, input, batch_sizes, h_0, c_0, weights)
         ctx.set_materialize_grads(False)
         ctx.backend, ctx.request, ctx.batch_sizes = backend, request, batch_sizes
+        ctx.layer = ranges.here.layer
         # Only the second derivative reads a bias, so as with torch.nn it may change in place;
         # should it be read after all, its version tells.
         ctx.biases = [(weight, weight._version) for weight in weights if weight.dim() == 1]
@@ -70,6 +72,10 @@ class LayerFunction(torch.autograd.Function):
             for grad, shape in zip(grads, shapes, strict=False)
         ]
         needed = (needs[0], *needs[3:])
+        if ranges.on():
+            # Perhaps another thread than the forward's.
+            ranges.here.layer = ctx.layer
+            session.note_backward(request, rows)
         grad_rows, grad_h_0, grad_c_0, *grad_weights = ctx.backend.backward(
             request, input, ctx.batch_sizes, h_0, c_0, weights, saved, dense, needed
         )
@@ -148,7 +154,8 @@ def _reference(
 ) -> tuple[Tensor, ...]:
     rows = input.reshape(-1, request.input_size)
     sizes = batch_sizes or [request.batch] * request.seq_len
-    output, *states = reference.layer(request.cell, rows, sizes, h_0, c_0, weights)
+    with ranges.phase(request.cell, "reference", "both"):
+        output, *states = reference.layer(request.cell, rows, sizes, h_0, c_0, weights)
     return (output.view(*input.shape[:-1], output.size(1)), *states)
 
 
@@ -172,6 +179,8 @@ def layer(
     Returns:
         output (T, N, D * H_out) or (sum of lengths, D * H_out), h_n and, if the cell has it, c_n.
     """
+    if ranges.on():
+        session.note_forward(request, math.prod(input.shape[:-1]), hasattr(backend, "forward"))
     if not hasattr(backend, "forward"):
         return _reference(request, batch_sizes, input, h_0, c_0, weights)
     if request.needs_grad:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import _VF, Tensor
 
+from triton_rnn.profiling import ranges, session
 from triton_rnn.request import Request
 
 if TYPE_CHECKING:
@@ -46,7 +47,11 @@ def stack(call: "Call", backend: ModuleType, layers: int, drop: float) -> tuple[
     # nothing.
     train = request.needs_grad or drop > 0
     options = (request.biased, layers, drop, train, directions == 2)
+    arguments: tuple[object, ...] = (x, hx, weights, *options, False)
     if request.packed:
-        batch_sizes = torch.tensor(call.batch_sizes)
-        return function(x, batch_sizes, hx, weights, *options)
-    return function(x, hx, weights, *options, False)
+        arguments = (x, torch.tensor(call.batch_sizes), hx, weights, *options)
+    if ranges.on():
+        session.note_stack(request, x.numel() // request.input_size, layers)
+        name = f"{ranges.PREFIX}{request.cell.name}.torch[all]"
+        return ranges.inside(name, function, *arguments)
+    return function(*arguments)

@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 
 from triton_rnn.kernels.exchange import arrive, store_exchanged, wait_for_arrivals
+from triton_rnn.kernels.metadata import backward_metadata
 from triton_rnn.kernels.product import exchanged_product, inner_columns
 from triton_rnn.kernels.steps import load_blocks, note_failure, step_rows, store_blocks, to_float
 
@@ -61,7 +62,10 @@ def _before(ptrs, initial_ptrs, has_before, inside):
     return tl.where(has_before, later, first)
 
 
-@triton.jit(do_not_specialize=["T", "N", "first_direction", "begin", "end", "slots", "polls"])
+@triton.jit(
+    do_not_specialize=["T", "N", "first_direction", "begin", "end", "slots", "polls"],
+    launch_metadata=backward_metadata,
+)
 def recurrence_backward(
     grad_output_ptr,
     gates_ptr,

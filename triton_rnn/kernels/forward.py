@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 
 from triton_rnn.kernels.exchange import arrive, store_exchanged, wait_for_arrivals
+from triton_rnn.kernels.metadata import forward_metadata
 from triton_rnn.kernels.product import exchanged_product, inner_columns
 from triton_rnn.kernels.steps import load_blocks, note_failure, step_rows, store_blocks, to_float
 
@@ -62,7 +63,10 @@ def _by_gate(product, GATES: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_N: tl.co
     return blocks
 
 
-@triton.jit(do_not_specialize=["T", "N", "first_direction", "begin", "end", "slots", "polls"])
+@triton.jit(
+    do_not_specialize=["T", "N", "first_direction", "begin", "end", "slots", "polls"],
+    launch_metadata=forward_metadata,
+)
 def recurrence_forward(
     gates_ptr,
     w_hh_0_ptr,

@@ -7,6 +7,8 @@ a padded batch by their strides in time and batch, rows of a packed one as they 
 import triton
 import triton.language as tl
 
+from triton_rnn.kernels.metadata import matmul_metadata
+
 
 @triton.jit
 def _tile(pid, M, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP: tl.constexpr):
@@ -23,7 +25,7 @@ def _tile(pid, M, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP: tl.con
     return first + pid % in_group % height, pid % in_group // height
 
 
-@triton.jit(do_not_specialize=["M", "inner"])
+@triton.jit(do_not_specialize=["M", "inner"], launch_metadata=matmul_metadata)
 def matmul(
     a_ptr,
     b_0_ptr,

@@ -25,6 +25,7 @@ from torch import Tensor
 from triton_rnn.backends.torchscript import rules
 from triton_rnn.backends.torchscript.cells import SCRIPT_CELLS
 from triton_rnn.backends.torchscript.recurrence import Run, recurrence
+from triton_rnn.profiling import ranges
 from triton_rnn.request import Request
 
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -101,6 +102,8 @@ def _plan(request: Request, rows: int, onednn: bool) -> Run:
         onednn_step=onednn
         and rules.takes_onednn(request.dtype, per_step, request.output_size, gate_rows),
         copy_weight=rules.copies_weight(request.seq_len),
+        prefix="",
+        suffix="",
     )
 
 
@@ -125,6 +128,15 @@ def describe(request: Request, rows: int) -> str:
             f"{request.directions} direction{'s in turn' if request.directions == 2 else ''}",
         )
     )
+
+
+def _named(run: Run, request: Request) -> list[Run]:
+    """`run` for each direction, with the names of its ranges if a profiler is on."""
+    if not ranges.on():
+        return [run] * request.directions
+    prefix = ranges.PREFIX + request.cell.name
+    directions = ("forward", "reverse")[: request.directions]
+    return [run._replace(prefix=prefix, suffix=ranges.suffix(name)) for name in directions]
 
 
 def _call(function: Callable[..., list[Tensor]], *args: Any) -> list[Tensor]:
@@ -162,12 +174,13 @@ def forward(
     """
     rows = input.reshape(-1, request.input_size)
     run = _run(request, rows.size(0), batch_sizes)
+    runs = _named(run, request)
     function = _functions(request.cell.name)[0]
     count = 1 + request.cell.states
     if request.directions == 1:
         h = h_0[0]
         c = h_0.new_empty(0) if c_0 is None else c_0[0]
-        states, *others = _call(function, rows, h, c, list(weights), run, False)
+        states, *others = _call(function, rows, h, c, list(weights), runs[0], False)
         # The states are saved for the backward, and a caller may change the output in place.
         output = _shaped(states, request)
         finals = [state.unsqueeze(0).clone() for state in others[: count - 1]]
@@ -175,9 +188,9 @@ def forward(
     half = len(weights) // 2
     initial = (h_0, (h_0.new_empty(0),) * 2 if c_0 is None else c_0)
     h, c = (state[0] for state in initial)
-    ahead = _call(function, rows, h, c, list(weights[:half]), run, False)
+    ahead = _call(function, rows, h, c, list(weights[:half]), runs[0], False)
     h, c = (state[1] for state in initial)
-    back = _call(function, rows, h, c, list(weights[half:]), run, True)
+    back = _call(function, rows, h, c, list(weights[half:]), runs[1], True)
     finals = [torch.stack(pair) for pair in zip(ahead[1:count], back[1:count], strict=True)]
     saved = [ahead[0], *ahead[3:], back[0], *back[3:]]
     output = torch.cat((_shaped(ahead[0], request), _shaped(back[0], request)), -1)
@@ -206,6 +219,7 @@ def backward(
     """
     rows = input.reshape(-1, request.input_size)
     run = _run(request, rows.size(0), batch_sizes)
+    runs = _named(run, request)
     function = _functions(request.cell.name)[1]
     directions = request.directions
     empty = (h_0.new_empty(0),) * directions
@@ -229,7 +243,7 @@ def backward(
                 grad_c_n[d],
                 results[0][0] if d == 1 else empty[0],
                 [needs[0], *needs[1:][own]],
-                run,
+                runs[d],
                 d == 1,
             )
         )

@@ -22,7 +22,7 @@ Buffers of one direction, all made here and none the caller's:
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, Optional
 
 import torch
 from torch import Tensor
@@ -34,6 +34,12 @@ from triton_rnn.backends.torchscript.products import (
     project_into,
     step_weight,
 )
+
+if TYPE_CHECKING:
+    RangeHandle = Any
+else:
+    # A class that TorchScript knows and Python's types do not.
+    RangeHandle = torch.classes.profiler._RecordFunction
 
 
 class Run(NamedTuple):
@@ -48,6 +54,7 @@ class Run(NamedTuple):
         block_rows: rows to a block of steps.
         onednn_input, onednn_step: whether oneDNN does the large products, the product of a step.
         copy_weight: whether the steps are enough to lay W_hh out for them.
+        prefix, suffix: what the names of ranges begin and end with; empty when no profiler is on.
     """
 
     batch_sizes: list[int]
@@ -60,6 +67,25 @@ class Run(NamedTuple):
     onednn_input: bool
     onednn_step: bool
     copy_weight: bool
+    prefix: str
+    suffix: str
+
+
+def begin_range(run: Run, phase: str) -> Optional[RangeHandle]:  # noqa: UP045 - TorchScript's class knows no |
+    """A profiler's range from here to `end_range`; nothing when no profiler is on."""
+    if len(run.prefix) == 0:
+        return None
+    return torch.ops.profiler._record_function_enter_new(run.prefix + phase + run.suffix, None)
+
+
+def end_range(handle: Optional[RangeHandle]) -> None:  # noqa: UP045 - likewise
+    """The end of what `begin_range` began."""
+    if handle is not None:
+        if torch.jit.is_scripting():
+            torch.ops.profiler._record_function_exit(handle)
+        else:
+            # Only TorchScript tells the overloads apart by the argument's class.
+            torch.ops.profiler._record_function_exit._RecordFunction(handle)
 
 
 def resize(state: Tensor, batch: int, initial: Tensor, final: Tensor) -> Tensor:
@@ -233,12 +259,15 @@ def recurrence(cell: ScriptCell) -> tuple[Callable[..., list[Tensor]], Callable[
                     # The block's buffer is about to be written again, and c still lies in it.
                     c = c.clone()
             x_block = rows_between(x, begin, end)
+            projection = begin_range(run, ".projection")
             if first == 0:
                 project_into(gates_block, x_block, weight_ih, bias, run.onednn_input)
             else:
                 gate_columns = gates_block[:, first:]
                 project_into(gate_columns, x_block, weight_ih, bias[first:], run.onednn_input)
                 gates_block[:, :first].copy_(bias[:first])
+            end_range(projection)
+            time_loop = begin_range(run, ".recurrence")
             state_steps = steps(states_block, sizes, batch)
             views = [state_steps, steps(cells_block, sizes, batch) if has_c else state_steps]
             if own_gates:
@@ -253,6 +282,7 @@ def recurrence(cell: ScriptCell) -> tuple[Callable[..., list[Tensor]], Callable[
                 h = views[0][t]
                 if has_c:
                     c = views[1][t]
+            end_range(time_loop)
         if packed:
             h_n[: h.size(0)].copy_(h)
             if has_c:
@@ -335,6 +365,7 @@ def recurrence(cell: ScriptCell) -> tuple[Callable[..., list[Tensor]], Callable[
             states_block = rows_between(states, begin, end)
             gates_block = rows_between(gates, begin, end)
             cells_block = rows_between(cells, begin, end)
+            time_loop = begin_range(run, ".backward.recurrence")
             # A private copy, to which each step adds what comes from the step before it.
             grad_states = rows_between(grad_output, begin, end)
             grad_states = grad_states.clone(memory_format=torch.contiguous_format)
@@ -368,6 +399,8 @@ def recurrence(cell: ScriptCell) -> tuple[Callable[..., list[Tensor]], Callable[
                         dc = resize(dc, size, grad_c_n, grad_c_0)
                     if not leaves_block:
                         dh = grad_steps[then].add_(dh)
+            end_range(time_loop)
+            products = begin_range(run, ".backward.weights")
             x_block = rows_between(x, begin, end)
             grad_projected = grad_gates[:, first:] if first > 0 else grad_gates
             grad_recurrent = grad_gates[:, :projected] if first > 0 else grad_gates
@@ -390,6 +423,7 @@ def recurrence(cell: ScriptCell) -> tuple[Callable[..., list[Tensor]], Callable[
             if has_hr and needs[-1]:
                 before_hr = torch.tanh(cells_block).mul_(gates_block[:, 3 * hidden_size :])
                 grad_weight_hr = add_weight_gradient(grad_weight_hr, grad_states, before_hr, False)
+            end_range(products)
         if packed:
             grad_h_0[:size].copy_(dh)
             if has_c:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from triton_rnn.backends.triton import launch, products
 from triton_rnn.backends.triton.launch import Packing
+from triton_rnn.profiling import ranges
 from triton_rnn.request import Request
 
 
@@ -126,7 +127,8 @@ def forward(
         gates = input.new_empty(rows, directions, width * hidden_size)
         # What a GRU's reset gate multiplies has its bias inside, the others' are added up here.
         fold = (cell.gates - 1 if cell.gates == 3 else cell.gates) * hidden_size
-        products.project(input, own.weight_ih, own.bias_ih, own.bias_hh, fold, gates)
+        with ranges.phase(request.cell, "projection", "both"):
+            products.project(input, own.weight_ih, own.bias_ih, own.bias_hh, fold, gates)
         initial = h_0
         if request.cell.projected:
             for d in range(directions):
@@ -137,9 +139,10 @@ def forward(
         # Results are no views: autograd would forbid to change them in place.
         leading = input.shape[:-1]
         output = input.new_empty((*leading, directions * hidden_size))
-        cells, h_n, c_n = launch.forward(
-            request, output, gates, _recurrent_weights(own), b_hn, initial, c_0, packing
-        )
+        with ranges.phase(request.cell, "recurrence", "both"):
+            cells, h_n, c_n = launch.forward(
+                request, output, gates, _recurrent_weights(own), b_hn, initial, c_0, packing
+            )
         saved = [output]
         if request.needs_grad:
             saved += [gates] if cell.saves else []
@@ -180,6 +183,7 @@ def backward(
         initial = h_0
         # The gradients that come from outside, of m in the place of h if the LSTM is projected.
         grad_states, grad_h_n = grads[0].contiguous(), grads[1].contiguous()
+        grad_projected: list[Tensor] = []
         if request.cell.projected:
             grad_projected = _grad_projected(request, grads, packing)
             grad_states = torch.cat(
@@ -188,50 +192,81 @@ def backward(
             initial = h_0.new_zeros(directions, request.batch, hidden_size)
             grad_h_n = torch.zeros_like(initial)
         grad_c_n = grads[2].contiguous() if cell.has_c else None
-        grad_gates, grad_h_0, grad_c_0 = launch.backward(
-            request,
-            grad_states,
-            gates,
-            rest[1] if cell.has_c else output,
-            (initial if c_0 is None else c_0.contiguous()),
-            _recurrent_weights(own),
-            grad_h_n,
-            grad_c_n,
-            packing,
-        )
+        with ranges.phase(request.cell, "backward.recurrence", "both"):
+            grad_gates, grad_h_0, grad_c_0 = launch.backward(
+                request,
+                grad_states,
+                gates,
+                rest[1] if cell.has_c else output,
+                (initial if c_0 is None else c_0.contiguous()),
+                _recurrent_weights(own),
+                grad_h_n,
+                grad_c_n,
+                packing,
+            )
+        with ranges.phase(request.cell, "backward.weights", "both"):
+            return _after_the_loop(
+                request,
+                input,
+                h_0,
+                own,
+                output,
+                grad_gates,
+                (grad_h_0, grad_c_0),
+                grad_projected,
+                needs,
+                packing,
+            )
 
-        count = len(weights) // directions
-        grad_preact = grad_gates[:, :, (cell.width - cell.gates) * hidden_size :]
-        results: list[Tensor | None] = [
-            products.grad_input(grad_preact, own.weight_ih) if needs[0] else None
-        ]
-        rows = input.reshape(-1, request.input_size) if any(needs[1::count]) else input
-        found: list[Tensor | None] = []
-        grad_h: list[Tensor] = []
-        for d in range(directions):
-            wanted = needs[1 + d * count : 1 + (d + 1) * count]
-            preact, hidden = grad_preact[:, d], _hidden_side(grad_gates[:, d], cell.gates)
-            states = output[:, d * hidden_size : (d + 1) * hidden_size]
-            if request.cell.projected:
-                # Of h_t: what comes from outside, and what the next step sends through W_hh.
-                recurrent, first = _shift_back(hidden @ own.weight_hh[d], request, d, packing)
-                grad_h.append(first)
-                grad_of_h = grad_projected[d] + recurrent
-                states_m, states = states, states @ own.weight_hr[d].t()
-            found.append(products.grad_weight(preact, rows) if wanted[0] else None)
-            if wanted[1]:
-                before = _shift(states, h_0[d], request, d, packing)
-                found.append(_in_torch_order(products.grad_weight(hidden, before), cell.gates))
-            else:
-                found.append(None)
-            if request.biased:
-                found.append(preact.sum(0) if wanted[2] else None)
-                found.append(_in_torch_order(hidden.sum(0), cell.gates) if wanted[3] else None)
-            if request.cell.projected:
-                found.append(products.grad_weight(grad_of_h, states_m) if wanted[-1] else None)
+
+def _after_the_loop(
+    request: Request,
+    input: Tensor,
+    h_0: Tensor,
+    own: Weights,
+    output: Tensor,
+    grad_gates: Tensor,
+    grad_states: tuple[Tensor, Tensor | None],
+    grad_projected: list[Tensor],
+    needs: Sequence[bool],
+    packing: Packing | None,
+) -> list[Tensor | None]:
+    """The gradients that need no recurrence: of the input, the weights and the biases."""
+    cell = launch.kernel_cell(request.cell)
+    grad_h_0, grad_c_0 = grad_states
+    directions, hidden_size = request.directions, request.hidden_size
+    count = (len(needs) - 1) // directions
+    grad_preact = grad_gates[:, :, (cell.width - cell.gates) * hidden_size :]
+    results: list[Tensor | None] = [
+        products.grad_input(grad_preact, own.weight_ih) if needs[0] else None
+    ]
+    rows = input.reshape(-1, request.input_size) if any(needs[1::count]) else input
+    found: list[Tensor | None] = []
+    grad_h: list[Tensor] = []
+    for d in range(directions):
+        wanted = needs[1 + d * count : 1 + (d + 1) * count]
+        preact, hidden = grad_preact[:, d], _hidden_side(grad_gates[:, d], cell.gates)
+        states = output[:, d * hidden_size : (d + 1) * hidden_size]
         if request.cell.projected:
-            grad_h_0 = torch.stack(grad_h)
-        return [*results, grad_h_0, grad_c_0, *found]
+            # Of h_t: what comes from outside, and what the next step sends through W_hh.
+            recurrent, first = _shift_back(hidden @ own.weight_hh[d], request, d, packing)
+            grad_h.append(first)
+            grad_of_h = grad_projected[d] + recurrent
+            states_m, states = states, states @ own.weight_hr[d].t()
+        found.append(products.grad_weight(preact, rows) if wanted[0] else None)
+        if wanted[1]:
+            before = _shift(states, h_0[d], request, d, packing)
+            found.append(_in_torch_order(products.grad_weight(hidden, before), cell.gates))
+        else:
+            found.append(None)
+        if request.biased:
+            found.append(preact.sum(0) if wanted[2] else None)
+            found.append(_in_torch_order(hidden.sum(0), cell.gates) if wanted[3] else None)
+        if request.cell.projected:
+            found.append(products.grad_weight(grad_of_h, states_m) if wanted[-1] else None)
+    if request.cell.projected:
+        grad_h_0 = torch.stack(grad_h)
+    return [*results, grad_h_0, grad_c_0, *found]
 
 
 def _grad_projected(
