@@ -303,7 +303,10 @@ def forward(module: torch.nn.RNNBase, input: Any, hx: Any) -> tuple[Any, Any] | 
     backend = dispatch.backend_module(name)
     drop = module.dropout if module.training else 0.0
     run = getattr(backend, "stack", stack)
-    with ranges.call(request.cell):
+    if ranges.on():
+        with ranges.call(request.cell):
+            output, *states = run(call, backend, module.num_layers, drop)
+    else:
         output, *states = run(call, backend, module.num_layers, drop)
     if isinstance(input, PackedSequence):
         if input.unsorted_indices is not None:

@@ -10,6 +10,7 @@ import torch
 _MATRIX = 1024
 _COPY_BYTES = 64 * 2**20
 _SECONDS = 0.25
+_FEWEST_RUNS = 3
 
 
 class Ceilings(NamedTuple):
@@ -45,9 +46,11 @@ def _measured(device: torch.device, dtype: torch.dtype, threads: int) -> Ceiling
 
 def _least(function: Callable[[], object], device: torch.device, calls: int = 1) -> float:
     """The least seconds that a call took."""
-    best, end = float("inf"), time.perf_counter() + _SECONDS
+    best, runs, end = float("inf"), 0, time.perf_counter() + _SECONDS
     function()
-    while time.perf_counter() < end:
+    # On a busy machine the time may be up before the first run.
+    while runs < _FEWEST_RUNS or time.perf_counter() < end:
+        runs += 1
         _wait(device)
         start = time.perf_counter()
         for _ in range(calls):

@@ -71,14 +71,12 @@ class Run(NamedTuple):
     suffix: str
 
 
-def begin_range(run: Run, phase: str) -> Optional[RangeHandle]:  # noqa: UP045 - TorchScript's class knows no |
-    """A profiler's range from here to `end_range`; nothing when no profiler is on."""
-    if len(run.prefix) == 0:
-        return None
+def begin_range(run: Run, phase: str) -> RangeHandle:
+    """A profiler's range from here to `end_range`."""
     return torch.ops.profiler._record_function_enter_new(run.prefix + phase + run.suffix, None)
 
 
-def end_range(handle: Optional[RangeHandle]) -> None:  # noqa: UP045 - likewise
+def end_range(handle: Optional[RangeHandle]) -> None:  # noqa: UP045 - TorchScript's class knows no |
     """The end of what `begin_range` began."""
     if handle is not None:
         if torch.jit.is_scripting():
@@ -200,6 +198,8 @@ def recurrence(cell: ScriptCell) -> tuple[Callable[..., list[Tensor]], Callable[
         weight_hr = weights[-1]
         has_c = c_0.dim() == 2
         packed = len(run.batch_sizes) > 0
+        profiled = len(run.prefix) > 0
+        span: Optional[RangeHandle] = None  # noqa: UP045 - as in `end_range`
         batch = run.batch
         rows = x.size(0)
         first = run.width - weight_ih.size(0)
@@ -259,15 +259,18 @@ def recurrence(cell: ScriptCell) -> tuple[Callable[..., list[Tensor]], Callable[
                     # The block's buffer is about to be written again, and c still lies in it.
                     c = c.clone()
             x_block = rows_between(x, begin, end)
-            projection = begin_range(run, ".projection")
+            if profiled:
+                span = begin_range(run, ".projection")
             if first == 0:
                 project_into(gates_block, x_block, weight_ih, bias, run.onednn_input)
             else:
                 gate_columns = gates_block[:, first:]
                 project_into(gate_columns, x_block, weight_ih, bias[first:], run.onednn_input)
                 gates_block[:, :first].copy_(bias[:first])
-            end_range(projection)
-            time_loop = begin_range(run, ".recurrence")
+            if profiled:
+                end_range(span)
+            if profiled:
+                span = begin_range(run, ".recurrence")
             state_steps = steps(states_block, sizes, batch)
             views = [state_steps, steps(cells_block, sizes, batch) if has_c else state_steps]
             if own_gates:
@@ -282,7 +285,8 @@ def recurrence(cell: ScriptCell) -> tuple[Callable[..., list[Tensor]], Callable[
                 h = views[0][t]
                 if has_c:
                     c = views[1][t]
-            end_range(time_loop)
+            if profiled:
+                end_range(span)
         if packed:
             h_n[: h.size(0)].copy_(h)
             if has_c:
@@ -319,6 +323,8 @@ def recurrence(cell: ScriptCell) -> tuple[Callable[..., list[Tensor]], Callable[
         cells = saved[2]
         has_c = c_0.dim() == 2
         packed = len(run.batch_sizes) > 0
+        profiled = len(run.prefix) > 0
+        span: Optional[RangeHandle] = None  # noqa: UP045 - as in `end_range`
         batch = run.batch
         projected = weight_ih.size(0)
         first = run.width - projected
@@ -365,7 +371,8 @@ def recurrence(cell: ScriptCell) -> tuple[Callable[..., list[Tensor]], Callable[
             states_block = rows_between(states, begin, end)
             gates_block = rows_between(gates, begin, end)
             cells_block = rows_between(cells, begin, end)
-            time_loop = begin_range(run, ".backward.recurrence")
+            if profiled:
+                span = begin_range(run, ".backward.recurrence")
             # A private copy, to which each step adds what comes from the step before it.
             grad_states = rows_between(grad_output, begin, end)
             grad_states = grad_states.clone(memory_format=torch.contiguous_format)
@@ -399,8 +406,10 @@ def recurrence(cell: ScriptCell) -> tuple[Callable[..., list[Tensor]], Callable[
                         dc = resize(dc, size, grad_c_n, grad_c_0)
                     if not leaves_block:
                         dh = grad_steps[then].add_(dh)
-            end_range(time_loop)
-            products = begin_range(run, ".backward.weights")
+            if profiled:
+                end_range(span)
+            if profiled:
+                span = begin_range(run, ".backward.weights")
             x_block = rows_between(x, begin, end)
             grad_projected = grad_gates[:, first:] if first > 0 else grad_gates
             grad_recurrent = grad_gates[:, :projected] if first > 0 else grad_gates
@@ -423,7 +432,8 @@ def recurrence(cell: ScriptCell) -> tuple[Callable[..., list[Tensor]], Callable[
             if has_hr and needs[-1]:
                 before_hr = torch.tanh(cells_block).mul_(gates_block[:, 3 * hidden_size :])
                 grad_weight_hr = add_weight_gradient(grad_weight_hr, grad_states, before_hr, False)
-            end_range(products)
+            if profiled:
+                end_range(span)
         if packed:
             grad_h_0[:size].copy_(dh)
             if has_c:
