@@ -1,6 +1,6 @@
-"""``python -m bench report | growth | scaling``: what is done with numbers, and other ways to them.
+"""``python -m bench growth``: measurements beside the benchmark, which is ``pytest bench``.
 
-``pytest bench`` is the benchmark itself. Each command is a module with ``add_options(parser)`` and
+Each command is a module with ``add_options(parser)`` and
 ``run(options) -> exit code``, imported only when it is asked for.
 """
 
@@ -14,9 +14,7 @@ from collections.abc import Sequence
 from bench.machine import CommandError
 
 COMMANDS = {
-    "report": "tables, pictures and one page, from the JSON files of any of the others",
     "growth": "how cost grows with steps, batch, hidden size, layers and threads; first results",
-    "scaling": "data-parallel training over several processes",
 }
 
 
