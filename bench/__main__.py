@@ -1,7 +1,7 @@
-"""``python -m bench growth``: measurements beside the benchmark, which is ``pytest bench``.
+"""``python -m bench growth | report``: what stands beside ``pytest bench``, the benchmark itself.
 
-Each command is a module with ``add_options(parser)`` and
-``run(options) -> exit code``, imported only when it is asked for.
+Each command is a module with ``add_options(parser)`` and ``run(options) -> exit code``, imported
+only when it is asked for.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from bench.machine import CommandError
 
 COMMANDS = {
+    "report": "tables, pictures and one page, from the JSON files of stored runs",
     "growth": "how cost grows with steps, batch, hidden size, layers and threads; first results",
 }
 
