@@ -9,6 +9,9 @@ CELLS = ("rnn", "gru", "lstm")
 # Not part of the grid; asked for with --cell.
 EXTRA_CELLS = ("rnn-relu",)
 
+# A training step ends with the gradients; a whole step has a head, a loss and an optimiser too.
+MODES = ("inference", "training", "step")
+
 GATES = {"rnn": 1, "rnn-relu": 1, "gru": 3, "lstm": 4}
 
 # The most multiply-adds that the forward of a --quick case may take.
@@ -52,13 +55,16 @@ class Size:
 @dataclass(frozen=True)
 class Case:
     cell: str
-    training: bool
+    mode: str
     packed: bool
     size: Size
+    device: str = "cpu"
+    dtype: str = "float32"
 
     @property
-    def mode(self) -> str:
-        return "training" if self.training else "inference"
+    def training(self) -> bool:
+        """Whether gradients are computed."""
+        return self.mode != "inference"
 
     @property
     def form(self) -> str:
@@ -66,14 +72,16 @@ class Case:
 
     @property
     def id(self) -> str:
-        return f"{self.cell}-{self.mode}-{self.form}-{self.size.id}"
+        place = "" if self.device == "cpu" else f"-{self.device}-{self.dtype}"
+        return f"{self.cell}-{self.mode}-{self.form}-{self.size.id}{place}"
 
     @property
     def is_quick(self) -> bool:
         return self.size.multiply_adds(self.cell) <= QUICK_MULTIPLY_ADDS
 
     def as_dict(self) -> dict[str, object]:
-        return {"cell": self.cell, "mode": self.mode, "form": self.form, **asdict(self.size)}
+        facts = {"cell": self.cell, "mode": self.mode, "form": self.form}
+        return {**facts, "device": self.device, "dtype": self.dtype, **asdict(self.size)}
 
 
 # The sizes that the targets are set over.
@@ -112,32 +120,60 @@ OTHER_SIZES = (
 
 GRIDS = {"issue": ISSUE_GRID, "other": OTHER_SIZES}
 
+# Where a GPU is at hand. Small and large states, few and many sequences; the first is for --quick.
+GPU_SIZES = (
+    Size(1, 64, 64, 64),
+    Size(16, 1024, 128, 128),
+    Size(64, 512, 512, 512),
+    Size(16, 1024, 768, 768),
+    Size(16, 256, 256, 256, layers=2, directions=2),
+    Size(256, 128, 1024, 1024),
+    Size(1, 1000, 512, 512),
+)
+GPU_DTYPES = ("float16", "bfloat16", "float32")
 
-def cases_of(sizes: Iterable[Size], cells: Iterable[str] = CELLS) -> list[Case]:
-    """Every cell, mode and form over ``sizes``; the modes of a size stand together."""
-    sizes = tuple(sizes)
+
+def cases_of(
+    sizes: Iterable[Size],
+    cells: Iterable[str] = CELLS,
+    device: str = "cpu",
+    dtypes: Iterable[str] = ("float32",),
+) -> list[Case]:
+    """Every cell, dtype, mode and form over ``sizes``; the modes of a size stand together.
+
+    A whole step is measured on padded input only: head, loss and optimiser do not ask.
+    """
+    sizes, dtypes = tuple(sizes), tuple(dtypes)
     return [
-        Case(cell, training, packed, size)
+        Case(cell, mode, packed, size, device, dtype)
         for cell in cells
+        for dtype in dtypes
         for size in sizes
-        for training in (False, True)
+        for mode in MODES
         for packed in (False, True)
+        if not (packed and mode == "step")
     ]
 
 
 def select(
-    grid: str, cells: Iterable[str] = CELLS, substring: str = "", quick: bool = False
+    grid: str,
+    cells: Iterable[str] = CELLS,
+    substring: str = "",
+    quick: bool = False,
+    devices: Iterable[str] = ("cpu",),
 ) -> list[Case]:
     """The cases that the command line asks for."""
-    return [
-        case
-        for case in cases_of(GRIDS[grid], cells)
-        if substring in case.id and (case.is_quick or not quick)
-    ]
+    cells, found = tuple(cells), list[Case]()
+    for device in devices:
+        if device == "cpu":
+            found += cases_of(GRIDS[grid], cells)
+        else:
+            found += cases_of(GPU_SIZES, cells, device, GPU_DTYPES)
+    return [case for case in found if substring in case.id and (case.is_quick or not quick)]
 
 
 def case_by_id(case_id: str) -> Case:
-    """The case of either grid, or of the extra cells, that has this id.
+    """The case on the CPU of either grid, or of the extra cells, that has this id.
 
     Raises:
         KeyError: there is none.

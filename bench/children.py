@@ -119,7 +119,7 @@ def first_call(provider: str, cell: str, mode: str) -> dict[str, object]:
     # torch's own first backward imports half a thousand modules; with or without a recurrent layer.
     linear = torch.nn.Linear(2, 2)
     linear(torch.ones(2)).backward(torch.ones(2))
-    step = Workload(Case(cell, mode == "training", False, Size(4, 10, 16, 16)), provider).step
+    step = Workload(Case(cell, mode, False, Size(4, 10, 16, 16)), provider).step
     start = time.perf_counter()
     step()
     return {"seconds": time.perf_counter() - start}

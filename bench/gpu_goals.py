@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from bench.gpu_grid import ANCHORS
-from bench.paired import geometric_mean
+from bench.turns import geometric_mean
 
 # A timed case, as gpu.json has it.
 Row = dict[str, Any]

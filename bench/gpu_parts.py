@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 from bench import gpu_inside
+from bench.gate import GPU_TOLERANCE
 from bench.gpu_grid import TimingCase, TuningPoint
-from bench.gpu_timing import GATES, Stopwatch, begin, sides_of
+from bench.gpu_timing import Stopwatch, begin, sides_of
 from bench.gpu_workers import Result, failure
 from triton_rnn.kernels.plan import Plan
 
@@ -166,7 +167,7 @@ def tune(point: TuningPoint, plans: Sequence[Plan], device: torch.device) -> Res
             continue
         expected = expected or [tensor.clone() for tensor in found]
         row["difference"] = max(map(_difference, found, expected))
-        row["status"] = "ok" if row["difference"] <= GATES[point.dtype] else "wrong"
+        row["status"] = "ok" if row["difference"] <= GPU_TOLERANCE[point.dtype] else "wrong"
     timed = [(plan, row) for plan, row in zip(plans, rows, strict=True) if row["status"] == "ok"]
     times: list[list[float]] = [[] for _ in timed]
     for number in range(ROUNDS if device.type == "cuda" else 1):

@@ -17,13 +17,9 @@ from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 
 import triton_rnn
 from bench import gpu_inside
-from bench.gate import GateError
+from bench.gate import GPU_TOLERANCE, GateError
 from bench.gpu_grid import TimingCase, algorithm
 from bench.gpu_workers import Result
-
-# Norm of the difference of two sides in the same dtype over a norm: both are rounded at every one
-# of up to 1024 steps. What this lets pass is for the checks against float64 to find.
-GATES = {"float16": 3e-2, "bfloat16": 1.5e-1, "float32": 2e-2}
 
 # A round of a side takes about so long, and all rounds of a case so long, in seconds.
 ROUND_SECONDS, CASE_SECONDS = 0.008, 0.5
@@ -153,7 +149,7 @@ def gate(case: TimingCase, ours: Mapping[str, Tensor], theirs: Mapping[str, Tens
         difference = torch.linalg.vector_norm(ours[name].float() - expected.float())
         error = float(difference / torch.linalg.vector_norm(expected.float()).clamp(min=1e-30))
         worst = max(worst, error)
-        if not error <= GATES[case.dtype]:
+        if not error <= GPU_TOLERANCE[case.dtype]:
             wrong.append(f"{name}: relative difference {error:.1e}")
     if wrong:
         raise GateError("; ".join(wrong))

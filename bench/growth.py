@@ -38,7 +38,7 @@ from rich.table import Table
 from bench import first_results
 from bench.cases import Size
 from bench.first_results import OURS, PROVIDERS, TORCH, make_step
-from bench.machine import CommandError, describe_machine
+from bench.machine import CommandError, describe_machine, write
 
 CELLS = ("rnn", "gru", "lstm")
 MODES = ("inference", "training")
@@ -248,14 +248,8 @@ def _curve(
 
 def save(document: Mapping[str, object], path: Path | None) -> None:
     """Write all of the document or leave the file as it was."""
-    if path is None:
-        return
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        unfinished.write_text(json.dumps(document, indent=1, allow_nan=False) + "\n")
-        os.replace(unfinished, path)
-    finally:
-        unfinished.unlink(missing_ok=True)
+    if path is not None:
+        write(path, json.dumps(document, indent=1, allow_nan=False) + "\n")
 
 
 def _exponent_cells(curve: Curve) -> tuple[str, str]:

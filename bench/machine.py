@@ -22,12 +22,12 @@ class CommandError(Exception):
 def describe_machine() -> dict[str, str]:
     """What the numbers depend on."""
     versions = []
-    for package in ("torch", "triton", "pytest-benchmark"):
+    for package in ("torch", "triton", "pytest-benchmark", "onnxruntime"):
         try:
             versions.append(f"{package} {version(package)}")
         except PackageNotFoundError:
             versions.append(f"no {package}")
-    return {
+    facts = {
         "CPU": f"{_cpu_model()}, {torch.backends.cpu.get_cpu_capability()}",
         "cores": str(os.cpu_count()),
         "threads": str(torch.get_num_threads()),
@@ -37,6 +37,13 @@ def describe_machine() -> dict[str, str]:
         "date": datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
         "load before": _load(),
     }
+    if torch.cuda.is_available():
+        facts["GPU"] = torch.cuda.get_device_name()
+        facts["CUDA, cuDNN"] = f"{torch.version.cuda}, {torch.backends.cudnn.version()}"
+        # Recurrent layers have a switch of their own: "tf32" or "ieee".
+        precision = torch.backends.cudnn.rnn.fp32_precision  # type: ignore[attr-defined]
+        facts["float32 in recurrent layers"] = precision
+    return facts
 
 
 def _cpu_model() -> str:
@@ -68,3 +75,17 @@ def _commit() -> str:
 
 def _load() -> str:
     return f"{os.getloadavg()[0]:.2f}" if sys.platform != "win32" else "unknown"
+
+
+def write(path: Path, text: str) -> None:
+    """All of the text or none of it: who reads the file meanwhile never sees a half.
+
+    Raises:
+        OSError: the file cannot be written; it is as it was.
+    """
+    unfinished = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        unfinished.write_text(text)
+        os.replace(unfinished, path)
+    finally:
+        unfinished.unlink(missing_ok=True)

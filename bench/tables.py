@@ -3,23 +3,28 @@
 from __future__ import annotations
 
 import json
-import statistics
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
+import torch
 from rich.console import RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from bench.cases import CELLS, EXTRA_CELLS, Case, Size
-from bench.paired import Pair, geometric_mean
+from bench.cases import MODES, Case, Size
+from bench.machine import write
+from bench.turns import Quartiles, Rounds, geometric_mean
+from bench.workload import OURS, TORCH
+from triton_rnn.profiling.ceilings import ceilings
 
 COLUMNS = (
     ("inference", "padded"),
     ("inference", "packed"),
     ("training", "padded"),
     ("training", "packed"),
+    ("step", "padded"),
 )
 
 
@@ -34,7 +39,11 @@ class Target:
 
 
 def _of(cell: str, mode: str) -> Callable[[Case], bool]:
-    return lambda case: case.cell == cell and case.mode == mode
+    return lambda case: (case.cell, case.mode, case.device) == (cell, mode, "cpu")
+
+
+def _is_packed_training(case: Case) -> bool:
+    return case.mode == "training" and case.packed and case.device == "cpu"
 
 
 TARGETS = (
@@ -46,7 +55,7 @@ TARGETS = (
     Target("GRU training", 2.6, 1.0, _of("gru", "training")),
     Target("LSTM inference", 1.05, 0.97, _of("lstm", "inference")),
     Target("LSTM training", 1.05, 0.97, _of("lstm", "training")),
-    Target("all cells training, packed", 2.0, 1.0, lambda case: case.training and case.packed),
+    Target("all cells training, packed", 2.0, 1.0, _is_packed_training),
 )
 
 
@@ -55,20 +64,76 @@ QUIET_SHARE = 0.1
 MARK = "?"
 
 
-@dataclass(frozen=True)
+@dataclass
 class Measurement:
+    """A case: the rounds of its providers, what ran, what failed, and what the work is.
+
+    ``rounds`` is None where nothing was timed: ours or torch.nn failed, or only the gate was asked.
+    """
+
     case: Case
-    pair: Pair
+    rounds: Rounds | None = None
+    details: dict[str, dict[str, object]] = field(default_factory=dict)
+    failed: dict[str, str] = field(default_factory=dict)
+    operations: int = 0
+    least_bytes: int = 0
+    floor_seconds: float | None = None
+
+    @property
+    def ratio(self) -> float:
+        """torch.nn's time over ours."""
+        return self.ratio_of(OURS)
+
+    @property
+    def providers(self) -> list[str]:
+        return list(self.rounds.seconds) if self.rounds else []
+
+    def ratio_of(self, provider: str) -> float:
+        """torch.nn's time over a provider's."""
+        assert self.rounds is not None
+        return self.rounds.ratio(provider, TORCH)
+
+    @property
+    def quartiles(self) -> Quartiles:
+        assert self.rounds is not None
+        return self.rounds.ratio_quartiles(OURS, TORCH)
 
     @property
     def is_disturbed(self) -> bool:
         """Measured beside other work, so worth little."""
-        return (self.pair.others_share or 0.0) > QUIET_SHARE
+        return self.rounds is not None and (self.rounds.others_share or 0.0) > QUIET_SHARE
 
     @property
     def is_slower(self) -> bool:
         """Slower than torch.nn in most rounds, by more than the spread of the rounds."""
-        return self.pair.ratio_quartiles[1] < 1.0
+        return self.quartiles[1] < 1.0
+
+    def facts(self) -> dict[str, object]:
+        """What is said of the case, whoever runs it."""
+        return {
+            "id": self.case.id,
+            **self.case.as_dict(),
+            "operations": self.operations,
+            "least_bytes": self.least_bytes,
+            "floor_seconds": self.floor_seconds,
+            "others_share": self.rounds.others_share if self.rounds else None,
+        }
+
+    def provider(self, name: str) -> dict[str, object]:
+        """What was measured of one provider."""
+        assert self.rounds is not None
+        seconds = self.rounds.median(name)
+        return {
+            "seconds": seconds,
+            "quartiles": self.rounds.quartiles(name),
+            "minimum": min(self.rounds.of(name)),
+            "rounds": len(self.rounds.of(name)),
+            "calls_per_round": self.rounds.calls_per_round[name],
+            "ratio": self.ratio_of(name),
+            "ratio_quartiles": self.rounds.ratio_quartiles(name, TORCH),
+            "roofline": None if self.floor_seconds is None else self.floor_seconds / seconds,
+            **self.details.get(name, {}),
+        }
 
 
 @dataclass(frozen=True)
@@ -87,7 +152,7 @@ class Summary:
         """Held by both readings of the target: padded cases alone, and all cases."""
         mean = min(self.both, self.padded or self.both)
         mean_held = self.target.mean is None or mean >= self.target.mean
-        return mean_held and self.worst.pair.ratio >= self.target.worst
+        return mean_held and self.worst.ratio >= self.target.worst
 
 
 @dataclass(frozen=True)
@@ -113,54 +178,83 @@ class Cost:
     target: float
 
 
+class Kind(NamedTuple):
+    """What a table is about."""
+
+    cell: str
+    device: str
+    dtype: str
+
+    @classmethod
+    def of(cls, case: Case) -> Kind:
+        return cls(case.cell, case.device, case.dtype)
+
+    def __str__(self) -> str:
+        return self.cell if self.device == "cpu" else f"{self.cell} on {self.device}, {self.dtype}"
+
+
 @dataclass
 class Report:
     """Everything measured in a session, in the order of measuring."""
 
     title: str
     complete: bool
+    quick: bool = False
     machine: dict[str, str] = field(default_factory=dict)
+    # By device and dtype: what the machine can do at best, measured.
+    ceilings: dict[str, dict[str, float]] = field(default_factory=dict)
     measurements: list[Measurement] = field(default_factory=list)
     memory: list[PeakMemory] = field(default_factory=list)
     costs: list[Cost] = field(default_factory=list)
-    # Ids of cases that the gate, or an error, kept from being timed.
-    failed: list[str] = field(default_factory=list)
 
     def __bool__(self) -> bool:
         return bool(self.measurements or self.memory or self.costs)
 
-    def cells(self) -> list[str]:
-        present = {measurement.case.cell for measurement in self.measurements}
-        return [cell for cell in CELLS + EXTRA_CELLS if cell in present]
+    @property
+    def timed(self) -> list[Measurement]:
+        return [measurement for measurement in self.measurements if measurement.rounds]
 
-    def sizes(self, cell: str) -> list[Size]:
-        """Sizes measured for a cell, each once, in the order of measuring."""
-        return list(dict.fromkeys(m.case.size for m in self.measurements if m.case.cell == cell))
+    def add_ceilings(self, case: Case) -> None:
+        """Note the ceilings of the case's device and dtype; they are measured once."""
+        limits = ceilings(torch.device(case.device), getattr(torch, case.dtype))
+        self.ceilings[f"{case.device}-{case.dtype}"] = {
+            "flops_per_second": limits.operations_per_second,
+            "bytes_per_second": limits.bytes_per_second,
+        }
 
-    def find(self, cell: str, size: Size, mode: str, form: str) -> Measurement | None:
-        case = Case(cell, mode == "training", form == "packed", size)
-        return next((m for m in self.measurements if m.case == case), None)
+    def kinds(self) -> list[Kind]:
+        """Cells on a device in a dtype, in the order of measuring."""
+        return list(dict.fromkeys(Kind.of(m.case) for m in self.timed))
+
+    def sizes(self, kind: Kind) -> list[Size]:
+        """Sizes measured for a kind, each once, in the order of measuring."""
+        return list(dict.fromkeys(m.case.size for m in self.timed if Kind.of(m.case) == kind))
+
+    def find(self, kind: Kind, size: Size, mode: str, form: str) -> Measurement | None:
+        case = Case(kind.cell, mode, form == "packed", size, kind.device, kind.dtype)
+        return next((m for m in self.timed if m.case == case), None)
 
     def summaries(self) -> list[Summary]:
+        """Beside their targets, which are set for the CPU."""
         return [
             summarise(target, chosen)
             for target in TARGETS
-            if (chosen := [m for m in self.measurements if target.contains(m.case)])
+            if (chosen := [m for m in self.timed if target.contains(m.case)])
         ]
 
     def slower(self) -> list[Measurement]:
-        found = [measurement for measurement in self.measurements if measurement.is_slower]
-        return sorted(found, key=lambda measurement: measurement.pair.ratio)
+        found = [measurement for measurement in self.timed if measurement.is_slower]
+        return sorted(found, key=lambda measurement: measurement.ratio)
 
 
 def summarise(target: Target, measurements: Sequence[Measurement]) -> Summary:
     def mean(form: str | None) -> float | None:
-        ratios = [m.pair.ratio for m in measurements if form is None or m.case.form == form]
+        ratios = [m.ratio for m in measurements if form is None or m.case.form == form]
         return geometric_mean(ratios) if ratios else None
 
     both = mean(None)
     assert both is not None
-    worst = min(measurements, key=lambda measurement: measurement.pair.ratio)
+    worst = min(measurements, key=lambda measurement: measurement.ratio)
     return Summary(target, mean("padded"), mean("packed"), both, worst, len(measurements))
 
 
@@ -186,23 +280,44 @@ def _size(size: Size) -> str:
 Rows = tuple[str, list[str], list[list[str]]]
 
 
-def _ratio_table(report: Report, cell: str) -> Rows:
+def _ratio_table(report: Report, kind: Kind) -> Rows:
     """Ratio, quartiles of the rounds, and the time of ours."""
     rows = []
-    for size in report.sizes(cell):
+    for size in report.sizes(kind):
         row = [_size(size)]
         for mode, form in COLUMNS:
-            found = report.find(cell, size, mode, form)
-            if found is None:
+            found = report.find(kind, size, mode, form)
+            if found is None or found.rounds is None:
                 row.append("-")
                 continue
-            first, third = found.pair.ratio_quartiles
-            seconds = _microseconds(statistics.median(found.pair.ours))
+            first, third = found.quartiles
+            seconds = _microseconds(found.rounds.median(OURS))
             mark = MARK if found.is_disturbed else ""
-            row.append(f"{found.pair.ratio:.2f} ({first:.2f}-{third:.2f}) {seconds}{mark}")
+            row.append(f"{found.ratio:.2f} ({first:.2f}-{third:.2f}) {seconds}{mark}")
         rows.append(row)
-    header = [cell, *(f"{mode}, {form}" for mode, form in COLUMNS)]
-    return f"{cell}: torch.nn's time over ours (quartiles), our time per call", header, rows
+    header = [str(kind), *(f"{mode}, {form}" for mode, form in COLUMNS)]
+    return f"{kind}: torch.nn's time over ours (quartiles), our time per call", header, rows
+
+
+def _provider_table(report: Report, kind: Kind, mode: str) -> Rows | None:
+    """Every provider's ratio, and torch.nn's time and algorithm; None where there are but two."""
+    chosen = [m for m in report.timed if Kind.of(m.case) == kind and m.case.mode == mode]
+    names = [name for m in chosen for name in m.providers if name not in (OURS, TORCH)]
+    if not names:
+        return None
+    columns = [OURS, *dict.fromkeys(names)]
+    rows = []
+    for m in chosen:
+        assert m.rounds is not None
+        cells = [f"{m.ratio_of(name):.2f}" if name in m.providers else "-" for name in columns]
+        algorithm = str(m.details.get(TORCH, {}).get("algorithm", ""))
+        ran = str(m.details.get(OURS, {}).get("backend", ""))
+        torchs = [_microseconds(m.rounds.median(TORCH)), algorithm, ran]
+        rows.append([f"{m.case.form}, {_size(m.case.size)}", *cells, *torchs])
+    # The backends by their names alone: the table is wide.
+    names = [name.removeprefix(f"{OURS}:") for name in columns]
+    header = ["case, size", *names, "torch.nn", "torch.nn, algorithm", "ours, backend"]
+    return f"{kind} {mode}: torch.nn's time over each provider's", header, rows
 
 
 def _summary_table(report: Report) -> Rows:
@@ -212,7 +327,7 @@ def _summary_table(report: Report) -> Rows:
     for summary in report.summaries():
         target = summary.target
         row = [target.group, _ratio(summary.padded), _ratio(summary.packed), _ratio(summary.both)]
-        row += [_ratio(target.mean), _ratio(summary.worst.pair.ratio), _ratio(target.worst)]
+        row += [_ratio(target.mean), _ratio(summary.worst.ratio), _ratio(target.worst)]
         rows.append([*row, _place(summary.worst.case), _yes(summary.reached)])
     note = "" if report.complete else " (a selection: the targets are for the whole issue grid)"
     return f"Ratios over torch.nn beside the targets{note}", header, rows
@@ -251,7 +366,9 @@ def _cost_table(report: Report) -> Rows:
 
 
 def tables(report: Report) -> list[Rows]:
-    found = [_ratio_table(report, cell) for cell in report.cells()]
+    found = [_ratio_table(report, kind) for kind in report.kinds()]
+    for kind in report.kinds():
+        found += [table for mode in MODES if (table := _provider_table(report, kind, mode))]
     if report.memory:
         found.append(_memory_table(report))
     if report.costs:
@@ -263,19 +380,21 @@ def tables(report: Report) -> list[Rows]:
 
 def closing_lines(report: Report) -> list[str]:
     lines = []
-    if report.failed:
-        lines.append(f"Not timed, the gate or an error stopped them: {', '.join(report.failed)}")
-    disturbed = [m for m in report.measurements if m.is_disturbed]
+    for m in report.measurements:
+        # Ours or torch.nn takes all with it.
+        names = [name for name in m.failed if m.rounds or name in (OURS, TORCH)]
+        lines += [f"Not timed: {m.case.id}, {name}: {m.failed[name]}" for name in names[:3]]
+    disturbed = [m for m in report.timed if m.is_disturbed]
     if disturbed:
         lines.append(
-            f"{len(disturbed)} of {len(report.measurements)} cases are marked {MARK}: others used "
+            f"{len(disturbed)} of {len(report.timed)} cases are marked {MARK}: others used "
             f"more than {QUIET_SHARE:.0%} of the machine meanwhile. Measure these again."
         )
     slower = report.slower()
     if slower:
-        listed = ", ".join(f"{m.case.id} {m.pair.ratio:.2f}" for m in slower)
+        listed = ", ".join(f"{m.case.id} {m.ratio:.2f}" for m in slower)
         lines.append(f"Slower than torch.nn beyond the spread of the rounds: {listed}")
-    elif report.measurements:
+    elif report.timed:
         lines.append("No measured case is slower than torch.nn beyond the spread of the rounds.")
     return lines
 
@@ -322,20 +441,18 @@ def _markdown_row(cells: Iterable[str]) -> str:
 def to_json(report: Report) -> str:
     """All numbers of the report, seconds and bytes."""
     content = {
+        "kind": "cases",
+        "schema": 2,
         "title": report.title,
         "complete": report.complete,
+        "quick": report.quick,
         "machine": report.machine,
+        "ceilings": report.ceilings,
         "cases": [
             {
-                "id": m.case.id,
-                **m.case.as_dict(),
-                "ratio": m.pair.ratio,
-                "ratio_quartiles": m.pair.ratio_quartiles,
-                "seconds_ours": statistics.median(m.pair.ours),
-                "seconds_torch": statistics.median(m.pair.reference),
-                "rounds": len(m.pair.ours),
-                "calls_per_round": m.pair.calls_per_round,
-                "others_share": m.pair.others_share,
+                **m.facts(),
+                "providers": {name: m.provider(name) for name in m.providers},
+                "failed": m.failed,
             }
             for m in report.measurements
         ],
@@ -346,7 +463,7 @@ def to_json(report: Report) -> str:
                 "packed": s.packed,
                 "both": s.both,
                 "target": s.target.mean,
-                "worst": s.worst.pair.ratio,
+                "worst": s.worst.ratio,
                 "worst_target": s.target.worst,
                 "worst_case": s.worst.case.id,
                 "cases": s.cases,
@@ -359,15 +476,14 @@ def to_json(report: Report) -> str:
             for p in report.memory
         ],
         "costs": [{"name": c.name, "seconds": c.seconds, "target": c.target} for c in report.costs],
-        "failed": report.failed,
     }
-    return json.dumps(content, indent=1) + "\n"
+    return json.dumps(content, indent=1, allow_nan=False) + "\n"
 
 
 def save(report: Report, path: Path) -> tuple[Path, Path]:
     """Write the report beside ``path`` as ``.md`` and ``.json``; returns both paths."""
     markdown, data = path.with_suffix(".md"), path.with_suffix(".json")
     path.parent.mkdir(parents=True, exist_ok=True)
-    markdown.write_text(to_markdown(report))
-    data.write_text(to_json(report))
+    write(markdown, to_markdown(report))
+    write(data, to_json(report))
     return markdown, data

@@ -1,4 +1,4 @@
-"""Speed of a layer against torch.nn, case by case."""
+"""Speed of a layer against torch.nn and others, case by case."""
 
 from __future__ import annotations
 
@@ -6,14 +6,13 @@ import pytest
 from pytest_benchmark.fixture import BenchmarkFixture  # type: ignore[import-untyped]
 
 from bench.cases import Case
-from bench.conftest import Laboratory, selected_cases
-from bench.workload import OURS, PROVIDERS
+from bench.conftest import Laboratory, selected_cases, selected_providers
 
 
 class RecordedClock:
     """A clock that plays back durations, so that pytest-benchmark tells what was measured in turn.
 
-    pytest-benchmark times one function after the other; a pair is only fair when timed in turn. Its
+    pytest-benchmark times one function after the other; sides are only fair when timed in turn. Its
     statistics, tables, files and comparisons are kept by letting it read this clock instead.
     """
 
@@ -36,29 +35,30 @@ clock = RecordedClock()
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    cases = selected_cases(metafunc.config)
-    metafunc.parametrize("case", cases, ids=[case.id for case in cases])
-    # The inner parameter, so that the rows of a case stand together.
-    metafunc.parametrize("provider", PROVIDERS)
+    config = metafunc.config
+    # The providers of a case stand together.
+    rows = [
+        pytest.param(case, provider, id=f"{case.id}-{provider}")
+        for case in selected_cases(config)
+        for provider in selected_providers(config, case)
+    ]
+    metafunc.parametrize(("case", "provider"), rows)
 
 
 @pytest.mark.benchmark(timer=clock)
 def test_layer(
     benchmark: BenchmarkFixture, laboratory: Laboratory, case: Case, provider: str
 ) -> None:
-    """The first row of a case checks and times both sides; the second reads what was measured."""
+    """The first row of a case checks and times all sides; the others read what was measured."""
     if benchmark.disabled:
-        # Untimed, so one row does for both.
-        benchmark.pedantic(laboratory.check if provider == OURS else lambda _: None, args=(case,))
+        benchmark.pedantic(laboratory.check, args=(case, provider))
         return
-    pair = laboratory.measure(case)
-    durations = pair.ours if provider == OURS else pair.reference
+    measurement = laboratory.measure(case, provider)
+    rounds = measurement.rounds
+    assert rounds is not None
     benchmark.group = case.id
     benchmark.name = provider
-    benchmark.extra_info.update(
-        ratio=pair.ratio,
-        ratio_quartiles=pair.ratio_quartiles,
-        calls_per_round=pair.calls_per_round,
-    )
-    clock.load(durations)
-    benchmark.pedantic(clock.advance, rounds=len(durations))
+    benchmark.extra_info.update(measurement.facts(), **measurement.provider(provider))
+    benchmark.extra_info["machine"] = laboratory.report.machine
+    clock.load(rounds.of(provider))
+    benchmark.pedantic(clock.advance, rounds=len(rounds.of(provider)))

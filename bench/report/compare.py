@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from bench.paired import geometric_mean
 from bench.report.load import OURS, Case, CasesRun, Quartiles
+from bench.turns import geometric_mean
 
 LEAST_CHANGE = 0.05
 SAME_MACHINE = ("CPU", "cores", "threads", "system")

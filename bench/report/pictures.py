@@ -17,8 +17,8 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FixedFormatter, FixedLocator, NullFormatter, NullLocator
 
-from bench.paired import geometric_mean
 from bench.report.load import OURS, THEIRS, Case
+from bench.turns import geometric_mean
 
 WIDTH, DPI = 6.4, 150
 GREY = "#5F6368"
