@@ -16,7 +16,7 @@ from triton_rnn.cells import RNN_TANH
 from triton_rnn.request import Request
 
 # In the order in which `auto` asks them.
-BACKENDS = ("triton", "torchscript", "aten", "reference")
+BACKENDS = ("triton", "native", "torchscript", "aten", "reference")
 
 # What our call costs beyond torch's (Python around the loops, an autograd node) is earned back step
 # by step, by what a step costs less. So few steps are left to torch: from how many on ours is

@@ -67,25 +67,24 @@ class LayerFunction(torch.autograd.Function):
         rows = math.prod(input.shape[:-1])
         width = request.directions * request.output_size
         shapes = ((rows, width), h_0.shape, h_0.shape if c_0 is None else c_0.shape)
-        dense = [
-            input.new_zeros(shape) if grad is None else grad.reshape(shape)
+        given = [
+            None if grad is None else grad.reshape(shape)
             for grad, shape in zip(grads, shapes, strict=False)
         ]
-        needed = (needs[0], *needs[3:])
         if ranges.on():
             # Perhaps another thread than the forward's.
             ranges.here.layer = ctx.layer
-            session.note_backward(request, rows)
+            session.note_backward(request, rows, getattr(ctx.backend, "WHOLE", ""))
         grad_rows, grad_h_0, grad_c_0, *grad_weights = ctx.backend.backward(
-            request, input, ctx.batch_sizes, h_0, c_0, weights, saved, dense, needed
+            request, input, ctx.batch_sizes, h_0, c_0, weights, saved, given, needs
         )
         return (
             None,
             None,
             None,
             None if grad_rows is None else grad_rows.view(input.shape),
-            grad_h_0 if needs[1] else None,
-            grad_c_0 if needs[2] else None,
+            grad_h_0,
+            grad_c_0,
             *grad_weights,
         )
 
@@ -180,7 +179,7 @@ def layer(
         output (T, N, D * H_out) or (sum of lengths, D * H_out), h_n and, if the cell has it, c_n.
     """
     if ranges.on():
-        session.note_forward(request, math.prod(input.shape[:-1]), hasattr(backend, "forward"))
+        session.note_forward(request, math.prod(input.shape[:-1]), getattr(backend, "WHOLE", ""))
     if not hasattr(backend, "forward"):
         return _reference(request, batch_sizes, input, h_0, c_0, weights)
     if request.needs_grad:

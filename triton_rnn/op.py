@@ -121,7 +121,7 @@ def layer_backward(
     count = 1 + request.cell.states
     saved = module.saved_of(request, results[:count], results[count:])
     rows = grads[0].reshape(-1, grads[0].size(-1))
-    needs = [True] * (1 + len(weights))
+    needs = [True] * (3 + len(weights))
     found = module.backward(request, input, [], h_0, c_0, weights, saved, [rows, *grads[1:]], needs)
     found[0] = found[0].view(input.shape)
     return [grad.contiguous() for grad in found if grad is not None]

@@ -1,8 +1,11 @@
 """What a backend is asked for."""
 
+import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
 from triton_rnn.cells import Cell
 
@@ -34,3 +37,21 @@ class Request(NamedTuple):
     biased: bool
     packed: bool
     needs_grad: bool
+
+
+def with_zeros(
+    request: Request,
+    input: Tensor,
+    h_0: Tensor,
+    c_0: Tensor | None,
+    grads: Sequence[Tensor | None],
+) -> list[Tensor]:
+    """The gradients of output (as rows), h_n[, c_n], zeros in the place of those not given."""
+    rows = math.prod(input.shape[:-1])
+    shapes = [(rows, request.directions * request.output_size), h_0.shape]
+    if c_0 is not None:
+        shapes.append(c_0.shape)
+    return [
+        input.new_zeros(shape) if grad is None else grad
+        for grad, shape in zip(grads, shapes, strict=True)
+    ]

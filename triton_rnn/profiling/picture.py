@@ -15,6 +15,7 @@ _COLOURS = {
     "projection": "#56B4E9",
     "recurrence": "#0B4F82",
     "weights": "#E69F00",
+    "native": "#CC79A7",
     "torch": "#009E73",
     "reference": "#999999",
 }

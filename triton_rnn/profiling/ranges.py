@@ -65,8 +65,8 @@ def phase(cell: Cell, name: str, direction: str) -> contextlib.AbstractContextMa
     """The range of a phase of the layer at hand.
 
     Args:
-        name: `projection`, `recurrence`, `backward.recurrence`, `backward.weights`; `torch` and
-            `reference` where one call does it all.
+        name: `projection`, `recurrence`, `backward.recurrence`, `backward.weights`; `torch`,
+            `native` and `reference` where one call does it all.
         direction: `forward`, `reverse`, or `both` where they are not apart.
     """
     if not on():

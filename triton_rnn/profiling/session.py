@@ -33,20 +33,26 @@ _active: "profile | None" = None
 _lock = threading.Lock()
 
 
-def note_forward(request: Request, rows: int, in_phases: bool) -> None:
-    """Tell the session, if there is one, what work a layer's forward is."""
+def note_forward(request: Request, rows: int, whole: str) -> None:
+    """Tell the session, if there is one, what work a layer's forward is.
+
+    Args:
+        whole: the phase that holds all of the layer, or "" where there are several.
+    """
     if _active is None:
         return
     found = work.forward_work(request, rows)
-    _active.add(request, found if in_phases else {"reference": work.total(found)})
-    if not in_phases and request.needs_grad:
+    _active.add(request, {whole: work.total(found)} if whole else found)
+    # The plain loops' backward is autograd's, so nobody else will tell of it.
+    if whole == "reference" and request.needs_grad:
         _active.add(request, {"backward.reference": work.total(work.backward_work(request, rows))})
 
 
-def note_backward(request: Request, rows: int) -> None:
+def note_backward(request: Request, rows: int, whole: str) -> None:
     """Likewise for its backward."""
     if _active is not None:
-        _active.add(request, work.backward_work(request, rows))
+        found = work.backward_work(request, rows)
+        _active.add(request, {f"backward.{whole}": work.total(found)} if whole else found)
 
 
 def note_stack(request: Request, rows: int, layers: int) -> None:

@@ -26,7 +26,7 @@ from triton_rnn.backends.torchscript import rules
 from triton_rnn.backends.torchscript.cells import SCRIPT_CELLS
 from triton_rnn.backends.torchscript.recurrence import Run, recurrence
 from triton_rnn.profiling import ranges
-from triton_rnn.request import Request
+from triton_rnn.request import Request, with_zeros
 
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 _compiling = threading.Lock()
@@ -205,18 +205,20 @@ def backward(
     c_0: Tensor | None,
     weights: Sequence[Tensor],
     saved: Sequence[Tensor],
-    grads: Sequence[Tensor],
+    grads: Sequence[Tensor | None],
     needs: Sequence[bool],
 ) -> list[Tensor | None]:
     """Gradients of the input, h_0, c_0 and every weight, by the gradients of forward's results.
 
     Args:
-        grads: of output (as rows), h_n[, c_n]; none of them is None.
-        needs: whether the gradient of the input and of each weight is wanted.
+        grads: of output (as rows), h_n[, c_n]; None for zeros.
+        needs: whether the gradient of the input, of h_0, of c_0 and of each weight is wanted.
 
     Returns:
-        grad_input, the rows one after the other, grad_h_0, grad_c_0, then each weight's.
+        grad_input, the rows one after the other, grad_h_0, grad_c_0, then each weight's; those of
+        the states may be there unwanted.
     """
+    grads = with_zeros(request, input, h_0, c_0, grads)
     rows = input.reshape(-1, request.input_size)
     run = _run(request, rows.size(0), batch_sizes)
     runs = _named(run, request)
@@ -242,7 +244,7 @@ def backward(
                 grads[1][d],
                 grad_c_n[d],
                 results[0][0] if d == 1 else empty[0],
-                [needs[0], *needs[1:][own]],
+                [needs[0], *needs[3:][own]],
                 runs[d],
                 d == 1,
             )
@@ -253,5 +255,5 @@ def backward(
         whole = parts[0].unsqueeze(0) if directions == 1 else torch.stack(parts)
         found.append(None if k == 2 and c_0 is None else whole)
     grad_weights = [grad for result in results for grad in result[3:]]
-    wanted = zip(grad_weights, needs[1:], strict=True)
+    wanted = zip(grad_weights, needs[3:], strict=True)
     return found + [grad if want else None for grad, want in wanted]

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from triton_rnn.request import Request
+from triton_rnn.request import Request, with_zeros
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
@@ -137,18 +137,19 @@ def backward(
     c_0: Tensor | None,
     weights: Sequence[Tensor],
     saved: Sequence[Tensor],
-    grads: Sequence[Tensor],
+    grads: Sequence[Tensor | None],
     needs: Sequence[bool],
 ) -> list[Tensor | None]:
     """Gradients of the input, h_0, c_0 and every weight, by the gradients of forward's results.
 
     Args:
-        grads: of output (as rows), h_n[, c_n]; none of them is None.
-        needs: whether the gradient of the input and of each weight is wanted.
+        grads: of output (as rows), h_n[, c_n]; None for zeros.
+        needs: whether the gradient of the input, of h_0, of c_0 and of each weight is wanted.
 
     Returns:
         grad_input, the rows one after the other, grad_h_0, grad_c_0, then each weight's.
     """
     from triton_rnn.backends.triton import layer
 
-    return layer.backward(request, input, batch_sizes, h_0, c_0, weights, saved, grads, needs)
+    dense = with_zeros(request, input, h_0, c_0, grads)
+    return layer.backward(request, input, batch_sizes, h_0, c_0, weights, saved, dense, needs)

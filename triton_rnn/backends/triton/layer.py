@@ -235,16 +235,16 @@ def _after_the_loop(
     cell = launch.kernel_cell(request.cell)
     grad_h_0, grad_c_0 = grad_states
     directions, hidden_size = request.directions, request.hidden_size
-    count = (len(needs) - 1) // directions
+    count = (len(needs) - 3) // directions
     grad_preact = grad_gates[:, :, (cell.width - cell.gates) * hidden_size :]
     results: list[Tensor | None] = [
         products.grad_input(grad_preact, own.weight_ih) if needs[0] else None
     ]
-    rows = input.reshape(-1, request.input_size) if any(needs[1::count]) else input
+    rows = input.reshape(-1, request.input_size) if any(needs[3::count]) else input
     found: list[Tensor | None] = []
     grad_h: list[Tensor] = []
     for d in range(directions):
-        wanted = needs[1 + d * count : 1 + (d + 1) * count]
+        wanted = needs[3 + d * count : 3 + (d + 1) * count]
         preact, hidden = grad_preact[:, d], _hidden_side(grad_gates[:, d], cell.gates)
         states = output[:, d * hidden_size : (d + 1) * hidden_size]
         if request.cell.projected:
