@@ -31,7 +31,7 @@ _CELLS = {"rnn_tanh": 0, "rnn_relu": 1, "gru": 2, "lstm": 3, "lstm_projected": 4
 _TYPES = {torch.float32: "float", torch.float64: "double"}
 
 # `struct Call` of recurrence.c, field by field; a pointer is a number of eight bytes.
-_CALL = struct.Struct("46q")
+_CALL = struct.Struct("49q")
 _NO_BACKWARD = (0,) * (7 + 10)
 
 
@@ -55,6 +55,30 @@ class Library:
         self.pointwise = found.pointwise
         self.pointwise.argtypes = (ctypes.c_int64, ctypes.c_int64, ctypes.c_void_p, ctypes.c_void_p)
         self.pointwise.restype = None
+
+
+@functools.cache
+def _team_functions() -> tuple[int, int]:
+    """Where libgomp's functions lie that open a team of threads and wait for all of it; or zeros.
+
+    torch brings its OpenMP runtime and makes its symbols global. Its threads are the ones to use: a
+    second team beside them would fight them for the cores.
+    """
+    everything = ctypes.CDLL(None)
+    found = (getattr(everything, name, None) for name in ("GOMP_parallel", "GOMP_barrier"))
+    addresses = [
+        ctypes.cast(function, ctypes.c_void_p).value or 0 for function in found if function
+    ]
+    return (addresses[0], addresses[1]) if len(addresses) == 2 else (0, 0)
+
+
+def _threads(request: Request, rows: int) -> tuple[int, int, int]:
+    """The last fields of a Call: how many threads, and by what they are had."""
+    threads = rules.threads(request, rows)
+    if threads == 1:
+        return 1, 0, 0
+    functions = _team_functions()
+    return (threads, *functions) if functions[0] else (1, 0, 0)
 
 
 _building = threading.Lock()
@@ -207,8 +231,8 @@ def forward(
     if c_0 is not None:
         results.append(torch.empty_like(c_0))
     saved = []
+    rows = len(input) if request.packed else request.seq_len * request.batch
     if request.needs_grad:
-        rows = len(input) if request.packed else request.seq_len * request.batch
         cell, hidden, size = _CELLS[request.cell.name], request.hidden_size, request.output_size
         count = functions.saved_numbers(cell, rows, hidden, size, request.directions)
         saved.append(input.new_empty(count))
@@ -219,6 +243,7 @@ def forward(
         0 if c_0 is None else results[2].data_ptr(),
         saved[0].data_ptr() if saved else 0,
         *_NO_BACKWARD,
+        *_threads(request, rows),
     )
     if ranges.on():
         with ranges.phase(request.cell, WHOLE, "both"):
@@ -277,6 +302,7 @@ def backward(
         0 if grad_output is None else grad_output.stride(0),
         *pointers[:3],
         *_in_slots(request, pointers[3:]),
+        *_threads(request, rows),
     )
     if ranges.on():
         with ranges.phase(request.cell, f"backward.{WHOLE}", "both"):

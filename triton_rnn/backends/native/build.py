@@ -1,7 +1,255 @@
-import ctypes, subprocess, tempfile
-class BuildError(Exception): pass
-FLAGS = ("-std=gnu11","-O2","-march=native","-fPIC","-shared","-fvisibility=hidden","-fno-math-errno","-fno-trapping-math")
-def library(source, extra=()):
-    out = tempfile.mktemp(suffix=".so")
-    subprocess.run(["gcc", *FLAGS, *extra, str(source), "-o", out], check=True)
-    return ctypes.CDLL(out)
+"""Compiles a C file into a shared library, once per machine, and loads it.
+
+The library is kept in a folder of the user's: TRITON_RNN_CACHE, or `triton_rnn` in XDG_CACHE_HOME,
+or in ~/.cache. What a file there was compiled from (source, compiler, flags, processor) and its own
+content are both in its name, as hashes, and the content is checked before it is loaded: a file cut
+short would kill the process when it is mapped. The folder and the file have to belong to this user
+and be writable by nobody else; so between check and load only the user could exchange them. Where
+there is no such folder to be had, a temporary one serves this process.
+
+CC names the compiler and TRITON_RNN_CFLAGS adds flags.
+"""
+
+import atexit
+import contextlib
+import ctypes
+import hashlib
+import os
+import platform
+import shlex
+import shutil
+import stat
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+COMPILERS = ("cc", "gcc", "clang")
+FLAGS = (
+    "-std=gnu11",
+    "-O2",
+    "-fPIC",
+    "-shared",
+    "-fvisibility=hidden",
+    "-fno-math-errno",
+    "-fno-trapping-math",
+)
+# For this processor; how that is said depends on compiler and architecture.
+NATIVE_FLAGS = (("-march=native",), ("-mcpu=native",), ())
+# A compiler that takes longer has hung.
+SECONDS = 60
+# Libraries of other versions and machines that share the folder.
+KEPT_FILES = 16
+
+
+class BuildError(Exception):
+    """There is no library; the message is one line and says why."""
+
+
+def compiler() -> list[str] | None:
+    """The command of the compiler: CC, which may hold flags, or the first that is there."""
+    named = shlex.split(os.environ.get("CC", ""))
+    for command in [named] if named else [[name] for name in COMPILERS]:
+        found = shutil.which(command[0])
+        if found is not None:
+            return [found, *command[1:]]
+    return None
+
+
+def cache_folder() -> Path:
+    """Where libraries are kept."""
+    if own := os.environ.get("TRITON_RNN_CACHE"):
+        return Path(own)
+    if general := os.environ.get("XDG_CACHE_HOME"):
+        return Path(general) / "triton_rnn"
+    return Path("~/.cache/triton_rnn").expanduser()
+
+
+def library(source: Path, extra: Sequence[str] = ()) -> ctypes.CDLL:
+    """The library that a C file compiles to, taken from the cache if it is there.
+
+    Args:
+        source: the file; it includes no other of its own.
+        extra: flags of the compiler.
+
+    Raises:
+        BuildError: no compiler, or it fails, or what it made cannot be loaded.
+    """
+    if os.name != "posix":
+        raise BuildError(f"compiled loops are for POSIX systems, this is {platform.system()}")
+    command = compiler()
+    if command is None:
+        asked = os.environ.get("CC")
+        names = f"CC={asked} is not there" if asked else f"none of {', '.join(COMPILERS)} is there"
+        raise BuildError(f"no C compiler: {names}")
+    flags = [*FLAGS, *extra, *shlex.split(os.environ.get("TRITON_RNN_CFLAGS", ""))]
+    key = _key(source, command, flags)
+    folder = _usable(cache_folder())
+    if folder is None:
+        folder = _temporary_folder()
+    found = _cached(folder, key)
+    if found is None:
+        found = _compile(source, command, flags, folder, key)
+        _forget_old(folder)
+    try:
+        return ctypes.CDLL(os.fspath(found))
+    except OSError as error:
+        raise BuildError(
+            f"the compiled loops cannot be loaded: {_first_line(str(error))}"
+        ) from None
+
+
+def _key(source: Path, command: Sequence[str], flags: Sequence[str]) -> str:
+    """A hash of all that the library depends on."""
+    # Instead of asking a compiler for its version, which takes milliseconds at every start.
+    found = os.stat(command[0])
+    parts = [
+        repr((found.st_size, found.st_mtime_ns)),
+        *command,
+        *flags,
+        repr(NATIVE_FLAGS),
+        sys.platform,
+        platform.machine(),
+        _processor(),
+    ]
+    content = "\0".join(parts).encode() + b"\0" + source.read_bytes()
+    return hashlib.sha256(content).hexdigest()[:24]
+
+
+def _processor() -> str:
+    """What tells processors apart that need different code."""
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8", errors="replace") as file:
+            # One processor's entry: the rest repeats it, hundreds of times on a large machine.
+            entry = file.read(8192).split("\n\n")[0]
+    except OSError:
+        return platform.processor()
+    changing = ("cpu MHz", "bogomips", "processor", "core id", "apicid", "initial apicid")
+    lines = [line for line in entry.splitlines() if not line.startswith(changing)]
+    return "\n".join(lines)
+
+
+def _is_private(found: os.stat_result) -> bool:
+    return found.st_uid == os.getuid() and not found.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
+
+
+def _usable(folder: Path) -> Path | None:
+    """The folder, made if need be; None if it cannot be written or is not this user's alone."""
+    try:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        found = folder.stat()
+    except (OSError, RuntimeError):
+        return None
+    if not stat.S_ISDIR(found.st_mode) or not _is_private(found):
+        return None
+    return folder if os.access(folder, os.W_OK | os.X_OK) else None
+
+
+def _temporary_folder() -> Path:
+    try:
+        folder = Path(tempfile.mkdtemp(prefix="triton_rnn-"))
+    except OSError as error:
+        raise BuildError(f"no folder to compile in: {_first_line(str(error))}") from None
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return folder
+
+
+def _digest(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()[:32]
+
+
+def _cached(folder: Path, key: str) -> Path | None:
+    """The library of this key if it is whole and nobody else could have written it."""
+    for path in sorted(folder.glob(f"{key}-*.so")):
+        try:
+            with open(path, "rb") as file:
+                found = os.fstat(file.fileno())
+                whole = stat.S_ISREG(found.st_mode) and _is_private(found)
+                whole = whole and _digest(file.read()) == path.stem.partition("-")[2]
+        except OSError:
+            continue
+        if whole:
+            # So that those in use are not the oldest.
+            with contextlib.suppress(OSError):
+                os.utime(path)
+            return path
+    return None
+
+
+def _compile(
+    source: Path, command: Sequence[str], flags: Sequence[str], folder: Path, key: str
+) -> Path:
+    """Compile into `folder`: the library appears there whole or not at all."""
+    try:
+        handle, name = tempfile.mkstemp(prefix=".", suffix=".part", dir=folder)
+    except OSError as error:
+        raise BuildError(f"cannot write to {folder}: {_first_line(str(error))}") from None
+    os.close(handle)
+    unfinished = Path(name)
+    try:
+        reason = ""
+        for native in NATIVE_FLAGS:
+            reason = _run([*command, *flags, *native, os.fspath(source), "-o", name, "-lm"])
+            if not reason:
+                break
+        content = unfinished.read_bytes()
+        if not reason and not content:
+            reason = "it wrote nothing"
+        if reason:
+            raise BuildError(f"{command[0]} cannot compile the loops: {reason}")
+        unfinished.chmod(0o600)
+        finished = folder / f"{key}-{_digest(content)}.so"
+        os.replace(unfinished, finished)
+        return finished
+    except OSError as error:
+        raise BuildError(f"cannot write to {folder}: {_first_line(str(error))}") from None
+    finally:
+        unfinished.unlink(missing_ok=True)
+
+
+def _run(command: Sequence[str]) -> str:
+    """Run a compiler: "" or why it failed.
+
+    Raises:
+        BuildError: it cannot be started, or does not end.
+    """
+    try:
+        # In the C locale, so that an error can be found by its English name.
+        environment = {**os.environ, "LC_ALL": "C"}
+        done = subprocess.run(
+            command,
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            errors="replace",
+            timeout=SECONDS,
+            env=environment,
+        )
+    except subprocess.TimeoutExpired:
+        raise BuildError(f"{command[0]} did not end within {SECONDS} seconds") from None
+    except OSError as error:
+        raise BuildError(f"{command[0]} cannot be started: {_first_line(str(error))}") from None
+    if done.returncode == 0:
+        return ""
+    lines = [line.strip() for line in done.stderr.splitlines() if line.strip()]
+    errors = [line for line in lines if "error" in line.lower()]
+    return (errors or lines or [f"exit status {done.returncode}"])[0]
+
+
+def _first_line(text: str) -> str:
+    return (text.strip().splitlines() or [""])[0]
+
+
+def _forget_old(folder: Path) -> None:
+    """Remove all but the newest libraries; another process may be at it too."""
+
+    def age(path: Path) -> float:
+        try:
+            return -path.stat().st_mtime
+        except OSError:
+            return 0.0
+
+    for path in sorted(folder.glob("*-*.so"), key=age)[KEPT_FILES:]:
+        with contextlib.suppress(OSError):
+            path.unlink()

@@ -15,7 +15,11 @@
    caller's arrays need care at the end of a row: load_some and store_some.
 
    Products: multiply() adds to R x V vectors in registers; all products of forward and backward are
-   loops around it. One thread. No function keeps state; none writes to an input. */
+   loops around it. No function keeps state; none writes to an input.
+
+   Threads are lent: the caller hands over the two functions by which its OpenMP runtime opens a
+   team and waits for all of it (struct Threads), so that there is no second team beside it. A team
+   shares the hidden units of every step, and each member only writes what belongs to its units. */
 
 #include <stdint.h>
 #include <stdlib.h>
@@ -38,6 +42,14 @@
 #define UNROLL _Pragma("clang loop unroll(full)")
 #else
 #define UNROLL _Pragma("GCC unroll 16")
+#endif
+
+/* Hold a vector in a register: compilers would rather read it from memory for each of the rows, and
+   there are as many loads in a cycle as multiply-adds, not more. */
+#if defined(__x86_64__)
+#define IN_REGISTER(vector) __asm__("" : "+v"(vector))
+#else
+#define IN_REGISTER(vector) ((void)0)
 #endif
 
 typedef int64_t i64;
@@ -83,7 +95,35 @@ typedef struct {
     /* What to compute; NULL for what nobody wants. grad_x (rows, I), the others as their names. */
     void *grad_x, *grad_h_0, *grad_c_0;
     void *grad_weights[2][5];
+    /* How many threads to use; 1, or libgomp's GOMP_parallel and GOMP_barrier. */
+    i64 threads;
+    void (*open_team)(void (*work)(void *), void *data, unsigned threads, unsigned flags);
+    void (*wait_for_team)(void);
 } Call;
+
+/* A member of the team that works on a call. */
+typedef struct {
+    i64 index, count;
+    void (*wait)(void);
+} Member;
+
+/* Everything that was written by any member before is there for all after. */
+INLINE void wait_for_all(const Member *me)
+{
+    if (me->count > 1)
+        me->wait();
+}
+/* A member's part of `total` things, cut between groups of `group`. */
+INLINE void share(const Member *me, i64 total, i64 group, i64 *from, i64 *to)
+{
+    i64 groups = (total + group - 1) / group;
+    *from = groups * me->index / me->count * group;
+    *to = groups * (me->index + 1) / me->count * group;
+    if (*from > total)
+        *from = total;
+    if (*to > total)
+        *to = total;
+}
 
 static const int GATES[] = {1, 1, 3, 4, 4};
 
@@ -256,34 +296,61 @@ EXPORT void pointwise(i64 which, i64 count, const REAL *from, REAL *to)
     }
 }
 
-/* sum[r][u][g] += sum over m < count of a[r * a_row + m * a_step] * b[m * b_row + g * gate + u],
-   u in vectors. R, G and U are constants, so that the sums stay in registers. */
-INLINE void multiply(int R, int G, int U, vec *sum, const REAL *a, i64 a_row, i64 a_step,
-                           i64 count, const REAL *b, i64 b_row, i64 gate)
+/* Matrices that steps are multiplied with lie in panels: `width` vectors of columns, all rows of
+   these, then the next panel. So a product reads memory from front to back. A plain matrix is one
+   whose panels lie beside each other. */
+typedef struct {
+    const REAL *first;
+    /* From a row to the next, from a panel to the next. */
+    i64 row, panel;
+} Matrix;
+INLINE i64 panel_numbers(i64 vectors, i64 rows, i64 width)
+{
+    return (vectors + width - 1) / width * width * LANES * rows;
+}
+INLINE const REAL *column_of(const Matrix *m, i64 vector, i64 width)
+{
+    return m->first + vector / width * m->panel + vector % width * LANES;
+}
+
+/* sum[r][v] += sum over k < count of a[r * a_row + k * a_step] * b[k][v], b from its vector of
+   columns on. R, V and the panels' width W are constants, so that the sums stay in registers. */
+INLINE void multiply(int R, int V, int W, vec *sum, const REAL *a, i64 a_row, i64 a_step, i64 count,
+                     const REAL *b, i64 b_row, i64 panel)
 {
     vec s[MOST_VECTORS];
-    UNROLL for (int i = 0; i < R * G * U; i++) s[i] = sum[i];
-    for (i64 m = 0; m < count; m++) {
+    UNROLL for (int i = 0; i < R * V; i++) s[i] = sum[i];
+    for (i64 k = 0; k < count; k++) {
         vec w[MOST_VECTORS];
-        UNROLL for (int u = 0; u < U; u++)
-            UNROLL for (int g = 0; g < G; g++) w[u * G + g] = load(b + g * gate + u * LANES);
+        UNROLL for (int v = 0; v < V; v++) {
+            w[v] = load(b + v / W * panel + v % W * LANES);
+            if (R > 1)
+                IN_REGISTER(w[v]);
+        }
         UNROLL for (int r = 0; r < R; r++)
-            UNROLL for (int i = 0; i < G * U; i++) s[r * G * U + i] += a[r * a_row] * w[i];
+            UNROLL for (int v = 0; v < V; v++) s[r * V + v] += a[r * a_row] * w[v];
         a += a_step;
         b += b_row;
     }
-    UNROLL for (int i = 0; i < R * G * U; i++) sum[i] = s[i];
+    UNROLL for (int i = 0; i < R * V; i++) sum[i] = s[i];
 }
 
-/* A matrix product: out[i][j] = start[i][j] + sum over parts and m of
-   a[i * a_row + part_at[part] + m * a_step] * b[(part * count + m) * b_row + j].
+/* Panels of matrices that are no recurrent weight. */
+enum { WIDTH = 4 };
+INLINE Matrix plain(const REAL *first, i64 row)
+{
+    return (Matrix){first, row, WIDTH * LANES};
+}
+
+/* A matrix product: out[i][j] = start[i][j] + sum over parts and k of
+   a[i * a_row + part_at[part] + k * a_step] * b[part * count + k][j].
    b's rows may be read up to a whole vector; start may be out, a row for all (start_row 0), NULL. */
 typedef struct {
-    i64 rows, columns, parts, count;
+    /* The rows and columns [from, to) of out. */
+    i64 row, rows, column, columns, parts, count;
     const REAL *a;
     i64 a_row, a_step, part_at[MOST_GATES];
-    const REAL *b;
-    i64 b_row;
+    Matrix b;
     REAL *out;
     i64 out_row;
     const REAL *start;
@@ -299,9 +366,10 @@ INLINE void product_block(int R, int V, const Product *p, i64 i, i64 j)
             sum[r * V + v] = p->start
                 ? load_some(p->start + (i + r) * p->start_row + j + v * LANES, left - v * LANES)
                 : (vec){0};
+    const REAL *b = column_of(&p->b, j / LANES, WIDTH);
     for (i64 part = 0; part < p->parts; part++)
-        multiply(R, 1, V, sum, p->a + i * p->a_row + p->part_at[part], p->a_row, p->a_step,
-                 p->count, p->b + part * p->count * p->b_row + j, p->b_row, 0);
+        multiply(R, V, WIDTH, sum, p->a + i * p->a_row + p->part_at[part], p->a_row, p->a_step,
+                 p->count, b + part * p->count * p->b.row, p->b.row, 0);
     UNROLL for (int r = 0; r < R; r++)
         UNROLL for (int v = 0; v < V; v++)
             store_some(p->out + (i + r) * p->out_row + j + v * LANES, sum[r * V + v],
@@ -309,32 +377,40 @@ INLINE void product_block(int R, int V, const Product *p, i64 i, i64 j)
 }
 static void product(const Product *p)
 {
-    i64 j = 0;
-    for (; j + 4 * LANES <= p->columns; j += 4 * LANES) {
-        i64 i = 0;
-        for (; i + MOST_ROWS <= p->rows; i += MOST_ROWS)
-            product_block(MOST_ROWS, 4, p, i, j);
-        for (; i < p->rows; i++)
-            product_block(1, 4, p, i, j);
-    }
-    for (; j < p->columns; j += LANES) {
-        i64 i = 0;
-        for (; i + MOST_ROWS <= p->rows; i += MOST_ROWS)
-            product_block(MOST_ROWS, 1, p, i, j);
-        for (; i < p->rows; i++)
-            product_block(1, 1, p, i, j);
+    i64 j = p->column;
+    while (j < p->columns) {
+        i64 i = p->row;
+        /* A whole panel, or a vector of one. */
+        if (j % (WIDTH * LANES) == 0 && j + WIDTH * LANES <= p->columns) {
+            for (; i + MOST_ROWS <= p->rows; i += MOST_ROWS)
+                product_block(MOST_ROWS, WIDTH, p, i, j);
+            for (; i + 2 <= p->rows; i += 2)
+                product_block(2, WIDTH, p, i, j);
+            for (; i < p->rows; i++)
+                product_block(1, WIDTH, p, i, j);
+            j += WIDTH * LANES;
+        } else {
+            for (; i + MOST_ROWS <= p->rows; i += MOST_ROWS)
+                product_block(MOST_ROWS, 1, p, i, j);
+            for (; i < p->rows; i++)
+                product_block(1, 1, p, i, j);
+            j += LANES;
+        }
     }
 }
 
-/* A weight (G*H, K) as (K, G*Hp): the gates of a unit are then read by vectors. */
-static void transpose(const REAL *from, i64 gates, i64 hidden, i64 columns, REAL *to)
+/* A weight (G*H, K), transposed, in panels: of all gates the units [begin, end), whole vectors.
+   Either the gates of a unit-vector stand together, as a step wants them, or all units of a gate. */
+static Matrix transpose(const REAL *from, i64 gates, i64 hidden, i64 columns, i64 width,
+                        int by_unit, REAL *to, i64 begin, i64 end)
 {
-    i64 width = padded(hidden);
+    const Matrix m = {to, width * LANES, width * LANES * columns};
     for (i64 g = 0; g < gates; g++)
-        for (i64 first = 0; first < hidden; first += LANES) {
-            i64 count = hidden - first < LANES ? hidden - first : LANES;
+        for (i64 first = begin; first < end; first += LANES) {
+            i64 count = hidden - first < LANES ? hidden - first : LANES, unit = first / LANES;
+            i64 vector = by_unit ? unit * gates + g : g * (padded(hidden) / LANES) + unit;
             const REAL *source = from + (g * hidden + first) * columns;
-            REAL *target = to + g * width + first;
+            REAL *target = to + (column_of(&m, vector, width) - to);
             for (i64 k = 0; k < columns; k++) {
                 vec column = {0};
                 if (count == LANES)
@@ -343,22 +419,30 @@ static void transpose(const REAL *from, i64 gates, i64 hidden, i64 columns, REAL
                 else
                     for (i64 lane = 0; lane < count; lane++)
                         column[lane] = source[lane * columns + k];
-                store(target + k * gates * width, column);
+                store(target + k * m.row, column);
             }
         }
+    return m;
 }
 
-/* Rows with `columns` numbers, which whole vectors may be read from: themselves, or a copy. */
-static const REAL *readable(const REAL *from, i64 rows, i64 columns, REAL *copy, i64 *row)
+/* A weight (rows, columns) as it lies, as long as whole vectors may be read from it and few products
+   will; else in panels, of which each member makes some rows. */
+static Matrix readable(const REAL *from, i64 rows, i64 columns, i64 products, REAL *to,
+                       const Member *me)
 {
-    if (columns % LANES == 0) {
-        *row = columns;
-        return from;
-    }
-    *row = padded(columns);
-    for (i64 i = 0; i < rows; i++)
-        memcpy(copy + i * *row, from + i * columns, (size_t)columns * sizeof(REAL));
-    return copy;
+    enum { FEW = 8 };
+    if (columns % LANES == 0 && (products <= FEW || columns <= WIDTH * LANES))
+        return plain(from, columns);
+    const Matrix m = {to, WIDTH * LANES, WIDTH * LANES * rows};
+    i64 i, end;
+    share(me, rows, 1, &i, &end);
+    for (; i < end; i++)
+        for (i64 j = 0; j < columns; j += WIDTH * LANES) {
+            i64 count = columns - j < WIDTH * LANES ? columns - j : WIDTH * LANES;
+            memcpy(to + j / (WIDTH * LANES) * m.panel + i * m.row, from + i * columns + j,
+                   (size_t)count * sizeof(REAL));
+        }
+    return m;
 }
 
 /* One unit-vector of one row, forward. preact: the gates' preactivations; of GRU's new gate the
@@ -422,18 +506,31 @@ INLINE vec cell_backward(int cell, int relu, vec dh, vec before, const vec *kept
     return (vec){0};
 }
 
+/* A member's hidden units, whole panels of W_hh. */
+INLINE void share_units(const Member *me, const Call *call, i64 *from, i64 *to)
+{
+    share(me, padded(call->hidden_size), call->cell <= RNN_RELU ? 2 * LANES : LANES, from, to);
+}
+
 /* Private buffers of one direction, forward. */
 typedef struct {
     REAL *weight_ih, *weight_hh, *weight_hr, *bias, *preact, *before, *after, *inner, *c;
     REAL *saved;
     i64 kept_row, chunk_rows;
+    Matrix input_weight, state_weight, projection;
 } Forward;
+
+/* Vectors of a panel of W_hh: the gates of a unit-vector, or two unit-vectors of an RNN. */
+INLINE i64 step_width(i64 cell)
+{
+    return cell <= RNN_RELU ? 2 : GATES[cell];
+}
 
 /* R rows from `row` on and U unit-vectors from `unit` on, of one step. */
 INLINE void step_block(int cell, int R, int U, const Call *call, const Forward *f, i64 row,
                              i64 unit, const REAL *preact, REAL *kept_rows)
 {
-    const int G = GATES[cell], relu = call->cell == RNN_RELU;
+    const int G = GATES[cell], W = step_width(cell), relu = call->cell == RNN_RELU;
     const int is_projected = call->cell == LSTM_PROJECTED;
     const i64 Hp = padded(call->hidden_size), Pp = padded(call->output_size);
     vec sum[MOST_VECTORS];
@@ -446,8 +543,8 @@ INLINE void step_block(int cell, int R, int U, const Call *call, const Forward *
                     at = f->bias + Hp;
                 sum[(r * U + u) * G + g] = load(at + g * Hp + unit + u * LANES);
             }
-    multiply(R, G, U, sum, f->before + row * Pp, Pp, 1, call->output_size, f->weight_hh + unit,
-             G * Hp, Hp);
+    multiply(R, G * U, W, sum, f->before + row * Pp, Pp, 1, call->output_size,
+             column_of(&f->state_weight, unit / LANES * G, W), W * LANES, f->state_weight.panel);
     REAL *result = is_projected ? f->inner : f->after;
     UNROLL for (int r = 0; r < R; r++)
         UNROLL for (int u = 0; u < U; u++) {
@@ -467,70 +564,74 @@ INLINE void step_block(int cell, int R, int U, const Call *call, const Forward *
         }
 }
 
-/* One step of `rows` rows: weights are read once for all of them. */
-INLINE void step(int cell, const Call *call, const Forward *f, i64 rows, const REAL *preact,
-                       REAL *kept_rows)
+/* One step of `rows` rows, the units [unit, end): weights are read once for all rows. */
+INLINE void step(int cell, const Call *call, const Forward *f, i64 rows, i64 unit, i64 end,
+                 const REAL *preact, REAL *kept_rows)
 {
-    /* As many unit-vectors at once as there are registers for, so that the sums do not wait for
-       each other: eight or so are enough. */
-    enum { WIDE = 8 };
-    const int many = cell == RNN_TANH ? 4 : 1, wide = cell == RNN_TANH ? WIDE : 2;
-    const i64 Hp = padded(call->hidden_size);
-    i64 unit = 0;
+    /* As many unit-vectors at once as keep about eight sums going, which then do not wait for each
+       other, and as there are registers for. */
+    const int many = cell == RNN_TANH ? 2 : 1, wide = cell == RNN_TANH ? 8 : 2;
     if (rows == 1)
-        for (; unit + wide * LANES <= Hp; unit += wide * LANES)
+        for (; unit + wide * LANES <= end; unit += wide * LANES)
             step_block(cell, 1, wide, call, f, 0, unit, preact, kept_rows);
     else
-        for (; unit + many * LANES <= Hp; unit += many * LANES) {
+        for (; unit + many * LANES <= end; unit += many * LANES) {
             i64 row = 0;
             for (; row + MOST_ROWS <= rows; row += MOST_ROWS)
                 step_block(cell, MOST_ROWS, many, call, f, row, unit, preact, kept_rows);
+            for (; row + 2 <= rows; row += 2)
+                step_block(cell, 2, many, call, f, row, unit, preact, kept_rows);
             for (; row < rows; row++)
                 step_block(cell, 1, many, call, f, row, unit, preact, kept_rows);
         }
-    for (; unit < Hp; unit += LANES)
+    for (; unit < end; unit += LANES)
         for (i64 row = 0; row < rows; row++)
             step_block(cell, 1, 1, call, f, row, unit, preact, kept_rows);
 }
 
-static void any_step(const Call *call, const Forward *f, i64 rows, const REAL *preact,
-                           REAL *kept_rows)
+/* One step: f->after from f->before, this member's units of all rows. */
+static void any_step(const Call *call, const Forward *f, const Member *me, i64 rows,
+                     const REAL *preact, REAL *kept_rows)
 {
+    i64 unit, end;
+    share_units(me, call, &unit, &end);
     switch (call->cell) {
     case RNN_TANH:
-    case RNN_RELU: step(RNN_TANH, call, f, rows, preact, kept_rows); break;
-    case GRU: step(GRU, call, f, rows, preact, kept_rows); break;
-    default: step(LSTM, call, f, rows, preact, kept_rows);
+    case RNN_RELU: step(RNN_TANH, call, f, rows, unit, end, preact, kept_rows); break;
+    case GRU: step(GRU, call, f, rows, unit, end, preact, kept_rows); break;
+    default: step(LSTM, call, f, rows, unit, end, preact, kept_rows);
     }
     if (call->cell == LSTM_PROJECTED) {
         i64 Pp = padded(call->output_size);
-        Product p = {.rows = rows, .columns = Pp, .parts = 1, .count = call->hidden_size,
-                     .a = f->inner, .a_row = padded(call->hidden_size), .a_step = 1,
-                     .b = f->weight_hr, .b_row = Pp, .out = f->after, .out_row = Pp};
+        Product p = {.rows = rows, .parts = 1, .count = call->hidden_size, .a = f->inner,
+                     .a_row = padded(call->hidden_size), .a_step = 1, .b = f->projection,
+                     .out = f->after, .out_row = Pp};
+        share(me, Pp, LANES, &p.column, &p.columns);
+        wait_for_all(me);
         product(&p);
     }
 }
 
-/* x of the steps [first, last), times W_ih, plus biases, into f->preact. */
-static void project(const Call *call, const Forward *f, const i64 *offsets, i64 first, i64 last)
+/* x of the steps [first, last), times W_ih, plus biases, into f->preact; this member's rows. */
+static void project(const Call *call, const Forward *f, const Member *me, const i64 *offsets,
+                    i64 first, i64 last)
 {
     const i64 width = GATES[call->cell] * padded(call->hidden_size);
     const i64 begin = first_row(call, offsets, first);
     Product p = {.columns = width, .parts = 1, .count = call->input_size, .a_step = 1,
-                 .b = f->weight_ih, .b_row = width, .start = f->bias};
-    if (offsets || call->x_step == call->batch * call->x_row || call->batch == 1) {
+                 .b = f->input_weight, .start = f->bias};
+    if (offsets || call->x_step == call->batch * call->x_row) {
         /* One row after the other. */
-        i64 stride = !offsets && call->batch == 1 ? call->x_step : call->x_row;
-        p.rows = first_row(call, offsets, last) - begin;
-        p.a = (const REAL *)call->x + begin * stride;
-        p.a_row = stride;
+        p.a = (const REAL *)call->x + begin * call->x_row;
+        p.a_row = call->x_row;
         p.out = f->preact;
         p.out_row = width;
+        share(me, first_row(call, offsets, last) - begin, MOST_ROWS, &p.row, &p.rows);
         product(&p);
         return;
     }
+    share(me, last - first, MOST_ROWS, &p.row, &p.rows);
     for (i64 n = 0; n < call->batch; n++) {
-        p.rows = last - first;
         p.a = (const REAL *)call->x + first * call->x_step + n * call->x_row;
         p.a_row = call->x_step;
         p.out = f->preact + n * width;
@@ -539,10 +640,17 @@ static void project(const Call *call, const Forward *f, const i64 *offsets, i64 
     }
 }
 
+/* Rows of `count` numbers; of these the columns [from, to) of them. */
+static void copy_columns(REAL *to, i64 to_row, const REAL *from, i64 from_row, i64 rows, i64 begin,
+                         i64 end)
+{
+    for (i64 i = 0; i < rows && begin < end; i++)
+        memcpy(to + i * to_row + begin, from + i * from_row + begin,
+               (size_t)(end - begin) * sizeof(REAL));
+}
 static void copy_rows(REAL *to, i64 to_row, const REAL *from, i64 from_row, i64 rows, i64 count)
 {
-    for (i64 i = 0; i < rows; i++)
-        memcpy(to + i * to_row, from + i * from_row, (size_t)count * sizeof(REAL));
+    copy_columns(to, to_row, from, from_row, rows, 0, count);
 }
 
 static void plan_forward(const Call *call, Arena *arena, Forward *f)
@@ -553,9 +661,12 @@ static void plan_forward(const Call *call, Arena *arena, Forward *f)
     steps = steps < 1 ? 1 : steps > call->steps ? call->steps : steps;
     f->chunk_rows = steps * N;
     f->kept_row = Pp + KEPT[call->cell] * Hp;
-    f->weight_ih = take(arena, (size_t)(call->input_size * G * Hp * number));
-    f->weight_hh = take(arena, (size_t)(P * G * Hp * number));
-    f->weight_hr = take(arena, (size_t)(call->cell == LSTM_PROJECTED ? H * Pp * number : 0));
+    const i64 wide = panel_numbers(Hp / LANES * G, P, step_width(call->cell));
+    const i64 projection = call->cell == LSTM_PROJECTED ? panel_numbers(Pp / LANES, H, WIDTH) : 0;
+    f->weight_ih = take(
+        arena, (size_t)(panel_numbers(Hp / LANES * G, call->input_size, WIDTH) * number));
+    f->weight_hh = take(arena, (size_t)(wide * number));
+    f->weight_hr = take(arena, (size_t)(projection * number));
     f->bias = take(arena, (size_t)((G + 1) * Hp * number));
     f->preact = take(arena, (size_t)(f->chunk_rows * G * Hp * number));
     f->before = take(arena, (size_t)(N * Pp * number));
@@ -581,21 +692,34 @@ static void fold_bias(const Call *call, int d, REAL *bias)
         }
 }
 
-static void forward_direction(const Call *call, const i64 *offsets, int d, const Forward *f)
+static void forward_direction(const Call *call, const i64 *offsets, int d, Forward f,
+                              const Member *me)
 {
     const i64 G = GATES[call->cell], H = call->hidden_size, P = call->output_size, N = call->batch;
     const i64 Hp = padded(H), Pp = padded(P), T = call->steps, D = call->directions;
-    transpose(call->weights[d][0], G, H, call->input_size, f->weight_ih);
-    transpose(call->weights[d][1], G, H, P, f->weight_hh);
-    if (call->cell == LSTM_PROJECTED)
-        transpose(call->weights[d][4], 1, P, H, f->weight_hr);
-    fold_bias(call, d, f->bias);
-    memset(f->before, 0, (size_t)(N * Pp) * sizeof(REAL));
-    memset(f->c, 0, (size_t)(N * Hp) * sizeof(REAL));
-    if (call->h_0)
-        copy_rows(f->before, Pp, (const REAL *)call->h_0 + d * N * P, P, N, P);
-    if (call->c_0)
-        copy_rows(f->c, Hp, (const REAL *)call->c_0 + d * N * H, H, N, H);
+    REAL *output = (REAL *)call->output + d * P;
+    i64 unit, end, column, last;
+    share_units(me, call, &unit, &end);
+    column = unit, last = end;
+    f.input_weight = transpose(call->weights[d][0], G, H, call->input_size, WIDTH, 0, f.weight_ih,
+                               unit, end);
+    f.state_weight = transpose(call->weights[d][1], G, H, P, step_width(call->cell), 1, f.weight_hh,
+                               unit, end);
+    if (call->cell == LSTM_PROJECTED) {
+        share(me, Pp, LANES, &column, &last);
+        f.projection = transpose(call->weights[d][4], 1, P, H, WIDTH, 0, f.weight_hr, column, last);
+    }
+    const i64 shown = last < P ? last : P;
+    if (me->index == 0) {
+        fold_bias(call, d, f.bias);
+        memset(f.before, 0, (size_t)(N * Pp) * sizeof(REAL));
+        memset(f.c, 0, (size_t)(N * Hp) * sizeof(REAL));
+        if (call->h_0)
+            copy_rows(f.before, Pp, (const REAL *)call->h_0 + d * N * P, P, N, P);
+        if (call->c_0)
+            copy_rows(f.c, Hp, (const REAL *)call->c_0 + d * N * H, H, N, H);
+    }
+    wait_for_all(me);
     i64 ready_from = 0, ready_to = 0;
     for (i64 s = 0; s < T; s++) {
         const i64 t = d ? T - 1 - s : s, rows = rows_of(call, t);
@@ -604,7 +728,7 @@ static void forward_direction(const Call *call, const i64 *offsets, int d, const
             /* As many steps as fit, this one first. */
             ready_from = t;
             ready_to = t + 1;
-            i64 left = f->chunk_rows - rows;
+            i64 left = f.chunk_rows - rows;
             for (;;) {
                 i64 next = d ? ready_from - 1 : ready_to;
                 if (next < 0 || next >= T || rows_of(call, next) > left)
@@ -615,20 +739,61 @@ static void forward_direction(const Call *call, const i64 *offsets, int d, const
                 else
                     ready_to = next + 1;
             }
-            project(call, f, offsets, ready_from, ready_to);
+            project(call, &f, me, offsets, ready_from, ready_to);
+            wait_for_all(me);
         }
-        const REAL *preact = f->preact + (row - first_row(call, offsets, ready_from)) * G * Hp;
-        REAL *kept = call->keep ? f->saved + row * f->kept_row : NULL;
+        const REAL *preact = f.preact + (row - first_row(call, offsets, ready_from)) * G * Hp;
+        REAL *kept = call->keep ? f.saved + row * f.kept_row : NULL;
         if (call->keep)
-            copy_rows(kept, f->kept_row, f->before, Pp, rows, Pp);
-        any_step(call, f, rows, preact, kept);
-        copy_rows((REAL *)call->output + row * D * P + d * P, D * P, f->after, Pp, rows, P);
+            copy_columns(kept, f.kept_row, f.before, Pp, rows, column, last);
+        any_step(call, &f, me, rows, preact, kept);
+        copy_columns(output + row * D * P, D * P, f.after, Pp, rows, column, shown);
         /* Rows that have ended keep their last state, and rows to come their first. */
-        memcpy(f->before, f->after, (size_t)(rows * Pp) * sizeof(REAL));
+        copy_columns(f.after + rows * Pp, Pp, f.before + rows * Pp, Pp, N - rows, column, last);
+        REAL *after = f.after;
+        f.after = f.before;
+        f.before = after;
+        wait_for_all(me);
     }
-    copy_rows((REAL *)call->h_n + d * N * P, P, f->before, Pp, N, P);
+    copy_columns((REAL *)call->h_n + d * N * P, P, f.before, Pp, N, column, shown);
     if (call->c_n)
-        copy_rows((REAL *)call->c_n + d * N * H, H, f->c, Hp, N, H);
+        copy_columns((REAL *)call->c_n + d * N * H, H, f.c, Hp, N, unit, end < H ? end : H);
+    /* The other direction takes the buffers over. */
+    wait_for_all(me);
+}
+
+/* What the members of a team have in common. */
+typedef struct {
+    const Call *call;
+    const i64 *offsets;
+    const void *buffers;
+    i64 arrived;
+} Team;
+
+/* A member by its turn of arrival: which thread it is does not matter. */
+static Member arrive(Team *team)
+{
+    Member me = {__atomic_fetch_add(&team->arrived, 1, __ATOMIC_RELAXED), team->call->threads,
+                 team->call->wait_for_team};
+    return me;
+}
+static void work_together(const Call *call, void (*work)(void *), Team *team)
+{
+    if (call->threads > 1)
+        call->open_team(work, team, (unsigned)call->threads, 0);
+    else
+        work(team);
+}
+
+static void forward_work(void *data)
+{
+    Team *team = data;
+    Member me = arrive(team);
+    Forward f = *(const Forward *)team->buffers;
+    for (int d = 0; d < team->call->directions; d++) {
+        forward_direction(team->call, team->offsets, d, f, &me);
+        f.saved += f.kept_row * first_row(team->call, team->offsets, team->call->steps);
+    }
 }
 
 /* 0, or 1 when there is no memory; then nothing that was written means anything. */
@@ -648,10 +813,8 @@ EXPORT i64 forward(const Call *call)
     arena.used = 0;
     plan_forward(call, &arena, &f);
     f.saved = call->saved;
-    for (int d = 0; d < call->directions; d++) {
-        forward_direction(call, offsets, d, &f);
-        f.saved += f.kept_row * first_row(call, offsets, call->steps);
-    }
+    Team team = {call, offsets, &f, 0};
+    work_together(call, forward_work, &team);
     free(arena.base);
     free(offsets);
     return 0;
@@ -674,23 +837,25 @@ static void plan_backward(const Call *call, i64 rows, Arena *arena, Backward *b)
     b->dh = take(arena, (size_t)(N * Pp * number));
     b->dc = take(arena, (size_t)(N * Hp * number));
     b->after = take(arena, (size_t)(N * Pp * number));
-    b->dm = take(arena, (size_t)(is_projected ? N * Hp * number : 0));
     b->grad_states = take(arena, (size_t)(is_projected ? rows * Pp * number : 0));
-    b->weight_ih = take(arena, (size_t)(I % LANES ? G * H * padded(I) * number : 0));
-    b->weight_hh = take(arena, (size_t)(P % LANES ? G * H * Pp * number : 0));
-    b->weight_hr = take(arena, (size_t)(is_projected && H % LANES ? P * Hp * number : 0));
+    const i64 projection = is_projected ? panel_numbers(Hp / LANES, P, WIDTH) : 0;
+    b->weight_ih = take(arena, (size_t)(panel_numbers(padded(I) / LANES, G * H, WIDTH) * number));
+    b->weight_hh = take(arena, (size_t)(panel_numbers(Pp / LANES, G * H, WIDTH) * number));
+    b->weight_hr = take(arena, (size_t)(projection * number));
     b->x = take(arena, (size_t)(rows * padded(I) * number));
+    /* From here on, zeroed at the start. */
+    b->dm = take(arena, (size_t)(is_projected ? N * Hp * number : 0));
 }
 
 /* The pointwise half of a backward step: from dh (N, Pp) the gradients of the preactivations of its
-   rows, and in `after` what h before the step gets past W_hh. */
-INLINE void backward_step(int cell, const Call *call, const Backward *b, i64 rows,
-                                const REAL *dh, const REAL *kept_rows, REAL *grads)
+   rows, and in `after` what h before the step gets past W_hh. The units [begin, end). */
+INLINE void backward_step(int cell, const Call *call, const Backward *b, i64 rows, i64 begin,
+                          i64 end, const REAL *dh, const REAL *kept_rows, REAL *grads)
 {
     const i64 Hp = padded(call->hidden_size), Pp = padded(call->output_size);
     const int kept_count = KEPT[cell], grad_count = GRADS[cell], relu = call->cell == RNN_RELU;
     for (i64 row = 0; row < rows; row++)
-        for (i64 unit = 0; unit < Hp; unit += LANES) {
+        for (i64 unit = begin; unit < end; unit += LANES) {
             const REAL *kept_row = kept_rows + row * b->kept_row;
             vec kept[6], grad[4], before = {0}, dc = load(b->dc + row * Hp + unit);
             UNROLL for (int k = 0; k < 5; k++)
@@ -709,28 +874,32 @@ INLINE void backward_step(int cell, const Call *call, const Backward *b, i64 row
         }
 }
 
-static void any_backward_step(const Call *call, const Backward *b, i64 rows, const REAL *dh,
-                                    const REAL *kept, REAL *grads)
+static void any_backward_step(const Call *call, const Backward *b, const Member *me, i64 rows,
+                              const REAL *dh, const REAL *kept, REAL *grads)
 {
+    i64 unit, end;
+    share_units(me, call, &unit, &end);
     switch (call->cell) {
     case RNN_TANH:
-    case RNN_RELU: backward_step(RNN_TANH, call, b, rows, dh, kept, grads); break;
-    case GRU: backward_step(GRU, call, b, rows, dh, kept, grads); break;
-    default: backward_step(LSTM, call, b, rows, dh, kept, grads);
+    case RNN_RELU: backward_step(RNN_TANH, call, b, rows, unit, end, dh, kept, grads); break;
+    case GRU: backward_step(GRU, call, b, rows, unit, end, dh, kept, grads); break;
+    default: backward_step(LSTM, call, b, rows, unit, end, dh, kept, grads);
     }
 }
 
-/* Rows of x one after the other, in whole vectors: themselves, or a copy. */
-static const REAL *rows_of_x(const Call *call, const i64 *offsets, REAL *copy, i64 *row)
+/* Rows of x one after the other, in whole vectors: themselves, or a copy that member 0 makes. */
+static const REAL *rows_of_x(const Call *call, const Member *me, const i64 *offsets, REAL *copy,
+                             i64 *row)
 {
     const i64 I = call->input_size;
     const REAL *x = call->x;
-    const int in_order = offsets || call->x_step == call->batch * call->x_row;
-    if (I % LANES == 0 && in_order) {
+    if (I % LANES == 0 && (offsets || call->x_step == call->batch * call->x_row)) {
         *row = call->x_row;
         return x;
     }
     *row = padded(I);
+    if (me->index > 0)
+        return copy;
     if (offsets) {
         copy_rows(copy, *row, x, call->x_row, offsets[call->steps], I);
         return copy;
@@ -741,76 +910,98 @@ static const REAL *rows_of_x(const Call *call, const i64 *offsets, REAL *copy, i
     return copy;
 }
 
-/* Gradients of the weights and of x, from those of all preactivations. */
-static void after_the_loop(const Call *call, const i64 *offsets, int d, const Backward *b,
-                                 i64 total)
+/* Gradients of the weights and of x, from those of all preactivations; each member some rows. */
+static void after_the_loop(const Call *call, int d, const Backward *b, const Member *me, i64 total,
+                           const REAL *x, i64 x_row, Matrix weight_ih)
 {
     const int cell = (int)call->cell;
     const i64 G = GATES[cell], H = call->hidden_size, P = call->output_size, I = call->input_size;
     const i64 Hp = padded(H), Pp = padded(P), width = GRADS[cell] * Hp;
     void *const *grad_weights = call->grad_weights[d];
-    if (grad_weights[0]) {
-        i64 x_row;
-        const REAL *x = rows_of_x(call, offsets, b->x, &x_row);
+    i64 unit, end;
+    share(me, H, MOST_ROWS, &unit, &end);
+    /* Some rows of x and h at a time, which stay in the first-level cache for all units. One gate
+       after the other, for rows of a weight are units of a gate. */
+    enum { ROWS_AT_ONCE = 96 };
+    for (i64 row = 0; row < total; row += ROWS_AT_ONCE)
         for (int g = 0; g < G; g++) {
-            Product p = {.rows = H, .columns = I, .parts = 1, .count = total,
-                         .a = b->grads + INPUT_SLOT[g] * Hp, .a_row = 1, .a_step = width, .b = x,
-                         .b_row = x_row, .out = (REAL *)grad_weights[0] + g * H * I, .out_row = I};
-            product(&p);
+            const REAL *grads = b->grads + row * width;
+            const i64 left = total - row;
+            Product p = {.row = unit, .rows = end, .parts = 1, .a_row = 1, .a_step = width,
+                         .count = left < ROWS_AT_ONCE ? left : ROWS_AT_ONCE};
+            if (grad_weights[0]) {
+                p.columns = p.out_row = p.start_row = I;
+                p.a = grads + INPUT_SLOT[g] * Hp;
+                p.b = plain(x + row * x_row, x_row);
+                p.out = (REAL *)grad_weights[0] + g * H * I;
+                p.start = row ? p.out : NULL;
+                product(&p);
+            }
+            if (grad_weights[1]) {
+                p.columns = p.out_row = p.start_row = P;
+                p.a = grads + state_slot(cell, g) * Hp;
+                p.b = plain(b->saved + row * b->kept_row, b->kept_row);
+                p.out = (REAL *)grad_weights[1] + g * H * P;
+                p.start = row ? p.out : NULL;
+                product(&p);
+            }
         }
-    }
-    if (grad_weights[1])
-        for (int g = 0; g < G; g++) {
-            Product p = {.rows = H, .columns = P, .parts = 1, .count = total,
-                         .a = b->grads + state_slot(cell, g) * Hp, .a_row = 1, .a_step = width,
-                         .b = b->saved, .b_row = b->kept_row,
-                         .out = (REAL *)grad_weights[1] + g * H * P, .out_row = P};
-            product(&p);
-        }
+    share(me, Hp, LANES, &unit, &end);
     for (int which = 2; which < 4; which++)
         for (int g = 0; grad_weights[which] && g < G; g++) {
             const i64 slot = which == 2 ? INPUT_SLOT[g] : state_slot(cell, g);
-            for (i64 unit = 0; unit < H; unit += LANES) {
+            for (i64 u = unit; u < end; u += LANES) {
                 vec sum = {0};
                 for (i64 row = 0; row < total; row++)
-                    sum += load(b->grads + row * width + slot * Hp + unit);
-                store_some((REAL *)grad_weights[which] + g * H + unit, sum, H - unit);
+                    sum += load(b->grads + row * width + slot * Hp + u);
+                store_some((REAL *)grad_weights[which] + g * H + u, sum, H - u);
             }
         }
     if (cell == LSTM_PROJECTED && grad_weights[4]) {
-        Product p = {.rows = P, .columns = H, .parts = 1, .count = total, .a = b->grad_states,
-                     .a_row = 1, .a_step = Pp, .b = b->saved + Pp + 5 * Hp, .b_row = b->kept_row,
+        Product p = {.columns = H, .parts = 1, .count = total, .a = b->grad_states, .a_row = 1,
+                     .a_step = Pp, .b = plain(b->saved + Pp + 5 * Hp, b->kept_row),
                      .out = grad_weights[4], .out_row = H};
+        share(me, P, MOST_ROWS, &p.row, &p.rows);
         product(&p);
     }
     if (call->grad_x) {
-        i64 w_row;
-        const REAL *weight = readable(call->weights[d][0], G * H, I, b->weight_ih, &w_row);
-        Product p = {.rows = total, .columns = I, .parts = G, .count = H, .a = b->grads,
-                     .a_row = width, .a_step = 1, .b = weight, .b_row = w_row, .out = call->grad_x,
+        Product p = {.columns = I, .parts = G, .count = H, .a = b->grads, .a_row = width,
+                     .a_step = 1, .b = weight_ih, .out = call->grad_x,
                      .out_row = I, .start = d ? call->grad_x : NULL, .start_row = I};
         for (int g = 0; g < G; g++)
             p.part_at[g] = INPUT_SLOT[g] * Hp;
+        share(me, total, MOST_ROWS, &p.row, &p.rows);
         product(&p);
     }
 }
 
-static void backward_direction(const Call *call, const i64 *offsets, int d, const Backward *b)
+static void backward_direction(const Call *call, const i64 *offsets, int d, const Backward *b,
+                               const Member *me)
 {
     const int cell = (int)call->cell;
     const i64 G = GATES[cell], H = call->hidden_size, P = call->output_size, N = call->batch;
-    const i64 Hp = padded(H), Pp = padded(P), T = call->steps, width = GRADS[cell] * Hp;
-    i64 hh_row, hr_row = 0;
-    const REAL *weight_hh = readable(call->weights[d][1], G * H, P, b->weight_hh, &hh_row);
-    const REAL *weight_hr = NULL;
+    const i64 I = call->input_size, Hp = padded(H), Pp = padded(P), T = call->steps;
+    const i64 width = GRADS[cell] * Hp, total = first_row(call, offsets, T);
+    i64 unit, end, column, last, x_row;
+    share_units(me, call, &unit, &end);
+    column = unit, last = end;
     if (cell == LSTM_PROJECTED)
-        weight_hr = readable(call->weights[d][4], P, H, b->weight_hr, &hr_row);
-    memset(b->dh, 0, (size_t)(N * Pp) * sizeof(REAL));
-    memset(b->dc, 0, (size_t)(N * Hp) * sizeof(REAL));
-    if (call->grad_h_n)
-        copy_rows(b->dh, Pp, (const REAL *)call->grad_h_n + d * N * P, P, N, P);
-    if (call->grad_c_n)
-        copy_rows(b->dc, Hp, (const REAL *)call->grad_c_n + d * N * H, H, N, H);
+        share(me, Pp, LANES, &column, &last);
+    const REAL *x = rows_of_x(call, me, offsets, b->x, &x_row);
+    const Matrix weight_ih = readable(call->weights[d][0], G * H, I, total, b->weight_ih, me);
+    const Matrix weight_hh = readable(call->weights[d][1], G * H, P, total, b->weight_hh, me);
+    Matrix weight_hr = {0};
+    if (cell == LSTM_PROJECTED)
+        weight_hr = readable(call->weights[d][4], P, H, total, b->weight_hr, me);
+    if (me->index == 0) {
+        memset(b->dh, 0, (size_t)(N * Pp) * sizeof(REAL));
+        memset(b->dc, 0, (size_t)(N * Hp) * sizeof(REAL));
+        if (call->grad_h_n)
+            copy_rows(b->dh, Pp, (const REAL *)call->grad_h_n + d * N * P, P, N, P);
+        if (call->grad_c_n)
+            copy_rows(b->dc, Hp, (const REAL *)call->grad_c_n + d * N * H, H, N, H);
+    }
+    wait_for_all(me);
     for (i64 s = T - 1; s >= 0; s--) {
         const i64 t = d ? T - 1 - s : s, rows = rows_of(call, t);
         const i64 row = first_row(call, offsets, t);
@@ -820,32 +1011,50 @@ static void backward_direction(const Call *call, const i64 *offsets, int d, cons
             for (i64 n = 0; n < rows; n++) {
                 const REAL *from = (const REAL *)call->grad_output
                                    + (row + n) * call->grad_output_row + d * P;
-                for (i64 unit = 0; unit < P; unit += LANES) {
-                    REAL *to = b->dh + n * Pp + unit;
-                    store(to, load(to) + load_some(from + unit, P - unit));
+                for (i64 at = column; at < last; at += LANES) {
+                    REAL *to = b->dh + n * Pp + at;
+                    store(to, load(to) + load_some(from + at, P - at));
                 }
             }
         if (cell == LSTM_PROJECTED) {
-            copy_rows(b->grad_states + row * Pp, Pp, b->dh, Pp, rows, Pp);
-            Product p = {.rows = rows, .columns = H, .parts = 1, .count = P, .a = b->dh,
-                         .a_row = Pp, .a_step = 1, .b = weight_hr, .b_row = hr_row, .out = b->dm,
-                         .out_row = Hp};
+            copy_columns(b->grad_states + row * Pp, Pp, b->dh, Pp, rows, column, last);
+            Product p = {.rows = rows, .column = unit, .columns = end < H ? end : H, .parts = 1,
+                         .count = P, .a = b->dh, .a_row = Pp, .a_step = 1, .b = weight_hr,
+                         .out = b->dm, .out_row = Hp};
+            wait_for_all(me);
             product(&p);
             dh = b->dm;
         }
-        any_backward_step(call, b, rows, dh, kept, grads);
-        Product p = {.rows = rows, .columns = P, .parts = G, .count = H, .a = grads,
-                     .a_row = width, .a_step = 1, .b = weight_hh, .b_row = hh_row, .out = b->dh,
-                     .out_row = Pp, .start = cell == GRU ? b->after : NULL, .start_row = Pp};
+        any_backward_step(call, b, me, rows, dh, kept, grads);
+        /* The product is made of all units' gradients, and writes what only this member reads. */
+        wait_for_all(me);
+        Product p = {.rows = rows, .column = column, .columns = last < P ? last : P, .parts = G,
+                     .count = H, .a = grads, .a_row = width, .a_step = 1, .b = weight_hh,
+                     .out = b->dh, .out_row = Pp,
+                     .start = cell == GRU ? b->after : NULL, .start_row = Pp};
         for (int g = 0; g < G; g++)
             p.part_at[g] = state_slot(cell, g) * Hp;
         product(&p);
     }
     if (call->grad_h_0)
-        copy_rows((REAL *)call->grad_h_0 + d * N * P, P, b->dh, Pp, N, P);
+        copy_columns((REAL *)call->grad_h_0 + d * N * P, P, b->dh, Pp, N, column,
+                     last < P ? last : P);
     if (call->grad_c_0)
-        copy_rows((REAL *)call->grad_c_0 + d * N * H, H, b->dc, Hp, N, H);
-    after_the_loop(call, offsets, d, b, first_row(call, offsets, T));
+        copy_columns((REAL *)call->grad_c_0 + d * N * H, H, b->dc, Hp, N, unit, end < H ? end : H);
+    after_the_loop(call, d, b, me, total, x, x_row, weight_ih);
+    /* The other direction takes the buffers over. */
+    wait_for_all(me);
+}
+
+static void backward_work(void *data)
+{
+    Team *team = data;
+    Member me = arrive(team);
+    Backward b = *(const Backward *)team->buffers;
+    for (int d = 0; d < team->call->directions; d++) {
+        backward_direction(team->call, team->offsets, d, &b, &me);
+        b.saved += b.kept_row * first_row(team->call, team->offsets, team->call->steps);
+    }
 }
 
 /* As forward. */
@@ -866,12 +1075,10 @@ EXPORT i64 backward(const Call *call)
     arena.used = 0;
     plan_backward(call, total, &arena, &b);
     /* Ends of rows that no product writes are read by whole vectors. */
-    memset(arena.base, 0, arena.used);
+    memset(b.dm, 0, arena.used - (size_t)((char *)b.dm - arena.base));
     b.saved = call->saved;
-    for (int d = 0; d < call->directions; d++) {
-        backward_direction(call, offsets, d, &b);
-        b.saved += b.kept_row * total;
-    }
+    Team team = {call, offsets, &b, 0};
+    work_together(call, backward_work, &team);
     free(arena.base);
     free(offsets);
     return 0;
