@@ -5,7 +5,7 @@ import torch
 
 import triton_rnn
 
-BACKENDS = ("torchscript", "reference", "auto")
+BACKENDS = ("native", "torchscript", "reference", "auto")
 
 
 # What torch.nn, which is called beside ours, itself says once per process.

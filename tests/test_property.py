@@ -27,7 +27,7 @@ REPEATABLE = settings(
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture],
 )
 
-backends = st.sampled_from(["torchscript", "reference", "auto"])
+backends = st.sampled_from(["native", "torchscript", "reference", "auto"])
 sizes = st.integers(1, 9) | st.sampled_from([15, 16, 17, 31, 32, 33, 64])
 seeds = st.integers(0, 2**16)
 uses = st.sets(st.sampled_from(["output", "h_n", "c_n"]), min_size=1)

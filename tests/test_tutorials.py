@@ -22,7 +22,12 @@ AFTER_TRAINING = {torch.float64: 1e-11, torch.float32: 1e-3}
 
 
 @pytest.fixture(
-    params=[("torchscript", torch.float64), ("reference", torch.float64), ("auto", torch.float32)],
+    params=[
+        ("native", torch.float64),
+        ("torchscript", torch.float64),
+        ("reference", torch.float64),
+        ("auto", torch.float32),
+    ],
     ids=lambda setting: f"{setting[0]}-{setting[1]}",
 )
 def dtype(request):

@@ -151,7 +151,8 @@ def choose(request: Request, wanted: str) -> Choice:
     if request.device.type == "cuda" or wanted == "triton":
         precision = torch.backends.cudnn.rnn.fp32_precision  # type: ignore[attr-defined]
         others = (precision, os.environ.get("TRITON_RNN_VARIANT"))
-    onednn_enabled = bool(torch.backends.mkldnn.enabled)
+    # What `torch.backends.mkldnn.enabled` reads, without the descriptor around it.
+    onednn_enabled = torch._C._get_mkldnn_enabled()
     return _choose(request, wanted, onednn_enabled, others, health.failures())
 
 

@@ -13,18 +13,20 @@ from triton_rnn import compiled, dispatch
 from triton_rnn.cells import LSTM_PROJECTED, MODES
 from triton_rnn.layer import layer
 from triton_rnn.profiling import ranges
-from triton_rnn.request import Request
+from triton_rnn.request import Request, zero_states
 
 _PLAIN = (Tensor, torch.nn.Parameter)
 _peek_functorch = torch._C._functorch.peek_interpreter_stack
 _dispatch_modes = torch._C._len_torch_dispatch_stack
 _tracing_state = torch._C._get_tracing_state
 _forward_ad = torch.autograd.forward_ad
+# As `torch.is_autocast_enabled`, for any kind of device in one question.
+_autocast_anywhere = torch._C._is_any_autocast_enabled
 
 
 def obstacle() -> str | None:
     """Why only torch.nn's own forward can serve a call here and now, or None."""
-    if torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda"):
+    if _autocast_anywhere():
         return "autocast is on"
     if _peek_functorch() is not None:
         return "a torch.func transform is at work"
@@ -258,13 +260,9 @@ def stack(call: Call, backend: ModuleType, layers: int, drop: float) -> tuple[Te
     profiled = ranges.on()
     if profiled:
         ranges.here.layer = 0
-    if h_0 is None:
+    if not given and not hasattr(backend, "TAKES_NO_STATE"):
         # One block of zeros serves all layers: no backend writes to an initial state.
-        h_0 = x.new_zeros((directions, request.batch, request.output_size))
-        if request.cell.states == 2:
-            c_0 = h_0
-            if request.output_size != request.hidden_size:
-                c_0 = x.new_zeros((directions, request.batch, request.hidden_size))
+        h_0, c_0 = zero_states(request, x)
     if layers == 1:
         return layer(backend, request, batch_sizes, x, h_0, c_0, weights)
     count = len(weights) // layers
@@ -273,6 +271,7 @@ def stack(call: Call, backend: ModuleType, layers: int, drop: float) -> tuple[Te
         h, c = h_0, c_0
         if given:
             own = slice(number * directions, (number + 1) * directions)
+            assert h_0 is not None
             h, c = h_0[own], None if c_0 is None else c_0[own]
         if number == 1:
             request = request._replace(input_size=directions * request.output_size)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from triton_rnn import reference
 from triton_rnn.profiling import ranges, session
-from triton_rnn.request import Request
+from triton_rnn.request import Request, zero_states
 
 # vmap comes in two makes: torch.func's, and the older one behind `is_grads_batched=True`.
 _BATCHED = [torch._C._parse_dispatch_key(name) for name in ("FuncTorchBatched", "Batched")]
@@ -38,7 +38,7 @@ class LayerFunction(torch.autograd.Function):
         request: Request,
         batch_sizes: Sequence[int],
         input: Tensor,
-        h_0: Tensor,
+        h_0: Tensor | None,
         c_0: Tensor | None,
         *weights: Tensor,
     ) -> tuple[Tensor, ...]:
@@ -65,12 +65,10 @@ class LayerFunction(torch.autograd.Function):
             return None, None, None, *found
 
         rows = math.prod(input.shape[:-1])
-        width = request.directions * request.output_size
-        shapes = ((rows, width), h_0.shape, h_0.shape if c_0 is None else c_0.shape)
-        given = [
-            None if grad is None else grad.reshape(shape)
-            for grad, shape in zip(grads, shapes, strict=False)
-        ]
+        # Those of the states have their shape already.
+        given = list(grads)
+        if given[0] is not None and not request.packed:
+            given[0] = given[0].reshape(rows, request.directions * request.output_size)
         if ranges.on():
             # Perhaps another thread than the forward's.
             ranges.here.layer = ctx.layer
@@ -107,7 +105,7 @@ def _merge(
 def _differentiable_backward(
     ctx: Any,
     input: Tensor,
-    h_0: Tensor,
+    h_0: Tensor | None,
     c_0: Tensor | None,
     weights: Sequence[Tensor],
     grads: Sequence[Tensor | None],
@@ -123,7 +121,8 @@ def _differentiable_backward(
     with torch.enable_grad():
         # Aliases: where one argument is a function of another, or the same tensor twice, the
         # gradient of each is wanted by itself, not by way of the other.
-        own_input, own_h_0 = input.view_as(input), h_0.view_as(h_0)
+        own_input = input.view_as(input)
+        own_h_0 = None if h_0 is None else h_0.view_as(h_0)
         own_c_0 = None if c_0 is None else c_0.view_as(c_0)
         own_weights = [weight.view_as(weight) for weight in weights]
         results = _reference(ctx.request, ctx.batch_sizes, own_input, own_h_0, own_c_0, own_weights)
@@ -147,11 +146,13 @@ def _reference(
     request: Request,
     batch_sizes: Sequence[int],
     input: Tensor,
-    h_0: Tensor,
+    h_0: Tensor | None,
     c_0: Tensor | None,
     weights: Sequence[Tensor],
 ) -> tuple[Tensor, ...]:
     rows = input.reshape(-1, request.input_size)
+    if h_0 is None:
+        h_0, c_0 = zero_states(request, input)
     sizes = batch_sizes or [request.batch] * request.seq_len
     with ranges.phase(request.cell, "reference", "both"):
         output, *states = reference.layer(request.cell, rows, sizes, h_0, c_0, weights)
@@ -163,7 +164,7 @@ def layer(
     request: Request,
     batch_sizes: Sequence[int],
     input: Tensor,
-    h_0: Tensor,
+    h_0: Tensor | None,
     c_0: Tensor | None,
     weights: Sequence[Tensor],
 ) -> tuple[Tensor, ...]:
@@ -172,7 +173,8 @@ def layer(
     Args:
         input: (T, N, I) or, packed, (sum of lengths, I).
         batch_sizes: rows of every step of a packed batch, empty for a padded one.
-        h_0: (D, N, H_out). c_0: (D, N, H), or None for a cell without one.
+        h_0: (D, N, H_out). c_0: (D, N, H), or None for a cell without one. Both None for zeros,
+            if the backend says that it `TAKES_NO_STATE`.
         weights: weight_ih, weight_hh[, bias_ih, bias_hh][, weight_hr] of each direction in turn.
 
     Returns:

@@ -39,6 +39,16 @@ class Request(NamedTuple):
     needs_grad: bool
 
 
+def zero_states(request: Request, like: Tensor) -> tuple[Tensor, Tensor | None]:
+    """h_0 and, if the cell has it, c_0: zeros, one block for both where they have one shape."""
+    h_0 = like.new_zeros((request.directions, request.batch, request.output_size))
+    if request.cell.states == 1:
+        return h_0, None
+    if request.output_size == request.hidden_size:
+        return h_0, h_0
+    return h_0, like.new_zeros((request.directions, request.batch, request.hidden_size))
+
+
 def with_zeros(
     request: Request,
     input: Tensor,

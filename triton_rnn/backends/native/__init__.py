@@ -25,6 +25,8 @@ from triton_rnn.request import Request
 
 # The one phase that holds all of a layer, in profiles.
 WHOLE = "native"
+# States that are zeros need not be there.
+TAKES_NO_STATE = True
 
 _SOURCE = Path(__file__).with_name("recurrence.c")
 _CELLS = {"rnn_tanh": 0, "rnn_relu": 1, "gru": 2, "lstm": 3, "lstm_projected": 4}
@@ -104,8 +106,6 @@ def supports(request: Request) -> str | None:
         return f"the C loops run on the CPU, the input is on {request.device}"
     if request.dtype not in _TYPES:
         return f"dtype {request.dtype} is not float32 or float64"
-    if request.batch == 0 or request.hidden_size == 0:
-        return "an empty batch"
     if struct.calcsize("P") != 8:
         return "pointers are not of eight bytes here"
     found = library(request.dtype)
@@ -114,8 +114,8 @@ def supports(request: Request) -> str | None:
 
 def declines(request: Request) -> str | None:
     """Why `auto` leaves a request to others."""
-    # The rule first: a compiler need not be started for a call that is too large anyway.
-    if request.device.type == "cpu" and request.batch and request.dtype in _TYPES:
+    # The rule first: no compiler is started for what it would not be used for.
+    if request.device.type == "cpu" and request.dtype in _TYPES:
         reason = rules.too_large(request)
         if reason is not None:
             return reason
@@ -172,15 +172,27 @@ def _in_slots(request: Request, pointers: Sequence[int]) -> list[int]:
     return slots
 
 
+def _functions(dtype: torch.dtype) -> Library:
+    found = _built(dtype)
+    if isinstance(found, str):
+        raise RuntimeError(found)
+    return found
+
+
+def _pointer(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()
+
+
 def _head(
     request: Request,
     input: Tensor,
     sizes: "array[int] | None",
-    h_0: Tensor,
+    h_0: Tensor | None,
     c_0: Tensor | None,
     weights: Sequence[Tensor],
 ) -> tuple[int, ...]:
     """The fields of a Call up to the weights."""
+    pointers = [weight.data_ptr() for weight in weights]
     return (
         _CELLS[request.cell.name],
         request.seq_len,
@@ -194,72 +206,76 @@ def _head(
         0 if sizes is None else sizes.buffer_info()[0],
         input.data_ptr(),
         *_strides(request, input),
-        h_0.data_ptr(),
-        0 if c_0 is None else c_0.data_ptr(),
-        *_in_slots(request, [weight.data_ptr() for weight in weights]),
+        _pointer(h_0),
+        _pointer(c_0),
+        *_in_slots(request, pointers),
     )
 
 
-def _functions(dtype: torch.dtype) -> Library:
-    found = library(dtype)
-    if isinstance(found, str):
-        raise RuntimeError(found)
-    return found
+def _run(function: "ctypes._NamedFuncPointer", request: Request, phase: str, call: bytes) -> None:
+    if ranges.on():
+        with ranges.phase(request.cell, phase, "both"):
+            failed = function(call)
+    else:
+        failed = function(call)
+    if failed:
+        raise MemoryError("triton_rnn: no memory for the buffers of a recurrent layer")
 
 
 def forward(
     request: Request,
     input: Tensor,
     batch_sizes: Sequence[int],
-    h_0: Tensor,
+    h_0: Tensor | None,
     c_0: Tensor | None,
     weights: Sequence[Tensor],
 ) -> tuple[tuple[Tensor, ...], list[Tensor]]:
     """One layer, all its directions, the whole sequence; as `backends.torchscript.forward`.
 
+    Args:
+        h_0, c_0: or both None for zeros.
+
     Raises:
         MemoryError: there is no memory for the call's buffers.
     """
     functions = _functions(request.dtype)
+    directions, size = request.directions, request.output_size
     # Names keep alive what the pointers point to.
-    input, h_0 = _by_rows(input), _dense(h_0)
+    input = _by_rows(input)
+    h_0 = None if h_0 is None else _dense(h_0)
     c_0 = None if c_0 is None else _dense(c_0)
     weights = [_dense(weight) for weight in weights]
     sizes = array("q", batch_sizes) if batch_sizes else None
-    output = input.new_empty((*input.shape[:-1], request.directions * request.output_size))
-    results = [output, torch.empty_like(h_0)]
-    if c_0 is not None:
-        results.append(torch.empty_like(c_0))
-    saved = []
+    output = input.new_empty((*input.shape[:-1], directions * size))
+    h_n = input.new_empty((directions, request.batch, size))
+    c_n = None
+    if request.cell.states == 2:
+        c_n = input.new_empty((directions, request.batch, request.hidden_size))
+    saved = None
     rows = len(input) if request.packed else request.seq_len * request.batch
     if request.needs_grad:
-        cell, hidden, size = _CELLS[request.cell.name], request.hidden_size, request.output_size
-        count = functions.saved_numbers(cell, rows, hidden, size, request.directions)
-        saved.append(input.new_empty(count))
+        cell = _CELLS[request.cell.name]
+        count = functions.saved_numbers(cell, rows, request.hidden_size, size, directions)
+        saved = input.new_empty(count)
     call = _CALL.pack(
         *_head(request, input, sizes, h_0, c_0, weights),
         output.data_ptr(),
-        results[1].data_ptr(),
-        0 if c_0 is None else results[2].data_ptr(),
-        saved[0].data_ptr() if saved else 0,
+        h_n.data_ptr(),
+        _pointer(c_n),
+        _pointer(saved),
         *_NO_BACKWARD,
         *_threads(request, rows),
     )
-    if ranges.on():
-        with ranges.phase(request.cell, WHOLE, "both"):
-            failed = functions.forward(call)
-    else:
-        failed = functions.forward(call)
-    if failed:
-        raise MemoryError("triton_rnn: no memory for the buffers of a recurrent layer")
-    return tuple(results), saved
+    _run(functions.forward, request, WHOLE, call)
+    results = (output, h_n) if c_n is None else (output, h_n, c_n)
+    return results, [] if saved is None else [saved]
 
 
 def backward(
     request: Request,
     input: Tensor,
     batch_sizes: Sequence[int],
-    h_0: Tensor,
+    h_0: Tensor | None,
     c_0: Tensor | None,
     weights: Sequence[Tensor],
     saved: Sequence[Tensor],
@@ -272,43 +288,37 @@ def backward(
         MemoryError: there is no memory for the call's buffers.
     """
     functions = _functions(request.dtype)
-    input, h_0 = _by_rows(input), _dense(h_0)
-    c_0 = None if c_0 is None else _dense(c_0)
+    input = _by_rows(input)
     weights = [_dense(weight) for weight in weights]
     sizes = array("q", batch_sizes) if batch_sizes else None
     grad_output = None if grads[0] is None else _by_rows(grads[0])
     grad_h_n = None if grads[1] is None else _dense(grads[1])
-    grad_c_n = None if c_0 is None or grads[2] is None else _dense(grads[2])
+    grad_c_n = None if len(grads) < 3 or grads[2] is None else _dense(grads[2])
     rows = len(input) if request.packed else request.seq_len * request.batch
     found: list[Tensor | None] = [
         input.new_empty((rows, request.input_size)) if needs[0] else None,
-        torch.empty_like(h_0) if needs[1] else None,
+        torch.empty_like(h_0) if h_0 is not None and needs[1] else None,
         torch.empty_like(c_0) if c_0 is not None and needs[2] else None,
     ]
     found += [
         torch.empty_like(weight) if need else None
         for weight, need in zip(weights, needs[3:], strict=True)
     ]
-    pointers = [0 if tensor is None else tensor.data_ptr() for tensor in found]
+    pointers = [_pointer(tensor) for tensor in found]
     call = _CALL.pack(
-        *_head(request, input, sizes, h_0, c_0, weights),
+        # The states before the first step are among what the forward saved.
+        *_head(request, input, sizes, None, None, weights),
         0,
         0,
         0,
         saved[0].data_ptr(),
-        0 if grad_output is None else grad_output.data_ptr(),
-        0 if grad_h_n is None else grad_h_n.data_ptr(),
-        0 if grad_c_n is None else grad_c_n.data_ptr(),
+        _pointer(grad_output),
+        _pointer(grad_h_n),
+        _pointer(grad_c_n),
         0 if grad_output is None else grad_output.stride(0),
         *pointers[:3],
         *_in_slots(request, pointers[3:]),
         *_threads(request, rows),
     )
-    if ranges.on():
-        with ranges.phase(request.cell, f"backward.{WHOLE}", "both"):
-            failed = functions.backward(call)
-    else:
-        failed = functions.backward(call)
-    if failed:
-        raise MemoryError("triton_rnn: no memory for the buffers of a recurrent layer's backward")
+    _run(functions.backward, request, f"backward.{WHOLE}", call)
     return found

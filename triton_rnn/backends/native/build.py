@@ -215,8 +215,10 @@ def _run(command: Sequence[str]) -> str:
         BuildError: it cannot be started, or does not end.
     """
     try:
-        # In the C locale, so that an error can be found by its English name.
+        # In the C locale, so that an error can be found by its English name; and without what is
+        # loaded into this process, a sanitizer or another malloc.
         environment = {**os.environ, "LC_ALL": "C"}
+        environment.pop("LD_PRELOAD", None)
         done = subprocess.run(
             command,
             stdin=subprocess.DEVNULL,

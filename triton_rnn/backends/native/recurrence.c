@@ -263,28 +263,25 @@ INLINE vec sigmoid(vec x)
    beyond, by e^2x. */
 INLINE vec hyperbolic_tangent(vec x)
 {
-    vec z = x * x, p, near;
+    const bits sign = (bits)all(-(REAL)0);
+    vec size = (vec)((bits)x & ~sign), z = x * x, p, near;
     if (IS_FLOAT) {
         p = all((REAL)-5.70498872745e-3);
         p = p * z + (REAL)2.06390887954e-2;
         p = p * z - (REAL)5.37397155531e-2;
         p = p * z + (REAL)1.33314422036e-1;
         p = p * z - (REAL)3.33332819422e-1;
-        near = p * z * x + x;
     } else {
         p = all((REAL)-9.64399179425052238628e-1);
         p = p * z - (REAL)9.92877231001918586564e1;
         p = p * z - (REAL)1.61468768441708447952e3;
         vec q = z + (REAL)1.12811678491632931402e2;
         q = q * z + (REAL)2.23548839060100448583e3;
-        q = q * z + (REAL)4.84406305325125486048e3;
-        near = x + x * (z * (p / q));
+        p /= q * z + (REAL)4.84406305325125486048e3;
     }
-    const bits sign = (bits)all(-(REAL)0);
-    vec size = (vec)((bits)x & ~sign);
+    near = p * z * size + size;
     vec far = (REAL)1 - (REAL)2 / (exponential(size + size) + (REAL)1);
-    far = (vec)((bits)far | ((bits)x & sign));
-    return choose(size < (REAL)0.625, near, far);
+    return (vec)((bits)choose(size < (REAL)0.625, near, far) | ((bits)x & sign));
 }
 
 /* The pointwise functions by themselves, for the tests of their accuracy: 0 sigmoid, 1 tanh. */
@@ -657,7 +654,7 @@ static void plan_forward(const Call *call, Arena *arena, Forward *f)
 {
     const i64 G = GATES[call->cell], H = call->hidden_size, P = call->output_size, N = call->batch;
     const i64 Hp = padded(H), Pp = padded(P), number = sizeof(REAL);
-    i64 steps = CHUNK_BYTES / (N * G * Hp * number);
+    i64 steps = CHUNK_BYTES / ((N ? N : 1) * G * Hp * number);
     steps = steps < 1 ? 1 : steps > call->steps ? call->steps : steps;
     f->chunk_rows = steps * N;
     f->kept_row = Pp + KEPT[call->cell] * Hp;
@@ -923,7 +920,8 @@ static void after_the_loop(const Call *call, int d, const Backward *b, const Mem
     /* Some rows of x and h at a time, which stay in the first-level cache for all units. One gate
        after the other, for rows of a weight are units of a gate. */
     enum { ROWS_AT_ONCE = 96 };
-    for (i64 row = 0; row < total; row += ROWS_AT_ONCE)
+    i64 row = 0;
+    do { /* Once for no rows too: their gradients are zeros. */
         for (int g = 0; g < G; g++) {
             const REAL *grads = b->grads + row * width;
             const i64 left = total - row;
@@ -946,14 +944,16 @@ static void after_the_loop(const Call *call, int d, const Backward *b, const Mem
                 product(&p);
             }
         }
+        row += ROWS_AT_ONCE;
+    } while (row < total);
     share(me, Hp, LANES, &unit, &end);
     for (int which = 2; which < 4; which++)
         for (int g = 0; grad_weights[which] && g < G; g++) {
             const i64 slot = which == 2 ? INPUT_SLOT[g] : state_slot(cell, g);
             for (i64 u = unit; u < end; u += LANES) {
                 vec sum = {0};
-                for (i64 row = 0; row < total; row++)
-                    sum += load(b->grads + row * width + slot * Hp + u);
+                for (i64 i = 0; i < total; i++)
+                    sum += load(b->grads + i * width + slot * Hp + u);
                 store_some((REAL *)grad_weights[which] + g * H + u, sum, H - u);
             }
         }

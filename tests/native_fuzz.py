@@ -1,0 +1,103 @@
+"""Random calls of the C loops beside the reference; a program, for test_native.py to run.
+
+    python tests/native_fuzz.py CASES SEED
+
+Run with the sanitizers it proves that no array is read or written outside: torch's tensors come
+from malloc, so each ends where its last number ends.
+"""
+
+import random
+import sys
+
+import torch
+from torch.nn.utils.rnn import pack_padded_sequence
+
+import triton_rnn
+from triton_rnn.backends.native import rules
+
+SIZES = (1, 2, 3, 4, 5, 7, 8, 9, 15, 16, 17, 31, 32, 33, 48, 65, 80)
+
+
+def strided(tensor: torch.Tensor, draw: random.Random) -> torch.Tensor:
+    """The same numbers, dense or not."""
+    kind = draw.randrange(4)
+    if kind == 1:
+        return tensor.transpose(0, 1).contiguous().transpose(0, 1)
+    if kind == 2:
+        return tensor.repeat_interleave(2, -1)[..., ::2]
+    if kind == 3:
+        return torch.cat([tensor, tensor], -1)[..., : tensor.size(-1)]
+    return tensor
+
+
+def one_case(draw: random.Random) -> str:
+    """Run a random call on both; what was run. AssertionError if they differ."""
+    name = draw.choice(("RNN", "GRU", "LSTM"))
+    input_size, hidden, batch, steps = (draw.choice(SIZES) for _ in range(4))
+    options = {
+        "num_layers": draw.choice((1, 1, 2)),
+        "bidirectional": draw.random() < 0.5,
+        "bias": draw.random() < 0.7,
+        "batch_first": draw.random() < 0.5,
+        "dtype": draw.choice((torch.float32, torch.float64)),
+    }
+    if name == "RNN":
+        options["nonlinearity"] = draw.choice(("tanh", "relu"))
+    if name == "LSTM" and hidden > 1 and draw.random() < 0.5:
+        options["proj_size"] = draw.randrange(1, hidden)
+    threads, packed = draw.choice((1, 2, 3)), draw.random() < 0.4
+    told = f"{name}({input_size}, {hidden}, {options}) batch {batch} steps {steps} packed {packed}"
+    told += f" threads {threads}"
+
+    torch.manual_seed(draw.randrange(10**6))
+    module = getattr(triton_rnn, name)(input_size, hidden, **options)
+    shape = (batch, steps) if options["batch_first"] else (steps, batch)
+    values = torch.randn(*shape, input_size, dtype=options["dtype"])
+    lengths = torch.tensor([draw.randrange(1, steps + 1) for _ in range(batch)])
+    given = draw.random() < 0.5
+    rows = options["num_layers"] * (2 if options["bidirectional"] else 1)
+    size = options.get("proj_size", hidden)
+    states = [torch.randn(rows, batch, width, dtype=options["dtype"]) for width in (size, hidden)]
+    wants_input = draw.random() < 0.7
+    found = []
+    for backend in ("native", "reference"):
+        leaf = values.clone().requires_grad_(wants_input)
+        input = strided(leaf, random.Random(len(told)))
+        if packed:
+            first = options["batch_first"]
+            input = pack_padded_sequence(input, lengths, first, enforce_sorted=False)
+        hx = [state.clone().requires_grad_() for state in states]
+        arguments = [] if not given else [tuple(hx)] if name == "LSTM" else [hx[0]]
+        module.zero_grad()
+        rules.threads = lambda request, rows: threads
+        with triton_rnn.use_backend(backend):
+            output, state = module(input, *arguments)
+        output = output.data if packed else output
+        state = state if isinstance(state, tuple) else (state,)
+        torch.manual_seed(1)
+        total = sum((part * torch.randn_like(part)).sum() for part in (output, *state))
+        total.backward()
+        grads = [p.grad.clone() for p in module.parameters()] + [s.grad for s in hx if given]
+        found.append([output.detach(), *(s.detach() for s in state), leaf.grad, *grads])
+    tolerance = 5e-4 if options["dtype"] == torch.float32 else 1e-11
+    for ours, theirs in zip(*found, strict=True):
+        if theirs is None:
+            # Of a state that a cell does not have, or an input that wants none.
+            assert ours is None, told
+            continue
+        # Sums of many terms that cancel, over as many steps and layers as these sizes have.
+        error = float((ours - theirs).abs().max()) / max(1e-2, float(theirs.abs().max()))
+        assert error < tolerance, f"{told}: {error}"
+    return told
+
+
+def main() -> None:
+    cases, seed = map(int, sys.argv[1:])
+    draw = random.Random(seed)
+    for _ in range(cases):
+        one_case(draw)
+    print(f"{cases} cases")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,375 @@
+"""The C loops: their arithmetic, their threads, their memory, and what happens without a compiler.
+
+That they compute what the other backends do is in the tests that run under every backend.
+"""
+
+import os
+import re
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from tolerances import LAYERS, assert_same_results, random, random_state, run, twins
+from torch.nn.utils.rnn import pack_padded_sequence
+
+import triton_rnn
+from triton_rnn.backends import native
+from triton_rnn.backends.native import build, rules
+
+ROOT = Path(__file__).parent.parent
+FUNCTIONS = {"sigmoid": 0, "tanh": 1}
+# In units of the last place of the result. Measured over these ranges: sigmoid 2.3 for float32 and
+# 2.2 for float64, tanh 1.3 for both.
+WORST_ULP = {"sigmoid": 2.5, "tanh": 1.5}
+
+pytestmark = pytest.mark.skipif(
+    isinstance(native.library(torch.float32), str), reason="the C loops do not compile here"
+)
+
+
+def pointwise(name, values):
+    result = torch.empty_like(values)
+    functions = native.library(values.dtype)
+    functions.pointwise(FUNCTIONS[name], values.numel(), values.data_ptr(), result.data_ptr())
+    return result
+
+
+def exact(name, values):
+    """In 80-bit floating point, where there is one."""
+    x = values.double().numpy().astype(np.longdouble)
+    return np.tanh(x) if name == "tanh" else 1 / (1 + np.exp(-x))
+
+
+def all_magnitudes(dtype):
+    """Numbers of both signs with every exponent, thousands to each of those that matter."""
+    generator = torch.Generator().manual_seed(0)
+    largest = 88.0 if dtype == torch.float32 else 708.0
+    dense = (torch.rand(400_000, generator=generator, dtype=torch.float64) * 2 - 1) * largest
+    near = torch.randn(400_000, generator=generator, dtype=torch.float64)
+    small = torch.logspace(-35, 0, 100_000, dtype=torch.float64)
+    return torch.cat([dense, near, small, -small]).to(dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_pointwise_functions_are_good_to_the_last_places(name, dtype):
+    if dtype == torch.float64 and np.finfo(np.longdouble).nmant <= 52:
+        pytest.skip("nothing more exact than double to compare with here")
+    values = all_magnitudes(dtype)
+    expected = exact(name, values)
+    rounded = expected.astype(values.numpy().dtype)
+    ulp = np.spacing(np.abs(rounded)).astype(np.longdouble)
+    error = np.abs(pointwise(name, values).numpy().astype(np.longdouble) - expected) / ulp
+    # A sigmoid of less than the smallest normal number may be zero.
+    normal = np.abs(rounded) >= np.finfo(rounded.dtype).tiny
+    assert error[normal].max() <= WORST_ULP[name], float(error[normal].max())
+    # e^x would overflow from here on, so the sigmoid of -x may be zero a little early.
+    tiny = pointwise(name, values).numpy()[~normal]
+    assert np.all(np.abs(tiny) <= 2 * np.finfo(rounded.dtype).tiny)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_pointwise_functions_at_the_ends(dtype):
+    inf, nan = float("inf"), float("nan")
+    largest = torch.finfo(dtype).max
+    values = torch.tensor([inf, -inf, nan, -nan, 0.0, -0.0, largest, -largest], dtype=dtype)
+    sigmoid, tanh = pointwise("sigmoid", values), pointwise("tanh", values)
+    assert sigmoid[[0, 1, 4, 5, 6, 7]].tolist() == [1, 0, 0.5, 0.5, 1, 0]
+    assert tanh[[0, 1, 4, 5, 6, 7]].tolist() == [1, -1, 0, 0, 1, -1]
+    assert sigmoid[2:4].isnan().all()
+    assert tanh[2:4].isnan().all()
+    assert tanh[5].signbit()
+    smallest = torch.tensor([1e-40 if dtype == torch.float32 else 1e-310], dtype=dtype)
+    assert torch.equal(pointwise("tanh", smallest), smallest)
+
+
+@pytest.mark.parametrize("kind", LAYERS)
+def test_a_nan_stays_in_its_own_sequence(kind):
+    theirs, ours = twins(kind, 5, 17)
+    input = random(6, 3, 5)
+    input[2, 1, 3] = float("nan")
+    for mode in ("training", "inference"):
+        with triton_rnn.use_backend("native"), torch.set_grad_enabled(mode == "training"):
+            found = ours(input)[0]
+        expected = theirs(input)[0]
+        assert torch.equal(found.isnan(), expected.isnan())
+
+
+@pytest.mark.parametrize("packed", [False, True], ids=["padded", "packed"])
+@pytest.mark.parametrize("kind", LAYERS)
+def test_every_number_of_threads_gives_the_same_bits(monkeypatch, kind, packed):
+    _, ours = twins(kind, 19, 75, bidirectional=True, dtype=torch.float32)
+    input, hx = random(11, 5, 19, dtype=torch.float32), random_state(ours, 5)
+    prepare = {}
+    if packed:
+        lengths = [11, 9, 9, 4, 1]
+        prepare = {"prepare": lambda x: pack_padded_sequence(x, lengths)}
+    results = []
+    for threads in (1, 2, 3, 5, 16):
+        monkeypatch.setattr(rules, "threads", lambda request, rows, n=threads: n)
+        with triton_rnn.use_backend("native"):
+            results.append(run(ours, input, hx, **prepare))
+    for found in results[1:]:
+        for name, value in results[0].items():
+            assert value is None or torch.equal(found[name], value), name
+
+
+def test_threads_follow_torchs_number_and_the_work(monkeypatch):
+    large = triton_rnn.explain(triton_rnn.GRU(8, 512), torch.zeros(9, 16, 8)).request
+    small = triton_rnn.explain(triton_rnn.GRU(8, 16), torch.zeros(9, 1, 8)).request
+    for available in (1, 2, 4):
+        monkeypatch.setattr(torch, "get_num_threads", lambda n=available: n)
+        assert rules.threads(large, 9 * 16) == available
+        assert rules.threads(small, 9) == 1
+
+
+def test_a_forked_process_does_not_wait_for_threads_it_does_not_have():
+    code = """
+import os, signal, torch, triton_rnn
+from triton_rnn.backends.native import rules
+torch.set_num_threads(2)
+gru, input = triton_rnn.GRU(128, 128), torch.randn(9, 16, 128)
+def call():
+    with torch.no_grad(), triton_rnn.use_backend("native"):
+        return gru(input)[0]
+expected = call()
+child = os.fork()
+if child == 0:
+    signal.alarm(30)
+    os._exit(0 if torch.equal(call(), expected) else 1)
+print(os.waitpid(child, 0)[1])
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert done.stdout.strip() == "0", done.stderr
+
+
+def test_threads_of_python_share_a_module():
+    theirs, ours = twins("gru", 16, 64)
+    inputs = [random(30, 4, 16) for _ in range(4)]
+    expected = [theirs(input)[0] for input in inputs]
+    results: list[torch.Tensor | None] = [None] * 4
+
+    def work(index):
+        with triton_rnn.use_backend("native"):
+            for _ in range(20):
+                results[index] = ours(inputs[index])[0]
+
+    workers = [threading.Thread(target=work, args=(index,)) for index in range(4)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join(60)
+    for found, value in zip(results, expected, strict=True):
+        torch.testing.assert_close(found, value)
+
+
+LAYOUTS = {
+    "steps apart": lambda x: torch.cat([x, x], 0)[::2],
+    "rows apart": lambda x: torch.cat([x, x], 1)[:, ::2],
+    "numbers apart": lambda x: x.repeat_interleave(2, -1)[..., ::2],
+    "transposed": lambda x: x.transpose(0, 1).contiguous().transpose(0, 1),
+    "upside down": lambda x: x.permute(2, 1, 0).contiguous().permute(2, 1, 0),
+    "one row for all": lambda x: x[:, :1].expand_as(x),
+    "one step for all": lambda x: x[:1].expand_as(x),
+    "one number for all": lambda x: x[..., :1].expand_as(x),
+    "one for all": lambda x: x[:1, :1, :1].expand_as(x),
+    "negated lazily": lambda x: torch.complex(x, x).conj().imag,
+}
+
+
+@pytest.mark.parametrize("size", [(7, 3, 16), (7, 1, 5), (1, 4, 5), (1, 1, 1)], ids=str)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_input_of_any_layout(layout, size):
+    theirs, ours = twins("lstm", size[-1], 9, bidirectional=True)
+    input = LAYOUTS[layout](random(*size))
+    before = input.clone()
+    with triton_rnn.use_backend("native"):
+        found = run(ours, input)
+    assert_same_results(found, run(theirs, input))
+    assert torch.equal(input, before)
+
+
+def test_gradients_and_weights_of_any_layout():
+    theirs, ours = twins("gru", 5, 9)
+    for module in (theirs, ours):
+        module.weight_hh_l0.data = module.weight_hh_l0.data.t().contiguous().t()
+    input = random(7, 3, 5)
+    found = []
+    for module in (ours, theirs):
+        leaf = input.clone().requires_grad_()
+        with triton_rnn.use_backend("native"):
+            output, h_n = module(leaf)
+        # An expanded gradient, a strided one, and none for h_n.
+        output.sum().backward(retain_graph=True)
+        output.backward(random(9, 3, 7).permute(2, 1, 0))
+        assert h_n.grad_fn is not None
+        found.append([leaf.grad, *(p.grad for p in module.parameters())])
+    for ours_grad, theirs_grad in zip(*found, strict=True):
+        torch.testing.assert_close(ours_grad, theirs_grad)
+
+
+def test_long_sequences_go_through_the_preactivations_in_pieces():
+    """More steps than fit the buffer at once, forward and reverse, padded and packed."""
+    theirs, ours = twins("gru", 3, 33, bidirectional=True)
+    input = random(700, 5, 3)
+    with triton_rnn.use_backend("native"):
+        assert_same_results(run(ours, input), run(theirs, input))
+        lengths = [700, 699, 350, 2, 1]
+        prepare = {"prepare": lambda x: pack_padded_sequence(x, lengths)}
+        assert_same_results(run(ours, input, **prepare), run(theirs, input, **prepare))
+
+
+@pytest.mark.parametrize("kind", LAYERS)
+def test_an_empty_batch_is_torchs(kind):
+    theirs, ours = twins(kind, 3, 4, bidirectional=True)
+    with triton_rnn.use_backend("native"):
+        found = run(ours, torch.empty(5, 0, 3, dtype=torch.float64))
+    assert_same_results(found, run(theirs, torch.empty(5, 0, 3, dtype=torch.float64)))
+    assert all(p.grad.count_nonzero() == 0 for p in ours.parameters())
+
+
+def test_only_what_is_wanted_is_computed():
+    _, ours = twins("lstm", 3, 4)
+    ours.weight_ih_l0.requires_grad_(False)
+    ours.bias_hh_l0.requires_grad_(False)
+    with triton_rnn.use_backend("native"):
+        ours(random(5, 2, 3))[0].sum().backward()
+    assert ours.weight_ih_l0.grad is None
+    assert ours.bias_hh_l0.grad is None
+    assert ours.weight_hh_l0.grad is not None
+
+
+def test_no_memory_raises(monkeypatch):
+    functions = native.library(torch.float64)
+    monkeypatch.setattr(functions, "forward", lambda call: 1)
+    _, ours = twins("gru", 3, 4)
+    with triton_rnn.use_backend("native"), pytest.raises(MemoryError, match="recurrent layer"):
+        ours(random(5, 2, 3))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_other_dtypes_are_refused_by_name(dtype):
+    layer = triton_rnn.GRU(3, 4, dtype=dtype)
+    with (
+        triton_rnn.use_backend("native"),
+        pytest.raises(triton_rnn.BackendError, match="not float32 or float64"),
+    ):
+        layer(torch.zeros(5, 2, 3, dtype=dtype))
+
+
+WITHOUT_COMPILER = """
+import torch, triton_rnn
+gru, input = triton_rnn.GRU(3, 4), torch.randn(50, 2, 3)
+explanation = triton_rnn.explain(gru, input)
+print(explanation.backend, "|", explanation.reasons["native"])
+gru(input)[0].sum().backward()
+try:
+    with triton_rnn.use_backend("native"):
+        gru(input)
+except triton_rnn.BackendError as error:
+    print(error)
+from triton_rnn import info
+print(info.collect()["backends"]["native"])
+"""
+
+
+def test_without_a_compiler_torchscript_runs_and_everybody_is_told(tmp_path):
+    environment = {**os.environ, "CC": "/nowhere/cc", "TRITON_RNN_CACHE": str(tmp_path)}
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-c", WITHOUT_COMPILER],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    reason = "no C compiler: CC=/nowhere/cc is not there"
+    assert lines[0] == f"torchscript | {reason}"
+    assert lines[1] == f"backend 'native' cannot run this call: {reason}"
+    assert lines[2] == reason
+
+
+def test_the_struct_of_the_c_file_is_what_python_packs():
+    source = native._SOURCE.read_text()
+    body = re.search(r"typedef struct \{(?:(?!typedef).)*\} Call;", source, re.DOTALL).group()
+    body = re.sub(r"/\*.*?\*/", "", body, flags=re.DOTALL)
+    fields = 0
+    for line in body.replace("\n", " ").split(";")[:-2]:
+        if "(*" in line:
+            fields += 1
+            continue
+        for name in line.split("{")[-1].split(","):
+            count = 1
+            for length in re.findall(r"\[(\d+)\]", name):
+                count *= int(length)
+            fields += count
+    assert native._CALL.size == 8 * fields
+
+
+def sanitizers():
+    """What to load first so that a sanitized library can be loaded; "" if there is none."""
+    command = build.compiler()
+    found = []
+    for name in ("libasan.so", "libubsan.so"):
+        if command is not None and sys.platform == "linux":
+            told = subprocess.run(
+                [*command, f"-print-file-name={name}"], capture_output=True, text=True
+            ).stdout.strip()
+            if os.path.isabs(told) and os.path.exists(told):
+                found.append(os.path.realpath(told))
+    return " ".join(found) if len(found) == 2 else ""
+
+
+def sanitized(tmp_path, source=None):
+    """Forty random calls under the address and undefined-behaviour sanitizers."""
+    preload = sanitizers()
+    if not preload:
+        pytest.skip("the compiler has no address and undefined-behaviour sanitizers")
+    environment = {
+        **os.environ,
+        "TRITON_RNN_CACHE": str(tmp_path),
+        "TRITON_RNN_CFLAGS": "-fsanitize=address,undefined -fno-sanitize-recover=all -O1 -g",
+        "LD_PRELOAD": preload,
+        # Python itself does not free everything at its end.
+        "ASAN_OPTIONS": "detect_leaks=0",
+        "PYTHONPATH": str(ROOT),
+    }
+    program = ["tests/native_fuzz.py"]
+    if source is not None:
+        code = (
+            "import pathlib, runpy; from triton_rnn.backends import native;"
+            f"native._SOURCE = pathlib.Path({str(source)!r});"
+            "runpy.run_path('tests/native_fuzz.py', run_name='__main__')"
+        )
+        program = ["-c", code]
+    return subprocess.run(
+        [sys.executable, *program, "40", "7"],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=400,
+    )
+
+
+def test_no_array_is_read_or_written_outside(tmp_path):
+    done = sanitized(tmp_path)
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert done.stdout.strip() == "40 cases"
+
+
+def test_the_sanitizers_would_see_a_store_beyond_a_row(tmp_path):
+    """What the test above is worth: a whole vector stored at the end of a caller's row is seen."""
+    source = tmp_path / "recurrence.c"
+    text = native._SOURCE.read_text()
+    right = "if (count >= LANES)\n        store(to, value);"
+    assert right in text
+    source.write_text(text.replace(right, "if (count >= 1)\n        store(to, value);"))
+    done = sanitized(tmp_path, source)
+    assert done.returncode != 0
+    assert "ERROR: AddressSanitizer" in done.stderr
