@@ -126,11 +126,31 @@ def test_without_a_folder_a_temporary_one_serves(source, tmp_path, monkeypatch, 
         (tmp_path / "cache").write_text("in the way")
     else:
         monkeypatch.setenv("TRITON_RNN_CACHE", "/proc/nowhere/cache")
-    made = []
-    real = build._temporary_folder
-    monkeypatch.setattr(build, "_temporary_folder", lambda: made.append(real()) or made[0])
     assert answer(source) == 42
-    assert len(files(made[0])) == 1
+
+
+def test_a_full_disk_or_one_for_no_programs_is_survived(source, tmp_path, monkeypatch):
+    real_store, real_load = build._store, ctypes.CDLL
+    cache = tmp_path / "cache"
+    full = lambda content, folder, name: (  # noqa: E731
+        None if folder == cache else real_store(content, folder, name)
+    )
+    monkeypatch.setattr(build, "_store", full)
+    assert answer(source) == 42
+    assert files(cache) == []
+    monkeypatch.setattr(build, "_store", real_store)
+
+    def refusing(path):
+        if path.startswith(os.fspath(cache)):
+            raise OSError("failed to map segment from shared object")
+        return real_load(path)
+
+    monkeypatch.setattr(ctypes, "CDLL", refusing)
+    assert answer(source) == 42
+    assert len(files(cache)) == 1
+    monkeypatch.setattr(build, "_store", lambda *_: None)
+    with pytest.raises(build.BuildError, match="no space"):
+        answer(source, 43)
 
 
 def test_a_folder_that_cannot_be_written_is_not_used(tmp_path, monkeypatch):

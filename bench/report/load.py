@@ -240,7 +240,7 @@ def _timing(fields: _Fields) -> Timing:
         fields.quartiles("quartiles"),
         fields.maybe_positive("ratio"),
         fields.maybe_quartiles("ratio_quartiles"),
-        fields.maybe_positive("peak_bytes"),
+        fields.maybe_number("peak_bytes"),
     )
 
 

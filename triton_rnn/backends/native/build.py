@@ -5,12 +5,12 @@ or in ~/.cache. What a file there was compiled from (source, compiler, flags, pr
 content are both in its name, as hashes, and the content is checked before it is loaded: a file cut
 short would kill the process when it is mapped. The folder and the file have to belong to this user
 and be writable by nobody else; so between check and load only the user could exchange them. Where
-there is no such folder to be had, a temporary one serves this process.
+there is no such folder to be had, or it is full or may not hold programs, a temporary file serves
+this process.
 
 CC names the compiler and TRITON_RNN_CFLAGS adds flags.
 """
 
-import atexit
 import contextlib
 import ctypes
 import hashlib
@@ -86,18 +86,28 @@ def library(source: Path, extra: Sequence[str] = ()) -> ctypes.CDLL:
     flags = [*FLAGS, *extra, *shlex.split(os.environ.get("TRITON_RNN_CFLAGS", ""))]
     key = _key(source, command, flags)
     folder = _usable(cache_folder())
-    if folder is None:
-        folder = _temporary_folder()
-    found = _cached(folder, key)
+    found = None if folder is None else _cached(folder, key)
+    content = b""
     if found is None:
-        found = _compile(source, command, flags, folder, key)
-        _forget_old(folder)
+        content = _compile(source, command, flags)
+        if folder is not None:
+            found = _store(content, folder, f"{key}-{_digest(content)}.so")
+            _forget_old(folder)
+    if found is not None:
+        # A folder mounted noexec keeps a library and does not load it.
+        with contextlib.suppress(OSError):
+            return ctypes.CDLL(os.fspath(found))
     try:
-        return ctypes.CDLL(os.fspath(found))
+        with tempfile.TemporaryDirectory(prefix="triton_rnn-") as private:
+            content = content or _compile(source, command, flags)
+            path = _store(content, Path(private), f"{key}.so")
+            if path is None:
+                raise BuildError(f"no space for the compiled loops, not in {private} either")
+            # Once loaded it needs its name no more.
+            return ctypes.CDLL(os.fspath(path))
     except OSError as error:
-        raise BuildError(
-            f"the compiled loops cannot be loaded: {_first_line(str(error))}"
-        ) from None
+        reason = _first_line(str(error))
+        raise BuildError(f"the compiled loops cannot be loaded: {reason}") from None
 
 
 def _key(source: Path, command: Sequence[str], flags: Sequence[str]) -> str:
@@ -146,15 +156,6 @@ def _usable(folder: Path) -> Path | None:
     return folder if os.access(folder, os.W_OK | os.X_OK) else None
 
 
-def _temporary_folder() -> Path:
-    try:
-        folder = Path(tempfile.mkdtemp(prefix="triton_rnn-"))
-    except OSError as error:
-        raise BuildError(f"no folder to compile in: {_first_line(str(error))}") from None
-    atexit.register(shutil.rmtree, folder, ignore_errors=True)
-    return folder
-
-
 def _digest(content: bytes) -> str:
     return hashlib.sha256(content).hexdigest()[:32]
 
@@ -177,35 +178,40 @@ def _cached(folder: Path, key: str) -> Path | None:
     return None
 
 
-def _compile(
-    source: Path, command: Sequence[str], flags: Sequence[str], folder: Path, key: str
-) -> Path:
-    """Compile into `folder`: the library appears there whole or not at all."""
+def _compile(source: Path, command: Sequence[str], flags: Sequence[str]) -> bytes:
+    """The library that a source compiles to."""
     try:
-        handle, name = tempfile.mkstemp(prefix=".", suffix=".part", dir=folder)
+        with tempfile.TemporaryDirectory(prefix="triton_rnn-") as folder:
+            made = Path(folder) / "library.so"
+            for native in NATIVE_FLAGS:
+                files = [os.fspath(source.absolute()), "-o", os.fspath(made), "-lm"]
+                reason = _run([*command, *flags, *native, *files])
+                if not reason:
+                    break
+            content = b"" if reason or not made.exists() else made.read_bytes()
     except OSError as error:
-        raise BuildError(f"cannot write to {folder}: {_first_line(str(error))}") from None
-    os.close(handle)
-    unfinished = Path(name)
+        raise BuildError(f"cannot compile the loops: {_first_line(str(error))}") from None
+    if not content:
+        raise BuildError(f"{command[0]} cannot compile the loops: {reason or 'it wrote nothing'}")
+    return content
+
+
+def _store(content: bytes, folder: Path, name: str) -> Path | None:
+    """Write a file that is there whole or not at all; None if it cannot be written."""
+    unfinished = None
     try:
-        reason = ""
-        for native in NATIVE_FLAGS:
-            reason = _run([*command, *flags, *native, os.fspath(source), "-o", name, "-lm"])
-            if not reason:
-                break
-        content = unfinished.read_bytes()
-        if not reason and not content:
-            reason = "it wrote nothing"
-        if reason:
-            raise BuildError(f"{command[0]} cannot compile the loops: {reason}")
-        unfinished.chmod(0o600)
-        finished = folder / f"{key}-{_digest(content)}.so"
-        os.replace(unfinished, finished)
-        return finished
-    except OSError as error:
-        raise BuildError(f"cannot write to {folder}: {_first_line(str(error))}") from None
+        # Mode 0600.
+        handle, unfinished = tempfile.mkstemp(prefix=".", suffix=".part", dir=folder)
+        with open(handle, "wb") as file:
+            file.write(content)
+        os.replace(unfinished, folder / name)
+        return folder / name
+    except OSError:
+        return None
     finally:
-        unfinished.unlink(missing_ok=True)
+        if unfinished is not None:
+            with contextlib.suppress(OSError):
+                os.unlink(unfinished)
 
 
 def _run(command: Sequence[str]) -> str:
@@ -219,22 +225,25 @@ def _run(command: Sequence[str]) -> str:
         # loaded into this process, a sanitizer or another malloc.
         environment = {**os.environ, "LC_ALL": "C"}
         environment.pop("LD_PRELOAD", None)
-        done = subprocess.run(
-            command,
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            text=True,
-            errors="replace",
-            timeout=SECONDS,
-            env=environment,
-        )
+        # Into a file: a child of a compiler that was killed would keep a pipe open.
+        with tempfile.TemporaryFile() as output:
+            done = subprocess.run(
+                command,
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                timeout=SECONDS,
+                env=environment,
+            )
+            output.seek(0)
+            told = output.read().decode(errors="replace")
     except subprocess.TimeoutExpired:
         raise BuildError(f"{command[0]} did not end within {SECONDS} seconds") from None
     except OSError as error:
         raise BuildError(f"{command[0]} cannot be started: {_first_line(str(error))}") from None
     if done.returncode == 0:
         return ""
-    lines = [line.strip() for line in done.stderr.splitlines() if line.strip()]
+    lines = [line.strip() for line in told.splitlines() if line.strip()]
     errors = [line for line in lines if "error" in line.lower()]
     return (errors or lines or [f"exit status {done.returncode}"])[0]
 
