@@ -5,6 +5,7 @@ torchrun starts it with a folder, into which every rank writes what came of its 
 
 from __future__ import annotations
 
+import gc
 import os
 import sys
 from collections.abc import Iterator
@@ -188,6 +189,8 @@ def main(folder: Path) -> None:
     outcomes = {case.id: run_case(case) for case in (*CASES, UNSHARED)}
     saved = {name: vars(outcome) for name, outcome in outcomes.items()}
     torch.save(saved, folder / f"{os.environ['RANK']}.pt")
+    # As in the demo: DDP's cycles must not be left until the interpreter's end.
+    gc.collect()
     dist.destroy_process_group()
 
 
