@@ -1,4 +1,5 @@
-"""``python -m bench growth | report``: what stands beside ``pytest bench``, the benchmark itself.
+"""``python -m bench growth | scaling | report``: what stands beside ``pytest bench``, the benchmark
+itself.
 
 Each command is a module with ``add_options(parser)`` and ``run(options) -> exit code``, imported
 only when it is asked for.
@@ -16,6 +17,7 @@ from bench.machine import CommandError
 COMMANDS = {
     "report": "tables, pictures and one page, from the JSON files of stored runs",
     "growth": "how cost grows with steps, batch, hidden size, layers and threads; first results",
+    "scaling": "a training step over one process and more, strong and weak",
 }
 
 

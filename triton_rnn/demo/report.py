@@ -16,7 +16,7 @@ from rich.progress import Progress as ProgressBars
 from rich.table import Table
 from rich.text import Text
 
-from triton_rnn.demo import plots
+from triton_rnn.demo import distributed, plots
 from triton_rnn.demo.series import SeriesJob
 from triton_rnn.demo.settings import DemoError, Settings
 from triton_rnn.demo.text import TextJob
@@ -41,11 +41,12 @@ def run(settings: Settings) -> None:
         DemoError: the request or the run is at fault; nothing was written.
     """
     # highlight would colour every number of the generated text and the paths.
-    console = Console(highlight=False)
-    if settings.demo == "text":
-        _run_text(settings, console)
-    else:
-        _run_series(settings, console)
+    console = Console(highlight=False, quiet=not distributed.is_first())
+    with distributed.group(settings):
+        if settings.demo == "text":
+            _run_text(settings, console)
+        else:
+            _run_series(settings, console)
 
 
 def _run_text(settings: Settings, console: Console) -> None:
@@ -56,6 +57,8 @@ def _run_text(settings: Settings, console: Console) -> None:
     comparison = _train(
         settings, console, lambda told: run_pair(settings, job.build, job.batch_at, job.loss, told)
     )
+    if not distributed.is_first():
+        return
     sample = job.sample(comparison)
     table = _table(settings, comparison)
     per_step = settings.batch * settings.seq_len
@@ -79,6 +82,8 @@ def _run_series(settings: Settings, console: Console) -> None:
     comparison = _train(
         settings, console, lambda told: run_pair(settings, job.build, job.batch_at, job.loss, told)
     )
+    if not distributed.is_first():
+        return
     forecast = job.forecast(comparison)
     table = _table(settings, comparison)
     rmse = forecast.rmse
@@ -134,8 +139,9 @@ def _train(
 def _describe(settings: Settings) -> str:
     layers = f"{settings.layers} layer" + ("s" if settings.layers > 1 else "")
     cell = settings.cell.replace("-", " ").upper()
+    over = f" over {distributed.processes()} processes" if distributed.processes() > 1 else ""
     return (
-        f"{cell}, {layers}, hidden {settings.hidden}, batch {settings.batch},"
+        f"{cell}, {layers}, hidden {settings.hidden}, batch {settings.batch}{over},"
         f" sequence length {settings.seq_len}, {settings.device.type.upper()}"
     )
 
@@ -190,6 +196,7 @@ def _numbers(settings: Settings, comparison: Comparison) -> dict[str, Any]:
         "seed": settings.seed,
         "device": settings.device.type,
         "threads": torch.get_num_threads(),
+        "processes": distributed.processes(),
         "backend_asked": settings.backend,
         "backend": comparison.backend,
         "same_initial_weights": comparison.same_initial_weights,

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 import triton_rnn
+from triton_rnn.demo import distributed
 from triton_rnn.demo.settings import DemoError, Settings
 
 THEIRS = "torch.nn"
@@ -132,7 +133,8 @@ def run_pair(
     same_initial_weights = weights[0].keys() == weights[1].keys() and all(
         torch.equal(weights[0][key], weights[1][key]) for key in weights[0]
     )
-    first = batch_at(0)
+    first = distributed.share(batch_at(0))
+    loss_function = distributed.shared_loss(loss_function, settings.batch)
     with triton_rnn.use_backend(settings.backend):
         backend = _backend_in_use(models[OURS], settings, first)
         _warm_up(models, settings, first, loss_function)
@@ -160,12 +162,12 @@ def _backend_in_use(model: Model, settings: Settings, batch: Batch) -> str:
     return str(triton_rnn.explain(model.recurrent, captured[0]).backend)
 
 
-def _optimizer(model: Model, settings: Settings) -> torch.optim.Optimizer:
+def _optimizer(model: nn.Module, settings: Settings) -> torch.optim.Optimizer:
     return torch.optim.Adam(model.parameters(), lr=settings.lr)
 
 
 def _training_step(
-    model: Model, optimizer: torch.optim.Optimizer, batch: Batch, loss_function: LossFunction
+    model: nn.Module, optimizer: torch.optim.Optimizer, batch: Batch, loss_function: LossFunction
 ) -> Tensor:
     optimizer.zero_grad(set_to_none=True)
     loss = loss_function(model(batch[0]), batch[1])
@@ -180,7 +182,7 @@ def _warm_up(
 ) -> None:
     on_device = batch[0].to(settings.device), batch[1].to(settings.device)
     for model in models.values():
-        throw_away = copy.deepcopy(model)
+        throw_away = distributed.parallel(copy.deepcopy(model))
         optimizer = _optimizer(throw_away, settings)
         for _ in range(WARMUP_STEPS):
             _training_step(throw_away, optimizer, on_device, loss_function)
@@ -193,19 +195,20 @@ def _train(
     loss_function: LossFunction,
     on_step: Callable[[Progress], None],
 ) -> tuple[dict[str, list[float]], dict[str, list[float]]]:
-    optimizers = {name: _optimizer(model, settings) for name, model in models.items()}
+    trained = {name: distributed.parallel(model) for name, model in models.items()}
+    optimizers = {name: _optimizer(model, settings) for name, model in trained.items()}
     losses: dict[str, list[float]] = {name: [] for name in NAMES}
     seconds: dict[str, list[float]] = {name: [] for name in NAMES}
     for step in range(settings.steps):
-        input, target = batch_at(step)
+        input, target = distributed.share(batch_at(step))
         batch = input.to(settings.device), target.to(settings.device)
         for name in NAMES if step % 2 == 0 else reversed(NAMES):
             _synchronise(settings.device)
             start = time.perf_counter()
-            loss_tensor = _training_step(models[name], optimizers[name], batch, loss_function)
+            loss_tensor = _training_step(trained[name], optimizers[name], batch, loss_function)
             _synchronise(settings.device)
             seconds[name].append(time.perf_counter() - start)
-            loss = float(loss_tensor)
+            loss = distributed.joined(loss_tensor)
             if not math.isfinite(loss):
                 message = f"the loss of {name} is {loss} at step {step + 1}: try a smaller --lr"
                 raise DemoError(message, exit_code=1)
