@@ -64,9 +64,9 @@ def test_onednn_and_blas_give_the_same_numbers(rule, monkeypatch, kind, packed):
 
 
 def test_a_packed_batch_of_equal_lengths_is_run_as_a_padded_one():
-    gru = triton_rnn.LSTM(3, 4)
+    lstm = triton_rnn.LSTM(3, 600)
     packed = pack_padded_sequence(torch.randn(9, 2, 3), [9, 9])
-    assert triton_rnn.explain(gru, packed).backend == "aten"
-    output, _ = gru(packed)
-    assert output.data.shape == (18, 4)
+    assert triton_rnn.explain(lstm, packed).backend == "aten"
+    output, _ = lstm(packed)
+    assert output.data.shape == (18, 600)
     assert torch.equal(output.batch_sizes, packed.batch_sizes)

@@ -25,22 +25,49 @@ def gru() -> triton_rnn.GRU:
 LONG = torch.zeros(50, 2, 3)
 
 
-def test_auto_takes_torchscript_for_a_sequence_on_the_cpu(gru):
-    assert _backend(gru, LONG) == "torchscript"
+NATIVE = dispatch.unavailable("native")
+needs_native = pytest.mark.skipif(NATIVE is not None, reason=f"no C loops: {NATIVE}")
 
 
-def test_auto_leaves_a_long_float32_lstm_to_onednn():
-    assert _backend(triton_rnn.LSTM(3, 4), LONG) == "aten"
-
-
-def test_auto_takes_torchscript_for_an_lstm_that_onednn_does_not_serve():
-    assert _backend(triton_rnn.LSTM(3, 4).double(), LONG.double()) == "torchscript"
-    assert _backend(triton_rnn.LSTM(3, 4, proj_size=2), LONG) == "torchscript"
+@needs_native
+def test_auto_takes_the_c_loops_for_a_sequence_on_the_cpu(gru):
+    assert _backend(gru, LONG) == "native"
+    assert _backend(gru, LONG[:1]) == "native"
+    assert _backend(triton_rnn.LSTM(3, 4).double(), LONG.double()) == "native"
+    assert _backend(triton_rnn.LSTM(3, 4, proj_size=2), LONG) == "native"
     packed = torch.nn.utils.rnn.pack_sequence([torch.zeros(50, 3), torch.zeros(30, 3)])
-    assert _backend(triton_rnn.LSTM(3, 4), packed) == "torchscript"
+    assert _backend(triton_rnn.LSTM(3, 4), packed) == "native"
 
 
-@pytest.mark.parametrize("name", ["torchscript", "aten", "reference"])
+@needs_native
+def test_auto_takes_torchscript_for_what_the_c_loops_do_not_do(gru):
+    assert _backend(gru.bfloat16(), LONG.bfloat16()) == "torchscript"
+    assert _backend(triton_rnn.RNN(3, 1100), LONG) == "torchscript"
+
+
+@needs_native
+def test_auto_leaves_a_large_float32_lstm_to_onednn():
+    assert _backend(triton_rnn.LSTM(3, 128), torch.zeros(50, 32, 3)) == "native"
+    assert _backend(triton_rnn.LSTM(3, 128), torch.zeros(50, 33, 3)) == "aten"
+    assert _backend(triton_rnn.LSTM(3, 600), LONG) == "aten"
+    with torch.no_grad():
+        packed = torch.nn.utils.rnn.pack_sequence([torch.zeros(50, 3), torch.zeros(30, 3)])
+        assert _backend(triton_rnn.LSTM(3, 600), packed) == "native"
+
+
+@needs_native
+def test_auto_leaves_few_steps_of_many_weights_to_others():
+    gru = triton_rnn.GRU(3, 200)
+    assert _backend(gru, torch.zeros(4, 1, 3)) == "native"
+    assert _backend(gru, torch.zeros(3, 1, 3)) != "native"
+    gru = triton_rnn.GRU(3, 600)
+    assert _backend(gru, torch.zeros(16, 1, 3)) == "native"
+    assert _backend(gru, torch.zeros(15, 1, 3)) != "native"
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param("native", marks=needs_native), "torchscript", "aten", "reference"]
+)
 def test_an_explicit_request_is_honoured(gru, name):
     with triton_rnn.use_backend(name):
         explanation = triton_rnn.explain(gru, LONG)
@@ -184,8 +211,12 @@ def test_users_see_no_deprecation_warning_of_torchscript():
 
 def test_explain_reads_well_and_runs_nothing(gru):
     before = [parameter.detach().clone() for parameter in gru.parameters()]
-    text = str(triton_rnn.explain(gru, LONG))
+    with triton_rnn.use_backend("torchscript"):
+        text = str(triton_rnn.explain(gru, LONG))
     assert text.startswith("backend torchscript\n  layer 0: compiled")
+    if NATIVE is None:
+        native = str(triton_rnn.explain(gru, LONG))
+        assert native.startswith("backend native\n  layer 0: one C call, vectors of ")
     assert "not triton: " in text
     for parameter, old in zip(gru.parameters(), before, strict=True):
         assert torch.equal(parameter, old)
@@ -208,7 +239,7 @@ def test_cells_run_on_the_backend_that_is_asked_for():
     for cell in (triton_rnn.RNNCell(3, 4), triton_rnn.GRUCell(3, 4), triton_rnn.LSTMCell(3, 4)):
         for input in (torch.randn(5, 3), torch.randn(3)):
             expected = cell(input)
-            for name in ("torchscript", "reference"):
+            for name in ("torchscript", "reference", *([] if NATIVE else ["native"])):
                 with triton_rnn.use_backend(name):
                     found = cell(input)
                     assert _backend(cell, input) == name
@@ -218,8 +249,9 @@ def test_cells_run_on_the_backend_that_is_asked_for():
 # torch says this whenever the flags are set, whatever they are set to.
 @pytest.mark.filterwarnings("ignore:TF32 acceleration on top of oneDNN:UserWarning")
 def test_the_onednn_switch_takes_effect_between_calls():
-    lstm = triton_rnn.LSTM(3, 4)
+    lstm = triton_rnn.LSTM(3, 600)
+    loops = "torchscript" if NATIVE else "native"
     assert _backend(lstm, LONG) == "aten"
     with torch.backends.mkldnn.flags(enabled=False):
-        assert _backend(lstm, LONG) == "torchscript"
+        assert _backend(lstm, LONG) == loops
     assert _backend(lstm, LONG) == "aten"

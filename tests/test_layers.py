@@ -22,6 +22,7 @@ from tolerances import (
     random,
     random_state,
     run,
+    skip_unless_served,
     twins,
 )
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
@@ -189,8 +190,7 @@ def assert_as_good_as_its_rounding(ours, exact, input, hx, prepare=lambda input:
 @pytest.mark.parametrize("dtype", LOW_PRECISION, ids=str)
 @pytest.mark.parametrize("kind", LAYERS)
 def test_each_dtype_is_as_good_as_its_rounding(backend, kind, dtype, options, form):
-    if backend == "native" and dtype in (torch.float16, torch.bfloat16):
-        pytest.skip("the C loops are for float32 and float64, and say so (test_native.py)")
+    skip_unless_served(backend, dtype)
     ours, exact = low_and_exact(kind, dtype, **options)
     batch, shape, prepare = form_of_input(form, False)
     input, hx = random(*shape, 7, dtype=dtype), random_state(ours, batch)
@@ -200,8 +200,7 @@ def test_each_dtype_is_as_good_as_its_rounding(backend, kind, dtype, options, fo
 @pytest.mark.parametrize("dtype", LOW_PRECISION, ids=str)
 @pytest.mark.parametrize("kind", CELLS)
 def test_each_dtype_of_a_cell_is_as_good_as_its_rounding(backend, kind, dtype):
-    if backend == "native" and dtype in (torch.float16, torch.bfloat16):
-        pytest.skip("the C loops are for float32 and float64, and say so (test_native.py)")
+    skip_unless_served(backend, dtype)
     ours, exact = low_and_exact(kind, dtype)
     input, hx = random(3, 7, dtype=dtype), random_state(ours, 3)
     assert_as_good_as_its_rounding(ours, exact, input, hx)

@@ -119,6 +119,7 @@ def test_every_number_of_threads_gives_the_same_bits(monkeypatch, kind, packed):
 
 
 def test_threads_follow_torchs_number_and_the_work(monkeypatch):
+    # The least that fifty steps of sixteen sequences are: enough work for four.
     large = triton_rnn.explain(triton_rnn.GRU(8, 512), torch.zeros(9, 16, 8)).request
     small = triton_rnn.explain(triton_rnn.GRU(8, 16), torch.zeros(9, 1, 8)).request
     for available in (1, 2, 4):

@@ -6,7 +6,17 @@ are those that TorchScript calls as `aten::empty`, which replacing a Python func
 
 import pytest
 import torch
-from tolerances import CELLS, LAYERS, OUTPUTS, assert_same_results, random, random_state, run, twins
+from tolerances import (
+    CELLS,
+    LAYERS,
+    OUTPUTS,
+    assert_same_results,
+    random,
+    random_state,
+    run,
+    skip_unless_served,
+    twins,
+)
 from torch.nn.utils.rnn import pack_padded_sequence
 
 
@@ -53,6 +63,7 @@ FORMS = {
 @pytest.mark.parametrize("kind", LAYERS)
 @pytest.mark.usefixtures("poisoned")
 def test_no_result_of_a_layer_comes_from_unwritten_memory(backend, kind, form, given, dtype):
+    skip_unless_served(backend, dtype)
     _, ours = twins(kind, 3, 5, num_layers=2, bidirectional=True, dtype=dtype)
     shape, prepare = FORMS[form]
     input = random(*shape, 3, dtype=dtype)

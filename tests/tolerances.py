@@ -8,6 +8,7 @@ every output and every gradient by name.
 from collections.abc import Callable, Iterable
 from typing import Any
 
+import pytest
 import torch
 from torch.nn.utils.rnn import PackedSequence
 
@@ -192,3 +193,9 @@ def assert_same_bits(actual: Results, expected: Results) -> None:
         other = actual[name]
         same = value is other if value is None or other is None else torch.equal(other, value)
         assert same, f"{name} differs"
+
+
+def skip_unless_served(backend: str, dtype: torch.dtype) -> None:
+    """Skip what a backend refuses by name; that it does refuse it has a test of its own."""
+    if backend == "native" and dtype in (torch.float16, torch.bfloat16):
+        pytest.skip("the C loops are for float32 and float64 (test_native.py)")

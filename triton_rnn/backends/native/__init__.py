@@ -116,7 +116,7 @@ def declines(request: Request) -> str | None:
     """Why `auto` leaves a request to others."""
     # The rule first: no compiler is started for what it would not be used for.
     if request.device.type == "cpu" and request.dtype in _TYPES:
-        reason = rules.too_large(request)
+        reason = rules.slower(request)
         if reason is not None:
             return reason
     return supports(request)

@@ -396,6 +396,36 @@ static void product(const Product *p)
     }
 }
 
+/* LANES rows with LANES numbers each, transposed; to_row apart. Each round interleaves the first half
+   of the vectors with the second, number by number: as many rounds as LANES has bits. */
+#if defined(__GNUC__) && !defined(__clang__)
+#define HAS_SHUFFLE 1
+INLINE void transpose_square(const REAL *from, i64 from_row, REAL *to, i64 to_row)
+{
+    bits low, high;
+    vec v[VECTOR_BYTES / sizeof(REAL)], next[VECTOR_BYTES / sizeof(REAL)];
+    UNROLL for (int lane = 0; lane < LANES; lane++) {
+        low[lane] = lane / 2 + lane % 2 * LANES;
+        high[lane] = low[lane] + LANES / 2;
+    }
+    UNROLL for (int i = 0; i < LANES; i++) v[i] = load(from + i * from_row);
+    UNROLL for (int round = 1; round < LANES; round *= 2) {
+        UNROLL for (int i = 0; i < LANES / 2; i++) {
+            next[2 * i] = __builtin_shuffle(v[i], v[i + LANES / 2], low);
+            next[2 * i + 1] = __builtin_shuffle(v[i], v[i + LANES / 2], high);
+        }
+        UNROLL for (int i = 0; i < LANES; i++) v[i] = next[i];
+    }
+    UNROLL for (int i = 0; i < LANES; i++) store(to + i * to_row, v[i]);
+}
+#else
+#define HAS_SHUFFLE 0
+INLINE void transpose_square(const REAL *from, i64 from_row, REAL *to, i64 to_row)
+{
+    (void)from, (void)from_row, (void)to, (void)to_row;
+}
+#endif
+
 /* A weight (G*H, K), transposed, in panels: of all gates the units [begin, end), whole vectors.
    Either the gates of a unit-vector stand together, as a step wants them, or all units of a gate. */
 static Matrix transpose(const REAL *from, i64 gates, i64 hidden, i64 columns, i64 width,
@@ -408,14 +438,14 @@ static Matrix transpose(const REAL *from, i64 gates, i64 hidden, i64 columns, i6
             i64 vector = by_unit ? unit * gates + g : g * (padded(hidden) / LANES) + unit;
             const REAL *source = from + (g * hidden + first) * columns;
             REAL *target = to + (column_of(&m, vector, width) - to);
-            for (i64 k = 0; k < columns; k++) {
+            i64 k = 0;
+            if (HAS_SHUFFLE && count == LANES)
+                for (; k + LANES <= columns; k += LANES)
+                    transpose_square(source + k, columns, target + k * m.row, m.row);
+            for (; k < columns; k++) {
                 vec column = {0};
-                if (count == LANES)
-                    UNROLL for (i64 lane = 0; lane < LANES; lane++)
-                        column[lane] = source[lane * columns + k];
-                else
-                    for (i64 lane = 0; lane < count; lane++)
-                        column[lane] = source[lane * columns + k];
+                for (i64 lane = 0; lane < count; lane++)
+                    column[lane] = source[lane * columns + k];
                 store(target + k * m.row, column);
             }
         }

@@ -10,14 +10,19 @@ import torch
 from triton_rnn.request import Request
 
 # Multiply-adds of a step's recurrent product that keep a further thread busy for longer than it
-# costs to wait for it: two threads break even at 16,000, and gain a third at 50,000.
-STEP_WORK_PER_THREAD = 20_000
+# costs to wait for it: two threads lose at 16,000, break even at 30,000 and gain 1.3 at 50,000.
+STEP_WORK_PER_THREAD = 32_000
 
+# The weights are laid out anew at every call, which a few steps must earn back: numbers of W_ih and
+# W_hh, and the steps from which on the C loops are faster than torch's operators on that many.
+FEWEST_STEPS = ((1_000_000, 16), (40_000, 4))
 
-def too_large(request: Request) -> str | None:
-    """Why `auto` leaves a request to libraries with threads; None where C is faster."""
-    return None
-
+# The largest float32 LSTM, in rows of a step times hidden units, and in hidden units, for which the
+# C loops are not slower than oneDNN's primitive: from 3.5 times as fast at 32 to 1.0 at the limit.
+LSTM_STATE = 4096
+LSTM_HIDDEN = 512
+# Likewise for the other cells beside TorchScript, whose products are a library's.
+HIDDEN = 1024
 
 # A process that was forked has no OpenMP team, and opening one waits for threads that are not there
 # (torch's own operators do). One thread does the work then.
@@ -31,6 +36,27 @@ def _note_fork() -> None:
 
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_note_fork)
+
+
+def slower(request: Request) -> str | None:
+    """Why `auto` leaves a request to others; None where C is fastest."""
+    inputs = request.input_size + request.output_size
+    weights = request.cell.gates * request.hidden_size * inputs
+    for numbers, steps in FEWEST_STEPS:
+        if weights > numbers and request.seq_len < steps:
+            return f"with fewer than {steps} steps it costs too much to lay out {weights} weights"
+    if request.hidden_size > HIDDEN:
+        return f"with more than {HIDDEN} hidden units a library's matrix product is faster"
+    if (
+        request.cell.name == "lstm"
+        and request.dtype == torch.float32
+        and not request.packed
+        and torch.backends.mkldnn.is_available()
+        and torch._C._get_mkldnn_enabled()
+        and (request.batch * request.hidden_size > LSTM_STATE or request.hidden_size > LSTM_HIDDEN)
+    ):
+        return "torch runs an LSTM of this size as one oneDNN primitive, which is faster"
+    return None
 
 
 def threads(request: Request, rows: int) -> int:
