@@ -118,7 +118,17 @@ OTHER_SIZES = (
     Size(16, 500, 33, 65, directions=2),
 )
 
-GRIDS = {"issue": ISSUE_GRID, "other": OTHER_SIZES}
+# Where a call's cost is that of its operations; and some beyond, up to where it is arithmetic.
+SMALL_SIZES = (
+    *(
+        Size(batch, seq_len, size, size)
+        for seq_len, size in ((5, 3), (50, 16), (20, 64), (100, 128))
+        for batch in (1, 2, 8)
+    ),
+    *(Size(batch, 50, size, size) for size in (256, 512) for batch in (1, 8)),
+)
+
+GRIDS = {"issue": ISSUE_GRID, "other": OTHER_SIZES, "small": SMALL_SIZES}
 
 # Where a GPU is at hand. Small and large states, few and many sequences; the first is for --quick.
 GPU_SIZES = (
@@ -173,10 +183,10 @@ def select(
 
 
 def case_by_id(case_id: str) -> Case:
-    """The case on the CPU of either grid, or of the extra cells, that has this id.
+    """The case on the CPU of any grid, or of the extra cells, that has this id.
 
     Raises:
         KeyError: there is none.
     """
-    sizes = (*ISSUE_GRID, *OTHER_SIZES)
+    sizes = dict.fromkeys((*ISSUE_GRID, *OTHER_SIZES, *SMALL_SIZES))
     return {case.id: case for case in cases_of(sizes, CELLS + EXTRA_CELLS)}[case_id]

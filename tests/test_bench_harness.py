@@ -81,11 +81,41 @@ def test_other_sizes_are_off_the_grid() -> None:
 
 
 def test_case_ids_are_unique_and_lead_back_to_the_case() -> None:
-    every = [
-        case for grid in cases.GRIDS for case in cases.select(grid, cases.CELLS + cases.EXTRA_CELLS)
-    ]
-    assert len({case.id for case in every}) == len(every)
-    assert all(cases.case_by_id(case.id) == case for case in every)
+    for grid in cases.GRIDS:
+        every = cases.select(grid, cases.CELLS + cases.EXTRA_CELLS)
+        assert len({case.id for case in every}) == len(every)
+        assert all(cases.case_by_id(case.id) == case for case in every)
+
+
+def test_the_small_grids_targets_are_of_small_sizes() -> None:
+    assert {target.group: (target.mean, target.worst) for target in tables.SMALL_TARGETS} == {
+        "RNN inference, small": (6.0, 1.5),
+        "GRU inference, small": (6.0, 1.5),
+        "LSTM inference, small": (2.5, 1.1),
+        "RNN training, small": (5.0, 1.5),
+        "GRU training, small": (5.0, 1.5),
+        "LSTM training, small": (2.5, 1.1),
+    }
+    target = tables.SMALL_TARGETS[0]
+    found = [case for case in cases.select("small", ("rnn",)) if target.contains(case)]
+    assert {case.size.hidden_size for case in found} == {3, 16, 64, 128}
+    assert {case.size.batch for case in found} == {1, 2, 8}
+
+
+def test_a_peer_is_compared_in_a_line() -> None:
+    def beside(ours: float, theirs: float) -> tables.Measurement:
+        sides = {"triton_rnn": {0: ours}, "torch.nn": {0: 8.0}, "onnxruntime": {0: theirs}}
+        rounds = turns.Rounds(sides, dict.fromkeys(sides, 1))
+        size = cases.Size(1, int(theirs), 2, 2)
+        return tables.Measurement(cases.Case("gru", "inference", False, size), rounds)
+
+    report = tables.Report("", True, measurements=[beside(1.0, 2.0), beside(4.0, 2.0)])
+    report.measurements[1].case = cases.Case("gru", "inference", False, cases.Size(1, 9, 2, 2))
+    lines = tables.closing_lines(report)
+    assert any(
+        "As fast as onnxruntime or faster in 1 of 2 cases; geometric mean 1.00, worst 0.50" in line
+        for line in lines
+    )
 
 
 def test_every_cell_and_mode_is_in_the_quick_selection() -> None:

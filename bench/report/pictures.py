@@ -21,6 +21,8 @@ from bench.report.load import OURS, THEIRS, Case
 from bench.turns import geometric_mean
 
 WIDTH, DPI = 6.4, 150
+# The provider that the overview shows beside ours.
+PEER = "onnxruntime"
 GREY = "#5F6368"
 # Colours that colour-blind readers tell apart; shape and dashes do it on a grey print.
 _STYLES = {
@@ -269,3 +271,40 @@ def against_floor(title: str, runs: Runs) -> bytes | None:
 
 def _steps(case: Case) -> int:
     return case.seq_len * case.layers
+
+
+def overview(groups: Sequence[tuple[str, str, Sequence[Case]]]) -> bytes | None:
+    """Every case's ratio over torch.nn, a row per group, ours and ONNX Runtime: which, not why.
+
+    Args:
+        groups: name of the group, name of the run, cases.
+    """
+    rows = [
+        (name, [r for case in cases if (r := case.ratio()) is not None], cases)
+        for name, _, cases in groups
+    ]
+    rows = [row for row in rows if row[1]]
+    if not rows:
+        return None
+    figure, (axes,) = panels("Speed-up over torch.nn, a dot per case", [""], 0.55 * len(rows))
+    shown: list[float] = [1.0]
+    colours = styles([OURS, PEER])
+    for place, (_, ours, cases) in enumerate(reversed(rows)):
+        theirs = [r for case in cases if (r := case.ratio(PEER)) is not None]
+        for ratios, name, shift in ((ours, OURS, 0.13), (theirs, PEER, -0.17)):
+            if not ratios:
+                continue
+            shown += ratios
+            colour = colours[name]["color"]
+            y = place + (shift if theirs else 0.0)
+            axes.plot(ratios, [y] * len(ratios), "o", color=colour, alpha=0.35, markersize=5, mew=0)
+            axes.plot([geometric_mean(ratios)], [y], "|", color=colour, markersize=15, mew=2.5)
+    axes.set_yticks(range(len(rows)), [plain(name) for name, *_ in reversed(rows)])
+    axes.set_ylim(-0.6, len(rows) - 0.4)
+    axes.axvline(1.0, color="#3C4043", linewidth=1)
+    log_axis(axes.xaxis, shown, lambda value: f"{value:g}x")
+    names = [OURS, *([PEER] if any(c.ratio(PEER) for *_, cases in rows for c in cases) else [])]
+    handles = [Line2D([], [], color=colours[n]["color"], marker="o", linestyle="") for n in names]
+    axes.legend(handles, names, loc="lower right", frameon=False, fontsize=9)
+    axes.set_xlabel("torch.nn's time over it; bars are geometric means", fontsize=10)
+    return to_png(figure)

@@ -155,6 +155,15 @@ def _summary(runs: Sequence[Run], cases: Sequence[CasesRun]) -> Section:
             "than 10% of the machine; such cases are in the means."
         )
         section.blocks.append(Table(caption, header, rows, words))
+    named = [
+        (f"{_prefix(run, cases)}{group.title}", run.name, group.of(run))
+        for group in groups(cases)
+        for run in cases
+    ]
+    if png := pictures.overview(named):
+        alt = "Speed-up over torch.nn of every case, by cell and mode"
+        text = f"{alt}. Right of the line is faster than torch.nn."
+        section.blocks.append(Picture("overview", png, alt, text))
     return section
 
 
