@@ -34,6 +34,7 @@ TIMEOUT = 300
 
 KERNELS_CHIP = "H200"
 KERNELS_NAME = "Triton kernels of an LSTM layer for sm_90"
+LOOPS_NAME = "C loops"
 
 Row = dict[str, Any]
 
@@ -101,7 +102,7 @@ def start(provider: str, cell: str, mode: str) -> dict[str, float]:
     }
 
 
-def compile_kernels() -> dict[str, float]:
+def compile_kernels() -> dict[str, Any]:
     """Seconds to get the kernels of an LSTM layer's training step, compiled or from the cache."""
     import torch
 
@@ -118,10 +119,29 @@ def compile_kernels() -> dict[str, float]:
     ]
     wanted = [projections[-1], *recurrences]
     seconds = _seconds(lambda: [kernels.compiled(one) for one in wanted])
-    return {"seconds": seconds, "kernels": len(wanted)}
+    return {"seconds": seconds, "note": f"{len(wanted)} kernels, float16, {KERNELS_CHIP}"}
 
 
-def run_process(*arguments: str, environment: Mapping[str, str] | None = None) -> dict[str, float]:
+def compile_loops() -> dict[str, Any]:
+    """Seconds to get the C loops for float32, compiled or from the cache.
+
+    Raises:
+        RuntimeError: they do not compile here.
+    """
+    import torch
+
+    from triton_rnn.backends import native
+    from triton_rnn.backends.native import build
+
+    found: list[object] = []
+    seconds = _seconds(lambda: found.append(native.library(torch.float32)))
+    if isinstance(found[0], str):
+        raise RuntimeError(found[0])
+    command = build.compiler() or [""]
+    return {"seconds": seconds, "note": f"float32, {Path(command[0]).name}"}
+
+
+def run_process(*arguments: str, environment: Mapping[str, str] | None = None) -> dict[str, Any]:
     """Run this file in a fresh interpreter; returns what it printed, and when it was started.
 
     Raises:
@@ -144,7 +164,7 @@ def run_process(*arguments: str, environment: Mapping[str, str] | None = None) -
     if found.returncode != 0:
         last = found.stderr.strip().splitlines()[-1:] or [f"exit code {found.returncode}"]
         raise RuntimeError(last[0])
-    printed: dict[str, float] = json.loads(found.stdout.splitlines()[-1])
+    printed: dict[str, Any] = json.loads(found.stdout.splitlines()[-1])
     return {**printed, "started": started}
 
 
@@ -202,32 +222,52 @@ def triton_rows(starts: int) -> Iterator[Row]:
 
     Importing torch and Triton is not counted.
     """
-    names = (f"{KERNELS_NAME}, compiled", f"{KERNELS_NAME}, from the cache")
     if importlib.util.find_spec("triton") is None:
-        for name in names:
-            yield row(name, None, "skipped: there is no triton")
+        yield from _for_both(KERNELS_NAME, "skipped: there is no triton")
         return
-    found: list[list[dict[str, float]]] = []
+    yield from _compiled_and_cached(KERNELS_NAME, "triton", "TRITON_CACHE_DIR", starts)
+
+
+def native_rows(starts: int) -> Iterator[Row]:
+    """The C loops for float32, compiled into an empty cache and then taken from it.
+
+    Importing torch is not counted.
+    """
+    from triton_rnn.backends.native import build
+
+    if build.compiler() is None:
+        yield from _for_both(LOOPS_NAME, "skipped: there is no C compiler")
+        return
+    yield from _compiled_and_cached(LOOPS_NAME, "native", "TRITON_RNN_CACHE", starts)
+
+
+def _for_both(name: str, note: str) -> Iterator[Row]:
+    for which in ("compiled", "from the cache"):
+        yield row(f"{name}, {which}", None, note)
+
+
+def _compiled_and_cached(name: str, what: str, variable: str, starts: int) -> Iterator[Row]:
+    """Pairs of processes that share a cache folder, named by an environment variable."""
+    found: list[list[dict[str, Any]]] = []
     for _ in range(starts):
         with tempfile.TemporaryDirectory() as folder:
-            environment = {"TRITON_CACHE_DIR": folder}
             try:
-                found.append([run_process("triton", environment=environment) for _ in names])
+                found.append([run_process(what, environment={variable: folder}) for _ in range(2)])
             except RuntimeError as error:
-                for name in names:
-                    yield row(name, None, f"failed: {error}")
+                yield from _for_both(name, f"failed: {error}")
                 return
-    for index, name in enumerate(names):
+    for index, which in enumerate(("compiled", "from the cache")):
         seconds = [pair[index]["seconds"] for pair in found]
-        note = f"{found[0][index]['kernels']} kernels, float16, {KERNELS_CHIP}; median of {starts}"
-        yield row(name, statistics.median(seconds), note)
+        note = f"{found[0][index]['note']}; median of {starts}"
+        yield row(f"{name}, {which}", statistics.median(seconds), note)
 
 
 def main(arguments: list[str]) -> None:
     what, *rest = arguments
-    measurements: dict[str, Callable[..., dict[str, float]]] = {
+    measurements: dict[str, Callable[..., dict[str, Any]]] = {
         "start": start,
         "triton": compile_kernels,
+        "native": compile_loops,
     }
     print(json.dumps(measurements[what](*rest)))
 

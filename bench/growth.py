@@ -360,6 +360,7 @@ def _measure_first_results(
     for row in first_results.start_rows(started, modes, extent.start_providers, extent.starts):
         rows.append(row)
         keep()
-    for row in first_results.triton_rows(extent.triton_starts):
-        rows.append(row)
-        keep()
+    for compiled in (first_results.native_rows, first_results.triton_rows):
+        for row in compiled(extent.triton_starts):
+            rows.append(row)
+            keep()

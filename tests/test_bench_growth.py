@@ -221,6 +221,7 @@ def test_first_results_and_their_failures_are_saved(monkeypatch, tmp_path):
 
     monkeypatch.setattr(first_results, "start_rows", rows)
     monkeypatch.setattr(first_results, "triton_rows", lambda starts: iter(()))
+    monkeypatch.setattr(first_results, "native_rows", lambda starts: iter(()))
     monkeypatch.setattr(growth, "QUICK", growth.replace(growth.QUICK, seconds=0.001))
     path = tmp_path / "growth.json"
     arguments = ["growth", "--quick", "--cell", "rnn", "--axis", "layers", "--save", str(path)]
@@ -259,6 +260,15 @@ def test_kernels_are_compiled_once_and_then_come_from_the_cache():
     assert cached["name"] == "Triton kernels of an LSTM layer for sm_90, from the cache"
     assert compiled["note"].startswith("3 kernels")
     assert 0 < cached["seconds"] < compiled["seconds"] / 2
+
+
+def test_loops_are_compiled_once_and_then_come_from_the_cache():
+    compiled, cached = first_results.native_rows(1)
+    if compiled["seconds"] is None:
+        pytest.skip(f"no C loops here: {compiled['note']}")
+    assert compiled["name"] == "C loops, compiled"
+    assert compiled["note"].startswith("float32, ")
+    assert 0 < cached["seconds"] < compiled["seconds"] / 5
 
 
 def test_kernels_are_skipped_without_triton(monkeypatch):

@@ -1,8 +1,17 @@
 """README says what is true: its figures are those of the kept results, its commands those of CI."""
 
+import os
+import re
+import sys
 from pathlib import Path
 
+from matplotlib import image as plt
+
 ROOT = Path(__file__).parent.parent
+sys.path.append(os.fspath(ROOT))
+
+from bench.__main__ import main  # noqa: E402  (needs the path)
+
 README = (ROOT / "README.md").read_text()
 RESULTS = (ROOT / "bench" / "results" / "cpu.md").read_text()
 
@@ -21,9 +30,37 @@ def test_readmes_figures_are_those_of_the_kept_results():
         assert f"| {name} | {padded} | {packed} | {both} |" in README
 
 
+def test_readmes_small_sizes_are_those_of_the_kept_results():
+    small = (ROOT / "bench" / "results" / "small.md").read_text()
+    table = small.split("**Ratios over torch.nn beside the targets**")[1]
+    rows = [line for line in table.splitlines() if line.startswith("|")][2:]
+    assert len(rows) == 6
+    for row in rows:
+        name, padded, _, _, _, worst, *_ = (cell.strip() for cell in row.strip("|").split("|"))
+        assert f"| {name.removesuffix(', small')} | {padded} | {worst} |" in README
+    (line,) = (line for line in small.splitlines() if line.startswith("As fast as onnxruntime"))
+    assert re.search(r"\d+ of \d+", line).group() in README
+
+
 def test_readme_names_the_machine_of_its_figures():
-    cpu = next(line for line in RESULTS.splitlines() if line.startswith("- CPU: "))
-    assert cpu.removeprefix("- CPU: ") in README
+    for name in ("cpu", "small"):
+        kept = (ROOT / "bench" / "results" / f"{name}.md").read_text()
+        cpu = next(line for line in kept.splitlines() if line.startswith("- CPU: "))
+        assert cpu.removeprefix("- CPU: ") in README
+    versions = next(line for line in RESULTS.splitlines() if line.startswith("- versions: "))
+    assert versions.removeprefix("- versions: ") in README
+
+
+def test_readmes_picture_is_that_of_the_kept_results(tmp_path):
+    assert "![" in README
+    kept = ROOT / "bench" / "results" / "overview.png"
+    assert "bench/results/overview.png" in README
+    arguments = ["report", str(ROOT / "bench" / "results" / "cpu.json"), "--out", str(tmp_path)]
+    assert main(arguments) == 0
+    # The same size, and the same but for what another version of the fonts may draw.
+    fresh, stored = (plt.imread(path) for path in (tmp_path / "overview.png", kept))
+    assert fresh.shape == stored.shape
+    assert abs(fresh - stored).mean() < 0.01
 
 
 def test_readmes_two_commands_set_themselves_up_and_ci_runs_the_second():

@@ -1,11 +1,10 @@
-"""The CPU backend for small sizes: one C file, compiled by the machine's compiler at first use.
+"""The CPU backend: one C file, compiled by the machine's compiler at first use.
 
 `recurrence.c` does one layer, all its directions, the whole sequence, in one call, forward or
 backward; here its arguments are put together. The call lets go of the GIL. No compiler, or one that
 fails: `supports` says why, and TorchScript runs instead.
 
-One thread. Where several threads and a library's matrix product win, `rules.py` says so and `auto`
-takes TorchScript.
+`rules.py` says how many of torch's threads share the work, and where others are faster.
 """
 
 import ctypes
@@ -127,11 +126,13 @@ def describe(request: Request, rows: int) -> str:
     found = library(request.dtype)
     if isinstance(found, str):
         return found
-    lanes = found.lanes()
-    directions = " in turn" if request.directions == 2 else ""
-    return (
-        f"one C call, vectors of {lanes}, {rows} rows, "
-        f"{request.directions} direction{'s' if directions else ''}{directions}"
+    threads = rules.threads(request, rows)
+    return ", ".join(
+        (
+            f"one C call, vectors of {found.lanes()}",
+            f"{threads} thread{'s' if threads > 1 else ''}",
+            f"{request.directions} direction{'s in turn' if request.directions == 2 else ''}",
+        )
     )
 
 
