@@ -128,6 +128,25 @@ def test_threads_follow_torchs_number_and_the_work(monkeypatch):
         assert rules.threads(small, 9) == 1
 
 
+def test_a_team_smaller_than_asked_for_does_all_the_work():
+    code = """
+import torch, triton_rnn
+from triton_rnn.backends.native import rules
+torch.manual_seed(0)
+gru, input = triton_rnn.GRU(128, 128), torch.randn(9, 16, 128)
+with torch.no_grad(), triton_rnn.use_backend("native"):
+    rules.threads = lambda request, rows: 3
+    found = gru(input)[0]
+    rules.threads = lambda request, rows: 1
+    print(torch.equal(found, gru(input)[0]))
+"""
+    for limit in ("1", "2", "8"):
+        environment = {**os.environ, "OMP_THREAD_LIMIT": limit, "OMP_DYNAMIC": "true"}
+        command = [sys.executable, "-c", code]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+        assert done.stdout.strip() == "True", done.stderr
+
+
 def test_a_forked_process_does_not_wait_for_threads_it_does_not_have():
     code = """
 import os, signal, torch, triton_rnn

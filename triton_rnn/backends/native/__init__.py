@@ -32,7 +32,7 @@ _CELLS = {"rnn_tanh": 0, "rnn_relu": 1, "gru": 2, "lstm": 3, "lstm_projected": 4
 _TYPES = {torch.float32: "float", torch.float64: "double"}
 
 # `struct Call` of recurrence.c, field by field; a pointer is a number of eight bytes.
-_CALL = struct.Struct("49q")
+_CALL = struct.Struct("50q")
 _NO_BACKWARD = (0,) * (7 + 10)
 
 
@@ -59,27 +59,28 @@ class Library:
 
 
 @functools.cache
-def _team_functions() -> tuple[int, int]:
-    """Where libgomp's functions lie that open a team of threads and wait for all of it; or zeros.
+def _team_functions() -> tuple[int, ...]:
+    """Where libgomp's functions lie that open a team of threads, wait for it, and tell its size.
 
-    torch brings its OpenMP runtime and makes its symbols global. Its threads are the ones to use: a
-    second team beside them would fight them for the cores.
+    Empty where they are not all there. torch brings its OpenMP runtime and makes its symbols
+    global. Its threads are the ones to use: a second team beside them would fight them for the
+    cores.
     """
     everything = ctypes.CDLL(None)
-    found = (getattr(everything, name, None) for name in ("GOMP_parallel", "GOMP_barrier"))
-    addresses = [
+    names = ("GOMP_parallel", "GOMP_barrier", "omp_get_num_threads")
+    found = [getattr(everything, name, None) for name in names]
+    if None in found:
+        return ()
+    return tuple(
         ctypes.cast(function, ctypes.c_void_p).value or 0 for function in found if function
-    ]
-    return (addresses[0], addresses[1]) if len(addresses) == 2 else (0, 0)
+    )
 
 
-def _threads(request: Request, rows: int) -> tuple[int, int, int]:
+def _threads(request: Request, rows: int) -> tuple[int, ...]:
     """The last fields of a Call: how many threads, and by what they are had."""
     threads = rules.threads(request, rows)
-    if threads == 1:
-        return 1, 0, 0
-    functions = _team_functions()
-    return (threads, *functions) if functions[0] else (1, 0, 0)
+    functions = _team_functions() if threads > 1 else ()
+    return (threads, *functions) if functions else (1, 0, 0, 0)
 
 
 _building = threading.Lock()

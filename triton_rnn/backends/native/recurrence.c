@@ -17,8 +17,8 @@
    Products: multiply() adds to R x V vectors in registers; all products of forward and backward are
    loops around it. No function keeps state; none writes to an input.
 
-   Threads are lent: the caller hands over the two functions by which its OpenMP runtime opens a
-   team and waits for all of it (struct Threads), so that there is no second team beside it. A team
+   Threads are lent: the caller hands over the functions by which its OpenMP runtime opens a team,
+   waits for all of it and tells its size (the end of struct Call), so that there is no second team beside it. A team
    shares the hidden units of every step, and each member only writes what belongs to its units. */
 
 #include <stdint.h>
@@ -95,10 +95,12 @@ typedef struct {
     /* What to compute; NULL for what nobody wants. grad_x (rows, I), the others as their names. */
     void *grad_x, *grad_h_0, *grad_c_0;
     void *grad_weights[2][5];
-    /* How many threads to use; 1, or libgomp's GOMP_parallel and GOMP_barrier. */
+    /* How many threads to ask for: 1, or more with libgomp's GOMP_parallel, GOMP_barrier and
+       omp_get_num_threads. */
     i64 threads;
     void (*open_team)(void (*work)(void *), void *data, unsigned threads, unsigned flags);
     void (*wait_for_team)(void);
+    int (*team_size)(void);
 } Call;
 
 /* A member of the team that works on a call. */
@@ -800,8 +802,10 @@ typedef struct {
 /* A member by its turn of arrival: which thread it is does not matter. */
 static Member arrive(Team *team)
 {
-    Member me = {__atomic_fetch_add(&team->arrived, 1, __ATOMIC_RELAXED), team->call->threads,
-                 team->call->wait_for_team};
+    const Call *call = team->call;
+    /* A team may be smaller than was asked for: inside another one, or by OMP_THREAD_LIMIT. */
+    Member me = {__atomic_fetch_add(&team->arrived, 1, __ATOMIC_RELAXED),
+                 call->threads > 1 ? call->team_size() : 1, call->wait_for_team};
     return me;
 }
 static void work_together(const Call *call, void (*work)(void *), Team *team)
