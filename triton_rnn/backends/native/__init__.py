@@ -299,8 +299,9 @@ def backward(
     rows = len(input) if request.packed else request.seq_len * request.batch
     found: list[Tensor | None] = [
         input.new_empty((rows, request.input_size)) if needs[0] else None,
-        torch.empty_like(h_0) if h_0 is not None and needs[1] else None,
-        torch.empty_like(c_0) if c_0 is not None and needs[2] else None,
+        # Dense, whatever the strides of the states.
+        input.new_empty(h_0.shape) if h_0 is not None and needs[1] else None,
+        input.new_empty(c_0.shape) if c_0 is not None and needs[2] else None,
     ]
     found += [
         torch.empty_like(weight) if need else None
