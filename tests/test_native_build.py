@@ -237,6 +237,36 @@ def test_flags_for_this_processor_that_are_refused_are_left_out(source, monkeypa
     assert answer(source) == 42
 
 
+def test_wrong_settings_are_told_in_a_line(source, tmp_path, monkeypatch):
+    with pytest.raises(build.BuildError, match="cannot be read"):
+        build.library(tmp_path / "missing.c")
+    monkeypatch.setenv("TRITON_RNN_CFLAGS", "'")
+    with pytest.raises(build.BuildError, match="TRITON_RNN_CFLAGS: No closing quotation"):
+        answer(source)
+    monkeypatch.setenv("CC", "'")
+    with pytest.raises(build.BuildError, match="CC: No closing quotation"):
+        answer(source)
+
+
+def test_without_a_home_it_compiles(source, monkeypatch):
+    def homeless():
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(build, "cache_folder", homeless)
+    assert answer(source) == 42
+
+
+def test_files_of_others_in_the_folder_are_left_alone(source, tmp_path, monkeypatch):
+    monkeypatch.setattr(build, "KEPT_FILES", 1)
+    answer(source)
+    other = tmp_path / "cache" / "my-library.so"
+    other.write_text("mine")
+    os.utime(other, (1, 1))
+    answer(source, 43)
+    assert other.read_text() == "mine"
+    assert len(files(tmp_path / "cache")) == 2
+
+
 def test_old_libraries_are_forgotten(source, tmp_path, monkeypatch):
     monkeypatch.setattr(build, "KEPT_FILES", 2)
     for value in range(4):

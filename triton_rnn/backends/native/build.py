@@ -16,6 +16,7 @@ import ctypes
 import hashlib
 import os
 import platform
+import re
 import shlex
 import shutil
 import stat
@@ -41,6 +42,7 @@ NATIVE_FLAGS = (("-march=native",), ("-mcpu=native",), ())
 SECONDS = 60
 # Libraries of other versions and machines that share the folder.
 KEPT_FILES = 16
+_OUR_NAME = re.compile(r"[0-9a-f]{24}-[0-9a-f]{32}\.so")
 
 
 class BuildError(Exception):
@@ -49,12 +51,19 @@ class BuildError(Exception):
 
 def compiler() -> list[str] | None:
     """The command of the compiler: CC, which may hold flags, or the first that is there."""
-    named = shlex.split(os.environ.get("CC", ""))
+    named = _words("CC")
     for command in [named] if named else [[name] for name in COMPILERS]:
         found = shutil.which(command[0])
         if found is not None:
             return [found, *command[1:]]
     return None
+
+
+def _words(variable: str) -> list[str]:
+    try:
+        return shlex.split(os.environ.get(variable, ""))
+    except ValueError as error:
+        raise BuildError(f"{variable}: {error}") from None
 
 
 def cache_folder() -> Path:
@@ -83,9 +92,16 @@ def library(source: Path, extra: Sequence[str] = ()) -> ctypes.CDLL:
         asked = os.environ.get("CC")
         names = f"CC={asked} is not there" if asked else f"none of {', '.join(COMPILERS)} is there"
         raise BuildError(f"no C compiler: {names}")
-    flags = [*FLAGS, *extra, *shlex.split(os.environ.get("TRITON_RNN_CFLAGS", ""))]
-    key = _key(source, command, flags)
-    folder = _usable(cache_folder())
+    flags = [*FLAGS, *extra, *_words("TRITON_RNN_CFLAGS")]
+    try:
+        key = _key(source, command, flags)
+    except OSError as error:
+        raise BuildError(f"cannot be read: {_first_line(str(error))}") from None
+    try:
+        folder = _usable(cache_folder())
+    except RuntimeError:
+        # This user has no home.
+        folder = None
     found = None if folder is None else _cached(folder, key)
     content = b""
     if found is None:
@@ -261,6 +277,8 @@ def _forget_old(folder: Path) -> None:
         except OSError:
             return 0.0
 
-    for path in sorted(folder.glob("*-*.so"), key=age)[KEPT_FILES:]:
+    # Nothing but what this file names so: TRITON_RNN_CACHE may hold anything.
+    ours = [path for path in folder.glob("*.so") if _OUR_NAME.fullmatch(path.name)]
+    for path in sorted(ours, key=age)[KEPT_FILES:]:
         with contextlib.suppress(OSError):
             path.unlink()
