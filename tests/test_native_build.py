@@ -90,7 +90,10 @@ def test_damaged_files_are_never_loaded(source, tmp_path, damage):
         "foreign": b"not a library",
         "a bit": content[:-1] + bytes([content[-1] ^ 1]),
     }
+    # A file of its own: this process has the old one mapped, and would die of its truncation.
+    path.unlink()
     path.write_bytes(other[damage])
+    path.chmod(0o600)
     assert build._cached(tmp_path / "cache", path.name.partition("-")[0]) is None
     # In a process of its own: this one has the library mapped.
     code = (

@@ -91,7 +91,9 @@ def test_any_layer_gives_torchs_outputs_and_gradients(call, backend, used, seed)
         if value is None and actual[name] is not None:
             assert not actual[name].any()
             actual[name] = None
-    assert_same_results(actual, expected)
+    # The C loops' tanh differs from torch's by a last place or two, and in a saturated state the
+    # slope 1 - h^2 differs by 1 / (1 - h^2) times that: 1.3e-13 was seen with one unit.
+    assert_same_results(actual, expected, 1e-12)
 
 
 @REPEATABLE
