@@ -1,8 +1,8 @@
 /* One recurrent layer on a CPU: all its directions, the whole sequence, forward and backward.
 
    Made for small sizes, where a step is a microsecond of arithmetic and calling an operator costs
-   more; it holds its own far beyond. It is compiled at first use by the machine's C compiler and called through ctypes: no
-   Python and no torch in here, only pointers and sizes (struct Call).
+   more; it holds its own far beyond. It is compiled at first use by the machine's C compiler and
+   called through ctypes: no Python and no torch in here, only pointers and sizes (struct Call).
 
    Compiled for one type of numbers, -DREAL=float or -DREAL=double, when that is first asked for.
    Everything is written once over the cell: a cell is its gates, the pointwise step forward
@@ -18,8 +18,9 @@
    loops around it. No function keeps state; none writes to an input.
 
    Threads are lent: the caller hands over the functions by which its OpenMP runtime opens a team,
-   waits for all of it and tells its size (the end of struct Call), so that there is no second team beside it. A team
-   shares the hidden units of every step, and each member only writes what belongs to its units. */
+   waits for all of it and tells its size (the end of struct Call), so that there is no second team
+   beside it. A team shares the hidden units of every step, and each member only writes what belongs
+   to its units. */
 
 #include <stdint.h>
 #include <stdlib.h>
@@ -669,7 +670,7 @@ static void project(const Call *call, const Forward *f, const Member *me, const 
     }
 }
 
-/* Rows of `count` numbers; of these the columns [from, to) of them. */
+/* Of rows that lie apart the columns [begin, end). */
 static void copy_columns(REAL *to, i64 to_row, const REAL *from, i64 from_row, i64 rows, i64 begin,
                          i64 end)
 {
