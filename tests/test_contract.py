@@ -887,7 +887,7 @@ def test_a_compiled_model_gives_the_right_numbers(kind, backend_of_compile):
 def test_a_model_compiles_to_one_graph_where_dynamo_is_told_to_allow_it(kind):
     torch._dynamo.reset()
     theirs, ours = models(kind)
-    with torch._dynamo.config.patch(allow_rnn=True):
+    with triton_rnn.allow_compile():
         compiled = torch.compile(ours, backend="aot_eager", fullgraph=True)
         actual = gradients_of(compiled, random(5, 2, 3))
     for value, got in zip(gradients_of(theirs, random(5, 2, 3)), actual, strict=True):

@@ -116,22 +116,25 @@ def run(
     prepare_state: Callable[[torch.Tensor], torch.Tensor] = lambda state: state,
     prepare_grad: Callable[[torch.Tensor], torch.Tensor] = lambda grad: grad,
     used: Iterable[str] = ("output", "h_n", "c_n"),
+    call: Callable[..., Any] | None = None,
 ) -> Results:
     """All outputs of a forward and all gradients of a backward, by name.
 
     The module is given `prepare(input)` and `prepare_state` of each state, of which the leaves'
     gradients are taken: so packing, expanding and striding are part of what is differentiated.
-    `used` names the outputs that the loss depends on.
+    `used` names the outputs that the loss depends on. `call` is called in place of the module, of
+    which it must be another form.
     """
+    call = module if call is None else call
     module.zero_grad(set_to_none=True)
     input = leaf(input)
     states = () if hx is None else tuple(leaf(s) for s in (hx if isinstance(hx, tuple) else (hx,)))
     if hx is None:
-        returned = module(prepare(input))
+        returned = call(prepare(input))
     elif isinstance(hx, tuple):
-        returned = module(prepare(input), tuple(prepare_state(state) for state in states))
+        returned = call(prepare(input), tuple(prepare_state(state) for state in states))
     else:
-        returned = module(prepare(input), prepare_state(states[0]))
+        returned = call(prepare(input), prepare_state(states[0]))
     outputs = flat_outputs(module, returned)
 
     chosen = [outputs[name] for name in sorted(outputs) if name in used]

@@ -1,5 +1,6 @@
 """Drop-in ``torch.nn.RNN``, ``GRU``, ``LSTM`` and their cells that run faster."""
 
+from triton_rnn.compiled import allow_compile
 from triton_rnn.dispatch import BackendError, use_backend
 from triton_rnn.explain import Explanation, explain
 from triton_rnn.modules import GRU, LSTM, RNN, GRUCell, LSTMCell, RNNCell
@@ -17,6 +18,7 @@ __all__ = [
     "LSTMCell",
     "RNNCell",
     "__version__",
+    "allow_compile",
     "explain",
     "profile",
     "replace",

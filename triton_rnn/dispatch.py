@@ -69,7 +69,8 @@ class use_backend:  # noqa: N801 - used like a function, as torch.no_grad is
     imported.
 
     Args:
-        name: ``"auto"``, ``"triton"``, ``"torchscript"``, ``"aten"`` or ``"reference"``.
+        name: ``"auto"``, ``"triton"``, ``"native"``, ``"torchscript"``, ``"aten"`` or
+            ``"reference"``.
 
     Raises:
         ValueError: at once, if there is no backend of that name.

@@ -1,6 +1,5 @@
 """A recurrent module's call: layers, directions and dropout over the layer op, padded or packed."""
 
-import functools
 from types import ModuleType
 from typing import Any, NamedTuple
 
@@ -13,7 +12,7 @@ from triton_rnn import compiled, dispatch
 from triton_rnn.cells import LSTM_PROJECTED, MODES
 from triton_rnn.layer import layer
 from triton_rnn.profiling import ranges
-from triton_rnn.request import Request, zero_states
+from triton_rnn.request import Request, weight_shapes, zero_states
 
 _PLAIN = (Tensor, torch.nn.Parameter)
 _peek_functorch = torch._C._functorch.peek_interpreter_stack
@@ -92,30 +91,6 @@ class Call(NamedTuple):
     weights: list[Tensor]
 
 
-@functools.lru_cache(maxsize=1024)
-def _weight_shapes(
-    gate_rows: int,
-    input_size: int,
-    hidden_size: int,
-    proj_size: int,
-    layers: int,
-    directions: int,
-    bias: bool,
-) -> tuple[tuple[int, ...], ...]:
-    """The shapes of all weights of a module, in torch's order."""
-    output_size = proj_size or hidden_size
-    shapes: list[tuple[int, ...]] = []
-    for number in range(layers):
-        size = input_size if number == 0 else directions * output_size
-        one: list[tuple[int, ...]] = [(gate_rows, size), (gate_rows, output_size)]
-        if bias:
-            one += [(gate_rows,), (gate_rows,)]
-        if proj_size:
-            one.append((proj_size, hidden_size))
-        shapes += one * directions
-    return tuple(shapes)
-
-
 def _weights(module: torch.nn.RNNBase) -> list[Tensor] | None:
     """The module's weights as they are now, in torch's order; None if one is missing."""
     weights = []
@@ -186,7 +161,7 @@ def prepare(module: torch.nn.RNNBase, input: Any, hx: Any) -> Call | None:
     output_size = proj_size or hidden_size
     directions = 2 if module.bidirectional else 1
     weights = _weights(module)
-    shapes = _weight_shapes(
+    shapes = weight_shapes(
         cell.gates * hidden_size,
         module.input_size,
         hidden_size,
@@ -338,7 +313,7 @@ def prepare_cell(module: torch.nn.RNNCellBase, input: Any, hx: Any) -> Call | No
     data = input.view(1, -1, module.input_size) if input.dim() == 1 else input.unsqueeze(0)
     names = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")[: 4 if module.bias else 2]
     weights: list[Any] = [getattr(module, name, None) for name in names]
-    shapes = _weight_shapes(
+    shapes = weight_shapes(
         cell.gates * hidden_size, module.input_size, hidden_size, 0, 1, 1, bool(module.bias)
     )
     if not all(_fits(weight, shape, data) for weight, shape in zip(weights, shapes, strict=True)):
@@ -387,3 +362,7 @@ def cell_forward(module: torch.nn.RNNCellBase, input: Any, hx: Any) -> tuple[Ten
     with ranges.call(call.request.cell):
         _, *states = stack(call, dispatch.backend_module(name), 1, 0.0)
     return tuple(state.view(*input.shape[:-1], module.hidden_size) for state in states)
+
+
+compiled.leave_to_python(forward)
+compiled.leave_to_python(cell_forward)

@@ -1,13 +1,14 @@
 """The layer op as `torch.ops.triton_rnn.layer`: what torch.compile and torch.export see of a layer.
 
-One opaque operator with shapes of its own and a backward, another operator. It is for padded
-batches, and for backends that can tell what they save before they run (`saved_shapes`); of those
-there is one, Triton's.
+One opaque operator with shapes of its own and a backward, another operator; for padded batches. A
+backend that can tell before it runs what it saves (`saved_shapes`) has it handed to its backward.
+The others, and "auto", which chooses when it runs, save nothing: their backward goes forward again.
 
 Eager calls do not go this way: `layer.LayerFunction` is the same thing with less around it.
 """
 
 from collections.abc import Sequence
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -15,7 +16,10 @@ from torch import Tensor
 
 from triton_rnn import dispatch
 from triton_rnn.cells import CELLS
-from triton_rnn.request import Request
+from triton_rnn.request import Request, weight_shapes
+
+# Of the backends for the CPU together.
+CPU_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
 def _request(
@@ -43,6 +47,66 @@ def _request(
     )
 
 
+def _check(
+    request: Request,
+    input: Tensor,
+    h_0: Tensor,
+    c_0: Tensor | None,
+    weights: Sequence[Tensor],
+) -> None:
+    """Raise torch's errors for what a compiled graph cannot know before it runs, and for misuse."""
+    if request.seq_len == 0:
+        raise RuntimeError("Expected sequence length to be larger than 0 in RNN")
+    directions, batch = request.directions, request.batch
+    expected = weight_shapes(
+        request.cell.gates * request.hidden_size,
+        request.input_size,
+        request.hidden_size,
+        request.output_size if request.cell.projected else 0,
+        1,
+        directions,
+        request.biased,
+    )
+    if tuple(tuple(weight.shape) for weight in weights) != expected:
+        raise RuntimeError(f"triton_rnn::layer: expected weights of shapes {expected}")
+    if input.dim() != 3 or input.size(1) != batch:
+        raise RuntimeError(f"triton_rnn::layer: expected input (T, {batch}, I), got {input.shape}")
+    if (c_0 is None) != (request.cell.states == 1):
+        raise RuntimeError(
+            "triton_rnn::layer: c_0 is for the cells that have it, and for them only"
+        )
+    if c_0 is not None and c_0.shape != (directions, batch, request.hidden_size):
+        raise RuntimeError(f"triton_rnn::layer: c_0 does not fit, got {tuple(c_0.shape)}")
+    for tensor in (h_0, *weights) if c_0 is None else (h_0, c_0, *weights):
+        if tensor.dtype != request.dtype or tensor.device != request.device:
+            raise RuntimeError(
+                f"triton_rnn::layer: expected {request.dtype} on {request.device}, "
+                f"got {tensor.dtype} on {tensor.device}"
+            )
+
+
+def _module(request: Request, backend: str, differentiable: bool) -> ModuleType:
+    """The backend's module; for "auto" the one that is fastest, with a backward if one is needed.
+
+    Raises:
+        BackendError: if the backend cannot serve the request.
+    """
+    name = dispatch.choose(request, backend).backend
+    module = dispatch.backend_module(name)
+    if differentiable and not hasattr(module, "backward"):
+        # torch's own kernels keep to themselves what they save.
+        native = dispatch.backend_module("native")
+        name = "torchscript" if native.supports(request) else "native"
+        module = dispatch.backend_module(name)
+    return module
+
+
+def _saves(request: Request, backend: str) -> bool:
+    return request.needs_grad and (
+        backend != "auto" and hasattr(dispatch.backend_module(backend), "saved_shapes")
+    )
+
+
 @torch.library.custom_op("triton_rnn::layer", mutates_args=())
 def layer(
     input: Tensor,
@@ -60,21 +124,30 @@ def layer(
         input: (T, N, I). h_0, c_0, weights: as in `triton_rnn.layer.layer`.
         cell: its name in `CELLS`. biased: whether it has biases.
         save: whether a backward will follow.
-        backend: its name.
+        backend: its name; "auto" for the fastest one, chosen anew at every run.
 
     Returns:
-        output, h_n[, c_n] and, if `save`, what the backward needs.
+        output, h_n[, c_n] and, if `save` and the backend can, what the backward needs.
 
     Raises:
+        RuntimeError: for no steps, as torch; for tensors that do not fit together.
         BackendError: if the backend cannot do that.
     """
     request = _request(input, h_0, weights, cell, biased, save)
-    dispatch.choose(request, backend)
-    module = dispatch.backend_module(backend)
+    _check(request, input, h_0, c_0, weights)
+    saves = _saves(request, backend)
+    if not saves:
+        request = request._replace(needs_grad=False)
+    module = _module(request, backend, saves)
+    if not hasattr(module, "forward"):
+        # Imported late, for it imports this file.
+        from triton_rnn.functional import Call
+
+        return list(module.stack(Call(request, input, [], h_0, c_0, list(weights)), module, 1, 0.0))
     results, saved = module.forward(request, input, [], h_0, c_0, weights)
     # No two results of an operator may be the same tensor.
-    shown = [t for t in saved if all(t.data_ptr() != r.data_ptr() for r in results)] if save else []
-    return [*results, *shown]
+    shown = [t for t in saved if all(t.data_ptr() != r.data_ptr() for r in results)]
+    return [*results, *shown] if saves else list(results)
 
 
 @layer.register_fake
@@ -93,10 +166,17 @@ def _(
     results = [input.new_empty((*input.shape[:-1], width)), h_0.new_empty(h_0.shape)]
     if c_0 is not None:
         results.append(c_0.new_empty(c_0.shape))
-    if save:
+    if _saves(request, backend):
         shapes = dispatch.backend_module(backend).saved_shapes(request, *input.shape[:2])
         results += [input.new_empty(shape) for shape in shapes]
     return results
+
+
+def _alone(tensor: Tensor) -> Tensor:
+    """The tensor in memory of its own: no two results of an operator may share any."""
+    tensor = tensor.contiguous()
+    shared = tensor.untyped_storage().nbytes() != tensor.numel() * tensor.element_size()
+    return tensor.clone() if shared else tensor
 
 
 @torch.library.custom_op("triton_rnn::layer_backward", mutates_args=())
@@ -117,14 +197,18 @@ def layer_backward(
         grads: of output, h_n[, c_n]. results: all that the forward returned.
     """
     request = _request(input, h_0, weights, cell, biased, True)
-    module = dispatch.backend_module(backend)
+    module = _module(request, backend, True)
     count = 1 + request.cell.states
-    saved = module.saved_of(request, results[:count], results[count:])
+    shapes = module.saved_shapes(request, *input.shape[:2]) if _saves(request, backend) else []
+    if _saves(request, backend) and len(results) == count + len(shapes):
+        saved = module.saved_of(request, results[:count], results[count:])
+    else:
+        _, saved = module.forward(request, input, [], h_0, c_0, weights)
     rows = grads[0].reshape(-1, grads[0].size(-1))
     needs = [True] * (3 + len(weights))
     found = module.backward(request, input, [], h_0, c_0, weights, saved, [rows, *grads[1:]], needs)
     found[0] = found[0].view(input.shape)
-    return [grad.contiguous() for grad in found if grad is not None]
+    return [_alone(grad) for grad in found if grad is not None]
 
 
 @layer_backward.register_fake

@@ -1,5 +1,6 @@
 """What a backend is asked for."""
 
+import functools
 import math
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -37,6 +38,30 @@ class Request(NamedTuple):
     biased: bool
     packed: bool
     needs_grad: bool
+
+
+@functools.lru_cache(maxsize=1024)
+def weight_shapes(
+    gate_rows: int,
+    input_size: int,
+    hidden_size: int,
+    proj_size: int,
+    layers: int,
+    directions: int,
+    bias: bool,
+) -> tuple[tuple[int, ...], ...]:
+    """The shapes of all weights of a module, in torch's order; `gate_rows` is G * hidden_size."""
+    output_size = proj_size or hidden_size
+    shapes: list[tuple[int, ...]] = []
+    for number in range(layers):
+        size = input_size if number == 0 else directions * output_size
+        one: list[tuple[int, ...]] = [(gate_rows, size), (gate_rows, output_size)]
+        if bias:
+            one += [(gate_rows,), (gate_rows,)]
+        if proj_size:
+            one.append((proj_size, hidden_size))
+        shapes += one * directions
+    return tuple(shapes)
 
 
 def zero_states(request: Request, like: Tensor) -> tuple[Tensor, Tensor | None]:

@@ -137,6 +137,20 @@ def describe(request: Request, rows: int) -> str:
     )
 
 
+def saved_shapes(request: Request, seq_len: int, batch: int) -> list[tuple[int, ...]]:
+    """Shapes of what forward saves, for a padded request; T and N may be torch's symbols."""
+    numbers = _functions(request.dtype).saved_numbers
+    fixed = (int(request.hidden_size), int(request.output_size), int(request.directions))
+    cell = _CELLS[request.cell.name]
+    none, one = numbers(cell, 0, *fixed), numbers(cell, 1, *fixed)
+    return [(none + (one - none) * seq_len * batch,)]
+
+
+def saved_of(request: Request, results: Sequence[Tensor], shown: Sequence[Tensor]) -> list[Tensor]:
+    """What forward has saved, from its results and the tensors of `saved_shapes`."""
+    return list(shown)
+
+
 def _dense(tensor: Tensor) -> Tensor:
     if tensor.is_contiguous() and not tensor.is_neg():
         return tensor
