@@ -446,18 +446,26 @@ def test_an_exported_program_refuses_no_steps_as_torch_does():
 
 @pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore::DeprecationWarning")
 @pytest.mark.filterwarnings("ignore:Exporting a model to ONNX with a batch_size:UserWarning")
+@pytest.mark.filterwarnings("ignore:.isinstance.treespec, LeafSpec:FutureWarning")
+@pytest.mark.parametrize("dynamo", [True, False], ids=["by_export", "by_trace"])
 @pytest.mark.parametrize("restored", [True, False], ids=["restored", "ours"])
 @pytest.mark.parametrize("kind", EXPORTED)
-def test_an_onnx_file_of_a_model_gives_its_numbers_in_onnx_runtime(kind, restored):
+def test_an_onnx_file_of_a_model_gives_its_numbers_in_onnx_runtime(kind, restored, dynamo):
     onnxruntime = pytest.importorskip("onnxruntime", reason="the extra `onnx` is not installed")
+    pytest.importorskip("onnxscript", reason="the extra `onnx` is not installed")
     model = tagger(kind)
     expected = model(torch.ones(2, 5, 3)).detach()
     if restored:
         model = triton_rnn.restore(model)
     file = io.BytesIO()
-    torch.onnx.export(model, (torch.randn(2, 5, 3),), file, dynamo=False, input_names=["input"])
+    inputs = (torch.randn(2, 5, 3),)
+    if dynamo:
+        torch.onnx.export(model, inputs, dynamo=True, verbose=False).save(file)
+    else:
+        torch.onnx.export(model, inputs, file, dynamo=False)
     session = onnxruntime.InferenceSession(file.getvalue(), providers=["CPUExecutionProvider"])
-    (actual,) = session.run(None, {"input": torch.ones(2, 5, 3).numpy()})
+    (name,) = [given.name for given in session.get_inputs()]
+    (actual,) = session.run(None, {name: torch.ones(2, 5, 3).numpy()})
     assert_close(torch.from_numpy(actual), expected)
 
 
