@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from tolerances import TOLERANCES, flat_outputs, largest_error, random, random_state, run
 from torch.func import functional_call, grad, hessian, jacrev, jvp, stack_module_state, vmap
-from torch.nn.utils import parametrizations, prune
+from torch.nn.utils import parametrizations, parametrize, prune
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 
 import triton_rnn
@@ -592,6 +592,34 @@ def weights_read_anew(lib):
         return [*results, called, first(m, input_of(name))]
 
     return of_all(of)
+
+
+class Counting(torch.nn.Module):
+    """A parametrization that counts how often its weight is computed."""
+
+    calls = 0
+
+    def forward(self, weight):
+        Counting.calls += 1
+        return weight * 2
+
+
+@row(
+    "life",
+    "a parametrized weight of a layer is computed when it is used",
+    "a parametrized weight of a layer is computed once a call",
+    lambda: dict.fromkeys(LAYERS, 3),
+)
+def parametrized_once(lib):
+    def of(name):
+        m = built(lib, name)
+        parametrize.register_parametrization(m, "weight_hh_l0", Counting())
+        Counting.calls = 0
+        for _ in range(3):
+            m(random(20, 2, 3))
+        return Counting.calls
+
+    return of_all(of, LAYERS)
 
 
 @row("life", "isinstance of torch's class; subclasses, with multiple inheritance too")

@@ -34,7 +34,8 @@ def test_the_readme_lists_what_is_better_and_no_more():
     better = [row.better for row in ROWS if row.better]
     for sentence in better:
         assert sentence.lower() in listed.lower()
-    assert part.count("\n- ") == len(better)
+    # One more is not to be tried beside torch.nn: it ends the process (test_fuzz.py).
+    assert part.count("\n- ") == len(better) + 1
 
 
 def test_rows_have_names_of_their_own_and_other_files_exist():

@@ -144,6 +144,9 @@ def forward(module: torch.nn.RNNBase, input: Any, hx: Any) -> tuple[Any, Any] | 
         return None
     if input.size(-1) != module.input_size or torch.is_autocast_enabled(input.device.type):
         return None
+    kinds = type(module.bidirectional), type(module.bias), type(module.num_layers)
+    if kinds != (bool, bool, int):
+        return None
     directions = 2 if module.bidirectional else 1
     weights: list[Tensor] = [getattr(module, name) for name in module._flat_weights_names]
     for weight in weights:
@@ -164,7 +167,7 @@ def forward(module: torch.nn.RNNBase, input: Any, hx: Any) -> tuple[Any, Any] | 
         module.hidden_size,
         module.proj_size,
         directions,
-        bool(module.bias),
+        module.bias,
         needs_grad,
     )
     if backend == "":
@@ -208,7 +211,7 @@ def forward(module: torch.nn.RNNBase, input: Any, hx: Any) -> tuple[Any, Any] | 
         if backend == "reference":
             results = list(_unrolled(CELLS[cell], x, h, c, own_weights))
         else:
-            results = op.layer(x, h, c, own_weights, cell, bool(module.bias), needs_grad, backend)
+            results = op.layer(x, h, c, own_weights, cell, module.bias, needs_grad, backend)
         x = results[0]
         finals.append(results[1 : 3 if has_c else 2])
         if module.dropout > 0 and module.training and number + 1 < layers:

@@ -9,7 +9,7 @@ from torch.nn.functional import dropout
 from torch.nn.utils.rnn import PackedSequence
 
 from triton_rnn import compiled, dispatch
-from triton_rnn.cells import LSTM_PROJECTED, MODES
+from triton_rnn.cells import LSTM_PROJECTED, MODES, RNN_RELU, RNN_TANH
 from triton_rnn.layer import layer
 from triton_rnn.profiling import ranges
 from triton_rnn.request import Request, weight_shapes, zero_states
@@ -158,6 +158,14 @@ def prepare(module: torch.nn.RNNBase, input: Any, hx: Any) -> Call | None:
     drop = module.dropout
     if cell is None or not isinstance(drop, (int, float)) or not 0 <= drop <= 1:
         return None
+    if (
+        type(module.bidirectional) is not bool
+        or type(module.bias) is not bool
+        or type(module.num_layers) is not int
+        or type(drop) is bool
+    ):
+        # torch builds a module of 0 for False, and of True for 1, and refuses its calls.
+        return None
     output_size = proj_size or hidden_size
     directions = 2 if module.bidirectional else 1
     weights = _weights(module)
@@ -302,11 +310,13 @@ def forward(module: torch.nn.RNNBase, input: Any, hx: Any) -> tuple[Any, Any] | 
 def prepare_cell(module: torch.nn.RNNCellBase, input: Any, hx: Any) -> Call | None:
     """A cell's call as that of a layer with one time step; None if it is malformed."""
     if isinstance(module, torch.nn.RNNCell):
-        cell = MODES.get(f"RNN_{module.nonlinearity.upper()}")
+        # Compared, as torch does: a cell's constructor takes anything for it.
+        relu = module.nonlinearity == "relu"
+        cell = RNN_RELU if relu else RNN_TANH if module.nonlinearity == "tanh" else None
     else:
         cell = MODES["LSTM" if isinstance(module, torch.nn.LSTMCell) else "GRU"]
     hidden_size = module.hidden_size
-    if cell is None or hidden_size == 0 or not isinstance(input, Tensor):
+    if cell is None or 0 in (module.input_size, hidden_size) or not isinstance(input, Tensor):
         return None
     if input.dim() not in (1, 2) or input.size(-1) != module.input_size:
         return None
@@ -347,11 +357,30 @@ def prepare_cell(module: torch.nn.RNNCellBase, input: Any, hx: Any) -> Call | No
     return Call(request, data, [], h_0, c_0, weights)
 
 
+def _check_unbatched_state(module: torch.nn.RNNCellBase, hx: Any) -> None:
+    """Refuse a square matrix as the state of an unbatched input, where torch's checks miss it.
+
+    torch splits it into fewer parts than there are gates, and reads beyond the parts.
+    """
+    state = hx[0] if isinstance(hx, (tuple, list)) and hx else hx
+    hidden_size, name = module.hidden_size, type(module).__name__
+    gates = 3 if isinstance(module, torch.nn.GRUCell) else 4
+    if isinstance(module, torch.nn.RNNCell) or not isinstance(state, Tensor):
+        return
+    if state.shape == (hidden_size, hidden_size) and hidden_size < gates:
+        raise RuntimeError(f"{name}: Expected hx to be 1D for a 1D input, got 2D instead")
+
+
 def cell_forward(module: torch.nn.RNNCellBase, input: Any, hx: Any) -> tuple[Tensor, ...] | None:
     """The next state, as a tuple; None if torch.nn's own forward is to be called.
 
     A single step is where torch's own cell is hard to beat, so `auto` does not even look.
+
+    Raises:
+        RuntimeError: for a state that ends the process in torch's own cells.
     """
+    if hx is not None and isinstance(input, Tensor) and input.dim() == 1:
+        _check_unbatched_state(module, hx)
     wanted = _route()
     if wanted is None or wanted in ("auto", "aten"):
         return None
