@@ -10,8 +10,9 @@ import re
 import pytest
 import torch
 from tolerances import TOLERANCES, assert_close
+from torch.func import functional_call
 from torch.testing._internal.common_modules import ModuleErrorEnum, module_db
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
 
 import triton_rnn
 
@@ -51,6 +52,7 @@ def described(name, dtype):
 
 
 ALL_INPUTS = [param for name in CLASSES for dtype in DTYPES for param in described(name, dtype)]
+ALL_FLOAT64 = [param for name in CLASSES for param in described(name, torch.float64)]
 
 
 def both_modules(name, dtype, module_input):
@@ -192,3 +194,155 @@ def test_torchs_error_inputs_are_refused_in_torchs_words(backend, name, dtype, i
         assert caught.type is error.error_type
         texts.append(re.sub(r"0x[0-9a-f]+", "0x", str(caught.value)))
     assert texts[0] == texts[1]
+
+
+# --- The other checks that torch runs on its modules.
+
+
+def wants_gradients(tensor):
+    return isinstance(tensor, torch.Tensor) and tensor.is_floating_point() and tensor.requires_grad
+
+
+def as_function(module, args):
+    """A function of all weights and all floating arguments, as torch's gradient checks call it."""
+    names = [name for name, _ in module.named_parameters()]
+    flat, spec = tree_flatten(args)
+    places = [i for i, value in enumerate(flat) if wants_gradients(value)]
+
+    def function(*tensors):
+        weights = dict(zip(names, tensors, strict=False))
+        values = list(flat)
+        for place, tensor in zip(places, tensors[len(names) :], strict=True):
+            values[place] = tensor
+        returned = functional_call(module, weights, tree_unflatten(values, spec))
+        return tuple(out for out in tree_leaves(returned) if out.is_floating_point())
+
+    return function, [*module.parameters(), *(flat[place] for place in places)]
+
+
+@pytest.mark.parametrize("mode", ["train", "eval"])
+@pytest.mark.parametrize(("name", "dtype", "index"), ALL_FLOAT64)
+def test_gradcheck_and_gradgradcheck_of_torchs_module_inputs(name, dtype, index, mode):
+    module_input = module_inputs(name, dtype)[index]
+    _, ours = both_modules(name, dtype, module_input)
+    getattr(ours, mode)()
+    function, tensors = as_function(ours, module_input.forward_input.args)
+    # The fast way multiplies the Jacobian by a random vector instead of building it.
+    assert torch.autograd.gradcheck(function, tensors, fast_mode=True)
+    assert torch.autograd.gradgradcheck(function, tensors, fast_mode=True)
+
+
+def strided(tensor):
+    """The same numbers at every second place of another tensor."""
+    if not isinstance(tensor, torch.Tensor) or not tensor.is_floating_point():
+        return tensor
+    spread = torch.stack([tensor, tensor], -1)[..., 0].detach()
+    return spread.requires_grad_(tensor.requires_grad)
+
+
+@pytest.mark.parametrize(("name", "dtype", "index"), ALL_FLOAT64)
+def test_tensors_and_weights_without_contiguous_memory_have_torchs_gradients(
+    backend, name, dtype, index
+):
+    module_input = module_inputs(name, dtype)[index]
+    theirs, ours = both_modules(name, dtype, module_input)
+    for module in (theirs, ours):
+        for parameter in module.parameters():
+            parameter.data = strided(parameter.data)
+    results = []
+    for module in (theirs, ours):
+        args = tree_map(strided, module_input.forward_input.args)
+        outputs = [out for out in tree_leaves(module(*args)) if out.is_floating_point()]
+        grads = [
+            strided(torch.linspace(-1, 1, out.numel(), dtype=dtype).view_as(out)) for out in outputs
+        ]
+        leaves = [leaf for leaf in tree_leaves(args) if wants_gradients(leaf)]
+        found = torch.autograd.grad(outputs, [*module.parameters(), *leaves], grads)
+        results.append([outputs, found])
+    assert_same_call(results[1], results[0])
+
+
+@pytest.mark.parametrize(("name", "dtype", "index"), ALL_FLOAT64)
+def test_memory_formats_and_strides_of_results_are_torchs(backend, name, dtype, index):
+    module_input = module_inputs(name, dtype)[index]
+    strides = []
+    for module in both_modules(name, dtype, module_input):
+        module.to(memory_format=torch.channels_last)  # for weights of four dimensions: none here
+        outputs = tree_leaves(module(*module_input.forward_input.args))
+        strides.append([(out.shape, out.stride(), out.is_contiguous()) for out in outputs])
+    assert strides[0] == strides[1]
+
+
+@pytest.mark.parametrize(("name", "dtype", "index"), ALL_FLOAT64)
+def test_functional_call_with_other_weights_is_torchs(backend, name, dtype, index):
+    module_input = module_inputs(name, dtype)[index]
+    theirs, ours = both_modules(name, dtype, module_input)
+    others = {key: value.detach() * 2 + 0.1 for key, value in theirs.named_parameters()}
+    args = module_input.forward_input.args
+    expected = tree_leaves(functional_call(theirs, others, args))
+    actual = tree_leaves(functional_call(ours, others, args))
+    assert_same_call([actual], [expected])
+
+
+MOVES = {
+    "float32": lambda m: m.to(torch.float32),
+    "double": lambda m: m.float().double(),
+    "half": lambda m: m.half(),
+    "bfloat16": lambda m: m.bfloat16(),
+    "to_empty": lambda m: refilled(m.to("meta").to_empty(device="cpu")),
+    "cpu": lambda m: m.cpu().to("cpu", torch.float64, non_blocking=True),
+}
+
+
+def refilled(module):
+    torch.manual_seed(1)
+    module.reset_parameters()
+    return module
+
+
+@pytest.mark.parametrize("swapped", [False, True], ids=["in_place", "swapped"])
+@pytest.mark.parametrize("move", MOVES)
+@pytest.mark.parametrize("name", CLASSES)
+def test_moves_of_device_and_dtype_are_torchs(name, move, swapped):
+    """By setting a parameter's data, and by swapping the parameter, as torch will do."""
+    module_input = module_inputs(name, torch.float64)[0]
+    results = []
+    torch.__future__.set_swap_module_params_on_conversion(swapped)
+    try:
+        for module in both_modules(name, torch.float64, module_input):
+            moved = MOVES[move](module)
+            assert moved is module
+            dtype = next(module.parameters()).dtype
+            args = tree_map(lambda v, d=dtype: v.to(d), module_input.forward_input.args)
+            state = {key: value * 2 for key, value in module.state_dict().items()}
+            before = tree_leaves(module(*args))
+            module.load_state_dict(state)
+            results.append([*before, *tree_leaves(module(*args))])
+    finally:
+        torch.__future__.set_swap_module_params_on_conversion(False)
+    assert len({out.dtype for out in results[0]}) == 1
+    for value, actual in zip(*results, strict=True):
+        assert_close(actual, value)
+
+
+@pytest.mark.parametrize(("name", "dtype", "index"), ALL_FLOAT64)
+def test_train_and_eval_differ_by_dropout_alone(backend, name, dtype, index):
+    module_input = module_inputs(name, dtype)[index]
+    theirs, ours = both_modules(name, dtype, module_input)
+    args = module_input.forward_input.args
+    described = repr(ours)
+    for training in (True, False, True):
+        for module in (theirs, ours):
+            module.train(training)
+            if hasattr(module, "dropout") and module.num_layers > 1:
+                module.dropout = 0.5
+        outputs = []
+        for module in (theirs, ours):
+            torch.manual_seed(4)
+            outputs.append(tree_leaves(module(*args)))
+            assert module.training == training
+        assert_same_call([outputs[1]], [outputs[0]])
+    ours.dropout = theirs.dropout = 0.0
+    trained = tree_leaves(ours.train()(*args))
+    assert_same_call([tree_leaves(ours.eval()(*args))], [trained])
+    assert repr(ours).startswith(described[:-1].split(", dropout")[0])
