@@ -262,15 +262,28 @@ def assert_same(actual, expected, dtype):
 
 
 def ends_the_process(module, arguments):
-    """Whether torch's own cell dies of the call: its 3-D state has fewer parts than gates."""
+    """Whether torch dies of the call, or may: of a state that it does not check.
+
+    A 3-D state of a cell has fewer parts than gates; a c_0 beside packed input may be too short.
+    """
     input, hx = arguments[0], arguments[-1] if len(arguments) == 2 else None
-    state = hx[0] if isinstance(hx, (tuple, list)) and hx else hx
+    states = hx if isinstance(hx, (tuple, list)) else (hx,)
+    if not states or not all(isinstance(state, torch.Tensor) for state in states):
+        return False
+    if isinstance(module, torch.nn.LSTM):
+        if not isinstance(input, PackedSequence) or len(states) != 2:
+            return False
+        rows = module.num_layers * (2 if module.bidirectional else 1)
+        shapes = [
+            (rows, int(input.batch_sizes[0]), width)
+            for width in (module.proj_size or module.hidden_size, module.hidden_size)
+        ]
+        return states[0].shape == shapes[0] and states[1].shape != shapes[1]
     return (
         isinstance(module, (torch.nn.GRUCell, torch.nn.LSTMCell))
         and isinstance(input, torch.Tensor)
-        and isinstance(state, torch.Tensor)
-        and (input.dim(), state.dim()) == (1, 2)
-        and state.size(0) == state.size(1) == module.hidden_size < 4
+        and (input.dim(), states[0].dim()) == (1, 2)
+        and states[0].size(0) == states[0].size(1) == module.hidden_size < 4
     )
 
 
@@ -387,6 +400,20 @@ def test_a_state_that_ends_the_process_in_torch_is_refused(name, hidden_size):
     assert ends_the_process(ours, (torch.randn(3), hx))
     with pytest.raises(RuntimeError, match=f"{name}: Expected hx to be 1D for a 1D input"):
         ours(torch.randn(3), hx)
+
+
+@pytest.mark.parametrize(
+    "wrong", [(2, 2, 4, 1), (1, 2, 2, 4), (1, 2, 4), (2, 1, 4), (2, 4)], ids=str
+)
+def test_a_cell_state_that_does_not_fit_a_packed_batch_is_refused(wrong):
+    ours = triton_rnn.LSTM(3, 4, bidirectional=True)
+    packed_input = pack_padded_sequence(torch.randn(5, 2, 3), [5, 3])
+    hx = (torch.randn(2, 2, 4), torch.randn(wrong))
+    assert ends_the_process(ours, (packed_input, hx))
+    with pytest.raises(RuntimeError, match=r"Expected hidden\[1\] size \(2, 2, 4\), got"):
+        ours(packed_input, hx)
+    with torch.autocast("cpu", dtype=torch.bfloat16), pytest.raises(RuntimeError, match="hidden"):
+        ours(packed_input, hx)
 
 
 @pytest.mark.parametrize("mistake", [writes, forgets, leaves_something])

@@ -269,11 +269,34 @@ def stack(call: Call, backend: ModuleType, layers: int, drop: float) -> tuple[Te
     return (x, *(torch.cat(states) for states in zip(*finals, strict=True)))
 
 
+def _check_packed_cell_state(module: torch.nn.RNNBase, input: PackedSequence, hx: Any) -> None:
+    """Refuse a c_0 of the wrong shape, in torch's words for a padded input.
+
+    For a packed one torch checks h_0 alone, and reads beyond c_0.
+    """
+    if not isinstance(hx, (tuple, list)) or len(hx) != 2 or not input.batch_sizes.numel():
+        return
+    h_0, c_0 = hx
+    if not isinstance(h_0, Tensor) or not isinstance(c_0, Tensor):
+        return
+    rows = module.num_layers * (2 if module.bidirectional else 1)
+    expected = (rows, int(input.batch_sizes[0]), module.hidden_size)
+    checked = (*expected[:2], module.proj_size or module.hidden_size)
+    if h_0.shape == checked and c_0.shape != expected:
+        raise RuntimeError(f"Expected hidden[1] size {expected}, got {list(c_0.size())}")
+
+
 def forward(module: torch.nn.RNNBase, input: Any, hx: Any) -> tuple[Any, Any] | None:
-    """What `module(input, hx)` returns; None if torch.nn's own forward is to be called instead."""
+    """What `module(input, hx)` returns; None if torch.nn's own forward is to be called instead.
+
+    Raises:
+        RuntimeError: for a state that ends the process in torch's own LSTM.
+    """
     if torch.compiler.is_compiling():
         # Before anything else: Dynamo would trace what follows, and cannot.
         return compiled.forward(module, input, hx)
+    if hx is not None and module.mode == "LSTM" and isinstance(input, PackedSequence):
+        _check_packed_cell_state(module, input, hx)
     wanted = _route()
     if wanted is None:
         return None
