@@ -379,9 +379,12 @@ def autocast(lib):
             with torch.autocast("cpu", dtype=dtype):
                 return flat_outputs(module, module(input_of(name).float()))
 
-        # Not every processor has the instructions that torch's float16 LSTM asks for.
-        error = said(lambda: cast(torch.float16))
-        return cast(torch.bfloat16), error, None if any(error) else cast(torch.float16)
+        # Not every processor has the instructions that torch's LSTM asks for.
+        def numbers_or_error(dtype):
+            error = said(lambda: cast(dtype))
+            return error if any(error) else cast(dtype)
+
+        return numbers_or_error(torch.bfloat16), numbers_or_error(torch.float16)
 
     return of_all(of)
 
