@@ -134,11 +134,11 @@ def compile_loops() -> dict[str, Any]:
     from triton_rnn.backends.native import build
 
     found: list[object] = []
-    seconds = _seconds(lambda: found.append(native.library(torch.float32)))
+    seconds = _seconds(lambda: found.append(native.library(torch.float32, "lstm")))
     if isinstance(found[0], str):
         raise RuntimeError(found[0])
     command = build.compiler() or [""]
-    return {"seconds": seconds, "note": f"float32, {Path(command[0]).name}"}
+    return {"seconds": seconds, "note": f"float32 LSTM, {Path(command[0]).name}"}
 
 
 def run_process(*arguments: str, environment: Mapping[str, str] | None = None) -> dict[str, Any]:

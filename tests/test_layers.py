@@ -588,6 +588,21 @@ def test_changing_a_bias_in_place_before_the_backward_is_allowed_as_in_torch(bac
         assert_close(actual, expected)
 
 
+@pytest.mark.parametrize("kind", [*LAYERS, *CELLS])
+def test_a_single_step_from_no_state_lets_weight_hh_change_in_place_as_torch_does(backend, kind):
+    """Nothing but the gradient of the state before the step would read it."""
+    name = "weight_hh" if kind in CELLS else "weight_hh_l0"
+    gradients = []
+    for module in twins(kind, 3, 4):
+        input = random(2, 3) if kind in CELLS else random(1, 2, 3)
+        loss = next(iter(flat_outputs(module, module(input)).values())).square().sum()
+        with torch.no_grad():
+            module.get_parameter(name).add_(1)
+        gradients.append(torch.autograd.grad(loss, list(module.parameters()), allow_unused=True))
+    for expected, actual in zip(*gradients, strict=True):
+        assert_close(actual, torch.zeros_like(actual) if expected is None else expected)
+
+
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("changed", ["output", "h_n"])
 @pytest.mark.parametrize("batch_first", [False, True])

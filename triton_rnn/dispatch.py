@@ -38,6 +38,9 @@ MIN_STEPS = {
 _requested: ContextVar[str | None] = ContextVar("triton_rnn_backend", default=None)
 _environment = os.environ.get("TRITON_RNN_BACKEND", "auto") or "auto"
 
+# What `torch.backends.mkldnn.enabled` reads, without the descriptor around it.
+_onednn_enabled = torch._C._get_mkldnn_enabled
+
 _F = TypeVar("_F", bound=Callable[..., Any])
 
 
@@ -152,9 +155,7 @@ def choose(request: Request, wanted: str) -> Choice:
     if request.device.type == "cuda" or wanted == "triton":
         precision = torch.backends.cudnn.rnn.fp32_precision  # type: ignore[attr-defined]
         others = (precision, os.environ.get("TRITON_RNN_VARIANT"))
-    # What `torch.backends.mkldnn.enabled` reads, without the descriptor around it.
-    onednn_enabled = torch._C._get_mkldnn_enabled()
-    return _choose(request, wanted, onednn_enabled, others, health.failures())
+    return _choose(request, wanted, _onednn_enabled(), others, health.failures())
 
 
 @functools.lru_cache(maxsize=4096)

@@ -1,5 +1,6 @@
 """A recurrent module's call: layers, directions and dropout over the layer op, padded or packed."""
 
+import functools
 from types import ModuleType
 from typing import Any, NamedTuple
 
@@ -9,15 +10,18 @@ from torch.nn.functional import dropout
 from torch.nn.utils.rnn import PackedSequence
 
 from triton_rnn import compiled, dispatch
-from triton_rnn.cells import LSTM_PROJECTED, MODES, RNN_RELU, RNN_TANH
+from triton_rnn.cells import LSTM_PROJECTED, MODES
 from triton_rnn.layer import layer
 from triton_rnn.profiling import ranges
 from triton_rnn.request import Request, weight_shapes, zero_states
 
 _PLAIN = (Tensor, torch.nn.Parameter)
+_CELL_WEIGHTS = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
 _peek_functorch = torch._C._functorch.peek_interpreter_stack
 _dispatch_modes = torch._C._len_torch_dispatch_stack
 _tracing_state = torch._C._get_tracing_state
+_is_compiling = torch.compiler.is_compiling
+_is_grad_enabled = torch.is_grad_enabled
 _forward_ad = torch.autograd.forward_ad
 # As `torch.is_autocast_enabled`, for any kind of device in one question.
 _autocast_anywhere = torch._C._is_any_autocast_enabled
@@ -31,7 +35,7 @@ def obstacle() -> str | None:
         return "a torch.func transform is at work"
     if _dispatch_modes() > 0:
         return "a torch dispatch mode is at work"
-    if torch.compiler.is_compiling():
+    if _is_compiling():
         return "torch.compile is tracing the call"
     if _tracing_state() is not None:
         return "torch.jit.trace is tracing the call"
@@ -61,7 +65,7 @@ def refused(wanted: str) -> bool:
 
 def _route() -> str | None:
     """The backend that is asked for here and now, or None where only torch.nn's forward will do."""
-    if torch.compiler.is_compiling():
+    if _is_compiling():
         # After a graph break Dynamo begins anew with this function; what follows it cannot trace.
         return None
     wanted = dispatch.requested()
@@ -91,42 +95,103 @@ class Call(NamedTuple):
     weights: list[Tensor]
 
 
-def _weights(module: torch.nn.RNNBase) -> list[Tensor] | None:
-    """The module's weights as they are now, in torch's order; None if one is missing."""
-    weights = []
-    for name in module._flat_weights_names:
-        weight = module._parameters.get(name)
-        if weight is None:
-            # Parametrized, pruned or replicated weights are attributes of another kind, or are
-            # gone.
-            weight = getattr(module, name, None)
-            if weight is None:
-                return None
-        weights.append(weight)
-    return weights
+class _Plan(NamedTuple):
+    """What is true of every call of one form, worked out once.
+
+    Attributes:
+        inference, training: the first layer's request, without and with a backward to follow.
+        shapes: of the weights, in torch's order.
+        h_shape, c_shape: of the initial states in torch's form; c_shape None without one.
+    """
+
+    inference: Request
+    training: Request
+    shapes: tuple[tuple[int, ...], ...]
+    h_shape: tuple[int, ...]
+    c_shape: tuple[int, ...] | None
 
 
-def _fits(state: Any, shape: tuple[int, ...], like: Tensor) -> bool:
+# typed: True is not 1. torch builds a module of 0 for False, and of True for 1, and refuses its
+# calls.
+@functools.lru_cache(maxsize=4096, typed=True)
+def _plan(
+    mode: str,
+    input_size: int,
+    hidden_size: int,
+    proj_size: int,
+    layers: int,
+    bias: bool,
+    bidirectional: bool,
+    seq_len: int,
+    batch: int,
+    form: str,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> _Plan | None:
+    """The plan of a form of call, or None if no call of this form is well-formed.
+
+    Args:
+        form: "padded", "unbatched" or "packed".
+    """
+    cell = LSTM_PROJECTED if proj_size else MODES.get(mode)
+    if cell is None or type(bidirectional) is not bool or type(bias) is not bool:
+        return None
+    if type(layers) is not int:
+        return None
+    output_size = proj_size or hidden_size
+    directions = 2 if bidirectional else 1
+    shapes = weight_shapes(
+        cell.gates * hidden_size, input_size, hidden_size, proj_size, layers, directions, bias
+    )
+    request = Request(
+        cell,
+        device,
+        dtype,
+        seq_len,
+        batch,
+        input_size,
+        hidden_size,
+        output_size,
+        directions,
+        bias,
+        form == "packed",
+        False,
+    )
+    stacked = (layers * directions,) if form == "unbatched" else (layers * directions, batch)
+    return _Plan(
+        request,
+        request._replace(needs_grad=True),
+        shapes,
+        (*stacked, output_size),
+        (*stacked, hidden_size) if cell.states == 2 else None,
+    )
+
+
+def _is_plain(
+    tensor: Any, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device
+) -> bool:
+    """Whether it is a tensor of that kind; no subclass, which may be on no device, or on many."""
     return (
-        type(state) in _PLAIN
-        and state.shape == shape
-        and state.dtype == like.dtype
-        and state.device == like.device
+        type(tensor) in _PLAIN
+        and tensor.shape == shape
+        and tensor.dtype is dtype
+        and tensor.device == device
     )
 
 
 def prepare(module: torch.nn.RNNBase, input: Any, hx: Any) -> Call | None:
-    """Take a call apart; None if it is malformed, so that torch.nn's forward shall say how.
-
-    Tensor subclasses are out of the ordinary too: they may be on no device, or on many.
-    """
+    """Take a call apart; None if it is malformed, so that torch.nn's forward shall say how."""
     packed = isinstance(input, PackedSequence)
     data = input.data if packed else input
-    if not isinstance(data, Tensor) or data.layout != torch.strided:
+    if type(data) not in _PLAIN or data.layout is not torch.strided:
         return None
     shape = data.shape
-    unbatched = not packed and len(shape) == 2
-    if len(shape) != (2 if packed or unbatched else 3) or shape[-1] != module.input_size:
+    form = "packed" if packed else "padded"
+    if len(shape) != (2 if packed else 3):
+        if packed or len(shape) != 2:
+            return None
+        form = "unbatched"
+    if shape[-1] != module.input_size:
         return None
     batch_sizes: list[int] = []
     if packed:
@@ -142,7 +207,8 @@ def prepare(module: torch.nn.RNNBase, input: Any, hx: Any) -> Call | None:
             # Sequences of one length are as good as padded, and some kernels want it so.
             data = data.reshape(seq_len, batch, shape[-1])
             batch_sizes = []
-    elif unbatched:
+            form = "padded"
+    elif form == "unbatched":
         data = data.unsqueeze(1)
         seq_len, batch = shape[0], 1
     elif module.batch_first:
@@ -153,80 +219,74 @@ def prepare(module: torch.nn.RNNBase, input: Any, hx: Any) -> Call | None:
     if seq_len == 0:
         return None
 
-    hidden_size, proj_size = module.hidden_size, module.proj_size
-    cell = LSTM_PROJECTED if proj_size else MODES.get(module.mode)
     drop = module.dropout
-    if cell is None or not isinstance(drop, (int, float)) or not 0 <= drop <= 1:
+    if type(drop) is bool or not isinstance(drop, (int, float)) or not 0 <= drop <= 1:
         return None
-    if (
-        type(module.bidirectional) is not bool
-        or type(module.bias) is not bool
-        or type(module.num_layers) is not int
-        or type(drop) is bool
-    ):
-        # torch builds a module of 0 for False, and of True for 1, and refuses its calls.
-        return None
-    output_size = proj_size or hidden_size
-    directions = 2 if module.bidirectional else 1
-    weights = _weights(module)
-    shapes = weight_shapes(
-        cell.gates * hidden_size,
+    dtype, device = data.dtype, data.device
+    plan = _plan(
+        module.mode,
         module.input_size,
-        hidden_size,
-        proj_size,
+        module.hidden_size,
+        module.proj_size,
         module.num_layers,
-        directions,
         module.bias,
+        module.bidirectional,
+        seq_len,
+        batch,
+        form,
+        dtype,
+        device,
     )
-    if weights is None or len(weights) != len(shapes):
+    if plan is None:
         return None
-    device, dtype = data.device, data.dtype
-    if type(data) not in _PLAIN:
+    names = module._flat_weights_names
+    if len(names) != len(plan.shapes):
         return None
-    needs_grad = data.requires_grad
-    for weight, expected in zip(weights, shapes, strict=True):
-        if weight.shape != expected or weight.dtype != dtype or weight.device != device:
+
+    grad_enabled = _is_grad_enabled()
+    needs_grad = grad_enabled and data.requires_grad
+    weights: list[Tensor] = []
+    parameters = module._parameters
+    for name, expected in zip(names, plan.shapes, strict=True):
+        weight: Any = parameters.get(name)
+        if weight is None:
+            # Parametrized, pruned or replicated weights are attributes of another kind, or are
+            # gone.
+            weight = getattr(module, name, None)
+        # As _is_plain, without a call for each.
+        if (
+            type(weight) not in _PLAIN
+            or weight.shape != expected
+            or weight.dtype is not dtype
+            or weight.device != device
+        ):
             return None
-        if type(weight) not in _PLAIN:
-            return None
-        needs_grad = needs_grad or weight.requires_grad
+        if grad_enabled and not needs_grad:
+            needs_grad = weight.requires_grad
+        weights.append(weight)
 
     h_0 = c_0 = None
     if hx is not None:
-        stack_shape = (module.num_layers * directions,) + (() if unbatched else (batch,))
-        if cell.states == 2:
+        if plan.c_shape is not None:
             if not isinstance(hx, (tuple, list)) or len(hx) != 2:
                 return None
             h_0, c_0 = hx
-            if not _fits(c_0, (*stack_shape, hidden_size), data):
+            if not _is_plain(c_0, plan.c_shape, dtype, device):
                 return None
         else:
             h_0 = hx
-        if not _fits(h_0, (*stack_shape, output_size), data):
+        if not _is_plain(h_0, plan.h_shape, dtype, device):
             return None
-        for state in (h_0,) if c_0 is None else (h_0, c_0):
-            needs_grad = needs_grad or state.requires_grad
-        if unbatched:
+        if grad_enabled and not needs_grad:
+            needs_grad = h_0.requires_grad or (c_0 is not None and c_0.requires_grad)
+        if form == "unbatched":
             h_0 = h_0.unsqueeze(1)
             c_0 = None if c_0 is None else c_0.unsqueeze(1)
         elif packed and input.sorted_indices is not None:
             h_0 = h_0.index_select(1, input.sorted_indices)
             c_0 = None if c_0 is None else c_0.index_select(1, input.sorted_indices)
 
-    request = Request(
-        cell,
-        device,
-        dtype,
-        seq_len,
-        batch,
-        module.input_size,
-        hidden_size,
-        output_size,
-        directions,
-        module.bias,
-        bool(batch_sizes),
-        needs_grad and torch.is_grad_enabled(),
-    )
+    request = plan.training if needs_grad else plan.inference
     return Call(request, data, batch_sizes, h_0, c_0, weights)
 
 
@@ -292,7 +352,7 @@ def forward(module: torch.nn.RNNBase, input: Any, hx: Any) -> tuple[Any, Any] | 
     Raises:
         RuntimeError: for a state that ends the process in torch's own LSTM.
     """
-    if torch.compiler.is_compiling():
+    if _is_compiling():
         # Before anything else: Dynamo would trace what follows, and cannot.
         return compiled.forward(module, input, hx)
     if hx is not None and module.mode == "LSTM" and isinstance(input, PackedSequence):
@@ -307,7 +367,7 @@ def forward(module: torch.nn.RNNBase, input: Any, hx: Any) -> tuple[Any, Any] | 
     name = dispatch.choose(request, wanted).backend
     backend = dispatch.backend_module(name)
     drop = module.dropout if module.training else 0.0
-    run = getattr(backend, "stack", stack)
+    run = vars(backend).get("stack", stack)
     if ranges.on():
         with ranges.call(request.cell):
             output, *states = run(call, backend, module.num_layers, drop)
@@ -331,53 +391,58 @@ def forward(module: torch.nn.RNNBase, input: Any, hx: Any) -> tuple[Any, Any] | 
 
 
 def prepare_cell(module: torch.nn.RNNCellBase, input: Any, hx: Any) -> Call | None:
-    """A cell's call as that of a layer with one time step; None if it is malformed."""
+    """A cell's call as that of a layer with one time step; None if it is malformed.
+
+    A packed batch of one step is what it is: rows, without a dimension for time.
+    """
     if isinstance(module, torch.nn.RNNCell):
         # Compared, as torch does: a cell's constructor takes anything for it.
-        relu = module.nonlinearity == "relu"
-        cell = RNN_RELU if relu else RNN_TANH if module.nonlinearity == "tanh" else None
+        kind = module.nonlinearity
+        mode = "RNN_RELU" if kind == "relu" else "RNN_TANH" if kind == "tanh" else ""
     else:
-        cell = MODES["LSTM" if isinstance(module, torch.nn.LSTMCell) else "GRU"]
-    hidden_size = module.hidden_size
-    if cell is None or 0 in (module.input_size, hidden_size) or not isinstance(input, Tensor):
+        mode = "LSTM" if isinstance(module, torch.nn.LSTMCell) else "GRU"
+    input_size, hidden_size = module.input_size, module.hidden_size
+    if type(input) not in _PLAIN or input.layout is not torch.strided:
         return None
-    if input.dim() not in (1, 2) or input.size(-1) != module.input_size:
+    shape = input.shape
+    if len(shape) not in (1, 2) or shape[-1] != input_size or 0 in (input_size, hidden_size):
         return None
-    data = input.view(1, -1, module.input_size) if input.dim() == 1 else input.unsqueeze(0)
-    names = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")[: 4 if module.bias else 2]
-    weights: list[Any] = [getattr(module, name, None) for name in names]
-    shapes = weight_shapes(
-        cell.gates * hidden_size, module.input_size, hidden_size, 0, 1, 1, bool(module.bias)
+    batched = len(shape) == 2
+    batch = shape[0] if batched else 1
+    dtype, device = input.dtype, input.device
+    biased = bool(module.bias)
+    plan = _plan(
+        mode, input_size, hidden_size, 0, 1, biased, False, 1, batch, "packed", dtype, device
     )
-    if not all(_fits(weight, shape, data) for weight, shape in zip(weights, shapes, strict=True)):
+    if plan is None:
         return None
-    states: tuple[Any, ...] = ()
-    if hx is not None:
-        if cell.states == 2 and (not isinstance(hx, (tuple, list)) or len(hx) != 2):
+    grad_enabled = _is_grad_enabled()
+    needs_grad = grad_enabled and input.requires_grad
+    weights: list[Tensor] = []
+    parameters = module._parameters
+    for name, expected in zip(_CELL_WEIGHTS[: 4 if biased else 2], plan.shapes, strict=True):
+        weight: Any = parameters.get(name)
+        if weight is None:
+            weight = getattr(module, name, None)
+        if not _is_plain(weight, expected, dtype, device):
             return None
-        states = tuple(hx) if cell.states == 2 else (hx,)
-        for state in states:
-            if not _fits(state, (*input.shape[:-1], hidden_size), data):
+        if grad_enabled and not needs_grad:
+            needs_grad = weight.requires_grad
+        weights.append(weight)
+    states: list[Tensor | None] = [None, None]
+    if hx is not None:
+        if plan.c_shape is not None and (not isinstance(hx, (tuple, list)) or len(hx) != 2):
+            return None
+        for number, state in enumerate(hx if plan.c_shape is not None else (hx,)):
+            expected = (batch, hidden_size) if batched else (hidden_size,)
+            if not _is_plain(state, expected, dtype, device):
                 return None
-        states = tuple(state.view(1, -1, hidden_size) for state in states)
-    tensors = [data, *weights, *states]
-    request = Request(
-        cell,
-        data.device,
-        data.dtype,
-        1,
-        data.size(1),
-        module.input_size,
-        hidden_size,
-        hidden_size,
-        1,
-        bool(module.bias),
-        False,
-        torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors),
-    )
-    h_0 = states[0] if states else None
-    c_0 = states[1] if len(states) > 1 else None
-    return Call(request, data, [], h_0, c_0, weights)
+            if grad_enabled and not needs_grad:
+                needs_grad = state.requires_grad
+            states[number] = state.unsqueeze(0) if batched else state.view(1, 1, hidden_size)
+    request = plan.training if needs_grad else plan.inference
+    data = input if batched else input.unsqueeze(0)
+    return Call(request, data, [batch], states[0], states[1], weights)
 
 
 def _check_unbatched_state(module: torch.nn.RNNCellBase, hx: Any) -> None:
@@ -397,7 +462,8 @@ def _check_unbatched_state(module: torch.nn.RNNCellBase, hx: Any) -> None:
 def cell_forward(module: torch.nn.RNNCellBase, input: Any, hx: Any) -> tuple[Tensor, ...] | None:
     """The next state, as a tuple; None if torch.nn's own forward is to be called.
 
-    A single step is where torch's own cell is hard to beat, so `auto` does not even look.
+    A step of torch's cells is a few operators in one C++ call, which costs less than what is around
+    ours, so `auto` does not even look.
 
     Raises:
         RuntimeError: for a state that ends the process in torch's own cells.
@@ -410,10 +476,17 @@ def cell_forward(module: torch.nn.RNNCellBase, input: Any, hx: Any) -> tuple[Ten
     call = prepare_cell(module, input, hx)
     if call is None:
         return None
-    name = dispatch.choose(call.request, wanted).backend
-    with ranges.call(call.request.cell):
-        _, *states = stack(call, dispatch.backend_module(name), 1, 0.0)
-    return tuple(state.view(*input.shape[:-1], module.hidden_size) for state in states)
+    request = call.request
+    backend = dispatch.backend_module(dispatch.choose(request, wanted).backend)
+    if ranges.on():
+        with ranges.call(request.cell):
+            h, *states = stack(call, backend, 1, 0.0)
+    else:
+        h, *states = stack(call, backend, 1, 0.0)
+    # The output of a single step is h; the first of the states says so again.
+    if input.dim() == 1:
+        return tuple(state.view(-1) for state in (h, *states[1:]))
+    return (h, *(state.squeeze(0) for state in states[1:]))
 
 
 compiled.leave_to_python(forward)

@@ -1,9 +1,11 @@
 """The layer op: one layer, all its directions, the whole sequence, differentiable."""
 
+import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from operator import itemgetter
 from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -46,11 +48,13 @@ class LayerFunction(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         ctx.backend, ctx.request, ctx.batch_sizes = backend, request, batch_sizes
         ctx.layer = ranges.here.layer
-        # Only the second derivative reads a bias, so as with torch.nn it may change in place;
-        # should it be read after all, its version tells.
-        ctx.biases = [(weight, weight._version) for weight in weights if weight.dim() == 1]
-        matrices = [weight for weight in weights if weight.dim() > 1]
-        ctx.save_for_backward(input, h_0, c_0, *matrices, *saved)
+        # What only the second derivative reads may change in place, as with torch.nn; should it be
+        # read after all, its version tells.
+        single = request.seq_len == 1 and not ctx.needs_input_grad[4]
+        order = _order(request.biased, request.cell.projected, request.directions, single)
+        ctx.order, ctx.unread = order, order.unread(weights)
+        ctx.versions = [weight._version for weight in ctx.unread]
+        ctx.save_for_backward(input, h_0, c_0, *order.read(weights), *saved)
         return results
 
     @staticmethod
@@ -58,48 +62,60 @@ class LayerFunction(torch.autograd.Function):
         request: Request = ctx.request
         input, h_0, c_0, *others = ctx.saved_tensors
         needs = ctx.needs_input_grad[3:]
-        count = len(needs) - 3 - len(ctx.biases)
-        weights, saved = _merge(request, others[:count], ctx.biases), others[count:]
+        count = len(needs) - 3 - len(ctx.unread)
+        weights, saved = ctx.order.together((*others[:count], *ctx.unread)), others[count:]
         if torch.is_grad_enabled() or any(map(_is_batched, grads)):
             found = _differentiable_backward(ctx, input, h_0, c_0, weights, grads)
             return None, None, None, *found
 
-        rows = math.prod(input.shape[:-1])
         # Those of the states have their shape already.
         given = list(grads)
         if given[0] is not None and not request.packed:
-            given[0] = given[0].reshape(rows, request.directions * request.output_size)
+            given[0] = given[0].flatten(0, 1)
         if ranges.on():
             # Perhaps another thread than the forward's.
             ranges.here.layer = ctx.layer
+            rows = math.prod(input.shape[:-1])
             session.note_backward(request, rows, getattr(ctx.backend, "WHOLE", ""))
-        grad_rows, grad_h_0, grad_c_0, *grad_weights = ctx.backend.backward(
+        grad_rows, *others = ctx.backend.backward(
             request, input, ctx.batch_sizes, h_0, c_0, weights, saved, given, needs
         )
-        return (
-            None,
-            None,
-            None,
-            None if grad_rows is None else grad_rows.view(input.shape),
-            grad_h_0,
-            grad_c_0,
-            *grad_weights,
-        )
+        if grad_rows is not None and not request.packed:
+            grad_rows = grad_rows.view(input.shape)
+        return None, None, None, grad_rows, *others
 
 
-def _merge(
-    request: Request, matrices: Sequence[Tensor], biases: Sequence[tuple[Tensor, int]]
-) -> list[Tensor]:
-    """All weights in torch's order: weight_ih, weight_hh[, bias_ih, bias_hh][, weight_hr] ..."""
-    weights: list[Tensor] = []
-    per_direction = len(matrices) // request.directions
-    for d in range(request.directions):
-        own = matrices[d * per_direction : (d + 1) * per_direction]
-        weights += own[:2]
-        if request.biased:
-            weights += [bias for bias, _ in biases[2 * d : 2 * d + 2]]
-        weights += own[2:]
-    return weights
+_Picker = Callable[[Sequence[Tensor]], Sequence[Tensor]]
+
+
+class _Order(NamedTuple):
+    """The weights of a layer in torch's order: those that the backward reads, the others; both."""
+
+    read: _Picker
+    unread: _Picker
+    together: _Picker
+
+
+def _picker(places: Sequence[int]) -> _Picker:
+    if len(places) > 1:
+        return itemgetter(*places)
+    return lambda weights: [weights[place] for place in places]
+
+
+@functools.lru_cache(maxsize=32)
+def _order(biased: bool, projected: bool, directions: int, single: bool) -> _Order:
+    """How to pick from weight_ih, weight_hh[, bias_ih, bias_hh][, weight_hr] of each direction.
+
+    Args:
+        single: whether there is one step, and nobody wants the gradient of the state before it.
+    """
+    kinds = ("ru" if single else "rr") + "uu" * biased + "r" * projected
+    kinds *= directions
+    read = [place for place, kind in enumerate(kinds) if kind == "r"]
+    unread = [place for place, kind in enumerate(kinds) if kind == "u"]
+    apart = read + unread
+    together = [apart.index(place) for place in range(len(kinds))]
+    return _Order(_picker(read), _picker(unread), _picker(together))
 
 
 def _differentiable_backward(
@@ -111,10 +127,10 @@ def _differentiable_backward(
     grads: Sequence[Tensor | None],
 ) -> list[Tensor | None]:
     """The same gradients as functions that can be differentiated again (`create_graph=True`)."""
-    if any(bias._version != version for bias, version in ctx.biases):
+    if [weight._version for weight in ctx.unread] != ctx.versions:
         raise RuntimeError(
             "one of the variables needed for gradient computation has been modified by an inplace "
-            "operation: a bias of a recurrent layer"
+            "operation: a weight of a recurrent layer"
         )
     create_graph = torch.is_grad_enabled()
     needs = ctx.needs_input_grad[3:]

@@ -9,11 +9,13 @@ fails: `supports` says why, and TorchScript runs instead.
 
 import ctypes
 import functools
+import operator
 import struct
 import threading
 from array import array
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -30,17 +32,28 @@ TAKES_NO_STATE = True
 _SOURCE = Path(__file__).with_name("recurrence.c")
 _CELLS = {"rnn_tanh": 0, "rnn_relu": 1, "gru": 2, "lstm": 3, "lstm_projected": 4}
 _TYPES = {torch.float32: "float", torch.float64: "double"}
+# One library serves the cells whose arithmetic is one: ONLY of recurrence.c.
+_KINDS = {
+    "rnn_tanh": "RNN_TANH",
+    "rnn_relu": "RNN_TANH",
+    "gru": "GRU",
+    "lstm": "LSTM",
+    "lstm_projected": "LSTM",
+}
 
-# `struct Call` of recurrence.c, field by field; a pointer is a number of eight bytes.
-_CALL = struct.Struct("50q")
-_NO_BACKWARD = (0,) * (7 + 10)
+# `struct Call` of recurrence.c, field by field; a pointer is a number of eight bytes. What all
+# calls of one request share comes first, and is packed once; what only a backward has comes last.
+_SHARED = struct.Struct("9q")
+_OWN = struct.Struct("24q")
+_BACKWARD = struct.Struct("17q")
+_NO_BACKWARD = bytes(_BACKWARD.size)
 
 
 class Library:
-    """The compiled functions for one type of numbers."""
+    """The compiled functions for one type of numbers and one kind of cell."""
 
-    def __init__(self, dtype: torch.dtype) -> None:
-        found = build.library(_SOURCE, (f"-DREAL={_TYPES[dtype]}",))
+    def __init__(self, dtype: torch.dtype, kind: str) -> None:
+        found = build.library(_SOURCE, (f"-DREAL={_TYPES[dtype]}", f"-DONLY={kind}"))
         # Each takes the bytes of a Call. ctypes lets go of the GIL while a CDLL's function runs.
         self.forward = found.forward
         self.backward = found.backward
@@ -87,17 +100,21 @@ _building = threading.Lock()
 
 
 @functools.cache
-def _built(dtype: torch.dtype) -> Library | str:
+def _built(dtype: torch.dtype, kind: str) -> Library | str:
     try:
-        return Library(dtype)
+        return Library(dtype, kind)
     except build.BuildError as error:
         return str(error)
 
 
-def library(dtype: torch.dtype) -> Library | str:
-    """The compiled functions for float32 or float64, or why there are none; tried once."""
+def library(dtype: torch.dtype, cell: str) -> Library | str:
+    """The compiled functions for float32 or float64 and a cell, or why there are none; tried once.
+
+    Args:
+        cell: its name in `CELLS`.
+    """
     with _building:
-        return _built(dtype)
+        return _built(dtype, _KINDS[cell])
 
 
 def supports(request: Request) -> str | None:
@@ -108,7 +125,7 @@ def supports(request: Request) -> str | None:
         return f"dtype {request.dtype} is not float32 or float64"
     if struct.calcsize("P") != 8:
         return "pointers are not of eight bytes here"
-    found = library(request.dtype)
+    found = library(request.dtype, request.cell.name)
     return found if isinstance(found, str) else None
 
 
@@ -124,7 +141,7 @@ def declines(request: Request) -> str | None:
 
 def describe(request: Request, rows: int) -> str:
     """How this backend would go about a request, in a line."""
-    found = library(request.dtype)
+    found = library(request.dtype, request.cell.name)
     if isinstance(found, str):
         return found
     threads = rules.threads(request, rows)
@@ -139,7 +156,7 @@ def describe(request: Request, rows: int) -> str:
 
 def saved_shapes(request: Request, seq_len: int, batch: int) -> list[tuple[int, ...]]:
     """Shapes of what forward saves, for a padded request; T and N may be torch's symbols."""
-    numbers = _functions(request.dtype).saved_numbers
+    numbers = _functions(request).saved_numbers
     fixed = (int(request.hidden_size), int(request.output_size), int(request.directions))
     cell = _CELLS[request.cell.name]
     none, one = numbers(cell, 0, *fixed), numbers(cell, 1, *fixed)
@@ -155,6 +172,13 @@ def _dense(tensor: Tensor) -> Tensor:
     if tensor.is_contiguous() and not tensor.is_neg():
         return tensor
     return tensor.resolve_neg().contiguous()
+
+
+def _all_dense(weights: Sequence[Tensor]) -> Sequence[Tensor]:
+    for weight in weights:
+        if not weight.is_contiguous() or weight.is_neg():
+            return [_dense(one) for one in weights]
+    return weights
 
 
 def _by_rows(tensor: Tensor) -> Tensor:
@@ -174,22 +198,57 @@ def _strides(request: Request, input: Tensor) -> tuple[int, int]:
     return step, step if request.batch == 1 else row
 
 
-def _in_slots(request: Request, pointers: Sequence[int]) -> list[int]:
-    """Weights of both directions in the five places that each has in a Call."""
-    count = len(pointers) // request.directions
-    slots = [0] * 10
-    for d in range(request.directions):
-        own = pointers[d * count : (d + 1) * count]
-        slots[5 * d : 5 * d + 2] = own[:2]
-        if request.biased:
-            slots[5 * d + 2 : 5 * d + 4] = own[2:4]
-        if request.cell.projected:
-            slots[5 * d + 4] = own[-1]
-    return slots
+class _Frame(NamedTuple):
+    """What all calls of one request have in common.
+
+    Attributes:
+        shared: the first bytes of a Call.
+        in_slots: from the pointers of all weights and a 0 at their end to the five places that each
+            direction has in a Call.
+        per_row: numbers saved for every row; at_end: numbers saved beyond them.
+    """
+
+    functions: Library
+    shared: bytes
+    in_slots: Callable[[Sequence[int]], tuple[int, ...]]
+    per_row: int
+    at_end: int
 
 
-def _functions(dtype: torch.dtype) -> Library:
-    found = _built(dtype)
+@functools.lru_cache(maxsize=4096)
+def _frame(request: Request) -> _Frame:
+    functions = _functions(request)
+    cell, hidden, output = _CELLS[request.cell.name], request.hidden_size, request.output_size
+    places = [0, 1]
+    count = 2
+    if request.biased:
+        places += [2, 3]
+        count = 4
+    none = -1
+    places += [none] * (4 - count)
+    places += [count] if request.cell.projected else [none]
+    count += request.cell.projected
+    slots = [none if at == none else at + d * count for d in range(2) for at in places]
+    if request.directions == 1:
+        slots[5:] = [none] * 5
+    at_end = functions.saved_numbers(cell, 0, hidden, output, request.directions)
+    saved = functions.saved_numbers(cell, 1, hidden, output, request.directions)
+    shared = _SHARED.pack(
+        cell,
+        request.seq_len,
+        request.batch,
+        request.input_size,
+        hidden,
+        output,
+        request.directions,
+        request.biased,
+        request.needs_grad,
+    )
+    return _Frame(functions, shared, operator.itemgetter(*slots), saved - at_end, at_end)
+
+
+def _functions(request: Request) -> Library:
+    found = _built(request.dtype, _KINDS[request.cell.name])
     if isinstance(found, str):
         raise RuntimeError(found)
     return found
@@ -199,33 +258,11 @@ def _pointer(tensor: Tensor | None) -> int:
     return 0 if tensor is None else tensor.data_ptr()
 
 
-def _head(
-    request: Request,
-    input: Tensor,
-    sizes: "array[int] | None",
-    h_0: Tensor | None,
-    c_0: Tensor | None,
-    weights: Sequence[Tensor],
-) -> tuple[int, ...]:
-    """The fields of a Call up to the weights."""
-    pointers = [weight.data_ptr() for weight in weights]
-    return (
-        _CELLS[request.cell.name],
-        request.seq_len,
-        request.batch,
-        request.input_size,
-        request.hidden_size,
-        request.output_size,
-        request.directions,
-        request.biased,
-        request.needs_grad,
-        0 if sizes is None else sizes.buffer_info()[0],
-        input.data_ptr(),
-        *_strides(request, input),
-        _pointer(h_0),
-        _pointer(c_0),
-        *_in_slots(request, pointers),
-    )
+def _pointers(tensors: Sequence[Tensor | None]) -> list[int]:
+    """Of tensors, and a 0 at the end, which stands for what is not there."""
+    pointers = [0 if tensor is None else tensor.data_ptr() for tensor in tensors]
+    pointers.append(0)
+    return pointers
 
 
 def _run(function: "ctypes._NamedFuncPointer", request: Request, phase: str, call: bytes) -> None:
@@ -254,35 +291,48 @@ def forward(
     Raises:
         MemoryError: there is no memory for the call's buffers.
     """
-    functions = _functions(request.dtype)
-    directions, size = request.directions, request.output_size
+    frame = _frame(request)
+    directions, batch, size = request.directions, request.batch, request.output_size
     # Names keep alive what the pointers point to.
     input = _by_rows(input)
-    h_0 = None if h_0 is None else _dense(h_0)
-    c_0 = None if c_0 is None else _dense(c_0)
-    weights = [_dense(weight) for weight in weights]
-    sizes = array("q", batch_sizes) if batch_sizes else None
-    output = input.new_empty((*input.shape[:-1], directions * size))
-    h_n = input.new_empty((directions, request.batch, size))
-    c_n = None
+    weights = _all_dense(weights)
+    if h_0 is not None:
+        h_0 = _dense(h_0)
+    if c_0 is not None:
+        c_0 = _dense(c_0)
+    sizes = None
+    # Sizes one by one: a tuple of them takes torch longer.
+    if request.packed:
+        sizes = array("q", batch_sizes)
+        rows = len(input)
+        output = input.new_empty(rows, directions * size)
+    else:
+        rows = request.seq_len * batch
+        output = input.new_empty(request.seq_len, batch, directions * size)
+    h_n = input.new_empty(directions, batch, size)
+    c_n = saved = None
     if request.cell.states == 2:
-        c_n = input.new_empty((directions, request.batch, request.hidden_size))
-    saved = None
-    rows = len(input) if request.packed else request.seq_len * request.batch
+        c_n = input.new_empty(directions, batch, request.hidden_size)
     if request.needs_grad:
-        cell = _CELLS[request.cell.name]
-        count = functions.saved_numbers(cell, rows, request.hidden_size, size, directions)
-        saved = input.new_empty(count)
-    call = _CALL.pack(
-        *_head(request, input, sizes, h_0, c_0, weights),
-        output.data_ptr(),
-        h_n.data_ptr(),
-        _pointer(c_n),
-        _pointer(saved),
-        *_NO_BACKWARD,
-        *_threads(request, rows),
+        saved = input.new_empty(rows * frame.per_row + frame.at_end)
+    call = (
+        frame.shared
+        + _OWN.pack(
+            0 if sizes is None else sizes.buffer_info()[0],
+            input.data_ptr(),
+            *_strides(request, input),
+            _pointer(h_0),
+            _pointer(c_0),
+            *frame.in_slots(_pointers(weights)),
+            output.data_ptr(),
+            h_n.data_ptr(),
+            _pointer(c_n),
+            _pointer(saved),
+            *_threads(request, rows),
+        )
+        + _NO_BACKWARD
     )
-    _run(functions.forward, request, WHOLE, call)
+    _run(frame.functions.forward, request, WHOLE, call)
     results = (output, h_n) if c_n is None else (output, h_n, c_n)
     return results, [] if saved is None else [saved]
 
@@ -303,16 +353,16 @@ def backward(
     Raises:
         MemoryError: there is no memory for the call's buffers.
     """
-    functions = _functions(request.dtype)
+    frame = _frame(request)
     input = _by_rows(input)
-    weights = [_dense(weight) for weight in weights]
+    weights = _all_dense(weights)
     sizes = array("q", batch_sizes) if batch_sizes else None
     grad_output = None if grads[0] is None else _by_rows(grads[0])
     grad_h_n = None if grads[1] is None else _dense(grads[1])
     grad_c_n = None if len(grads) < 3 or grads[2] is None else _dense(grads[2])
     rows = len(input) if request.packed else request.seq_len * request.batch
     found: list[Tensor | None] = [
-        input.new_empty((rows, request.input_size)) if needs[0] else None,
+        input.new_empty(rows, request.input_size) if needs[0] else None,
         # Dense, whatever the strides of the states.
         input.new_empty(h_0.shape) if h_0 is not None and needs[1] else None,
         input.new_empty(c_0.shape) if c_0 is not None and needs[2] else None,
@@ -321,21 +371,31 @@ def backward(
         torch.empty_like(weight) if need else None
         for weight, need in zip(weights, needs[3:], strict=True)
     ]
-    pointers = [_pointer(tensor) for tensor in found]
-    call = _CALL.pack(
-        # The states before the first step are among what the forward saved.
-        *_head(request, input, sizes, None, None, weights),
-        0,
-        0,
-        0,
-        saved[0].data_ptr(),
-        _pointer(grad_output),
-        _pointer(grad_h_n),
-        _pointer(grad_c_n),
-        0 if grad_output is None else grad_output.stride(0),
-        *pointers[:3],
-        *_in_slots(request, pointers[3:]),
-        *_threads(request, rows),
+    pointers = _pointers(found)
+    call = (
+        frame.shared
+        + _OWN.pack(
+            0 if sizes is None else sizes.buffer_info()[0],
+            input.data_ptr(),
+            *_strides(request, input),
+            # The states before the first step are among what the forward saved.
+            0,
+            0,
+            *frame.in_slots(_pointers(weights)),
+            0,
+            0,
+            0,
+            saved[0].data_ptr(),
+            *_threads(request, rows),
+        )
+        + _BACKWARD.pack(
+            _pointer(grad_output),
+            _pointer(grad_h_n),
+            _pointer(grad_c_n),
+            0 if grad_output is None else grad_output.stride(0),
+            *pointers[:3],
+            *frame.in_slots(pointers[3:]),
+        )
     )
-    _run(functions.backward, request, f"backward.{WHOLE}", call)
+    _run(frame.functions.backward, request, f"backward.{WHOLE}", call)
     return found
