@@ -329,6 +329,11 @@ INLINE void multiply(int R, int V, int W, vec *sum, const REAL *a, i64 a_row, i6
         }
         UNROLL for (int r = 0; r < R; r++)
             UNROLL for (int v = 0; v < V; v++) s[r * V + v] += a[r * a_row] * w[v];
+        /* GCC, tuning for some processors, rounds the product of a single running sum by itself, and
+           fuses it where there are more. A row's numbers shall not depend on how many rows there
+           are, so that a sequence may be cut anywhere. */
+        if (R * V == 1)
+            IN_REGISTER(s[0]);
         a += a_step;
         b += b_row;
     }
