@@ -1,7 +1,6 @@
 """A stream is the whole sequence in chunks: the same numbers, whatever the cut."""
 
 import copy
-import gc
 import pickle
 
 import pytest
@@ -360,17 +359,6 @@ def test_weights_may_be_stepped_between_chunks():
     for parameter, old in zip(module.parameters(), before, strict=True):
         assert not torch.equal(parameter, old)
     assert not stream.state.requires_grad
-
-
-def living_bytes():
-    """Of all tensors that Python's collector knows, each storage once."""
-    gc.collect()
-    found = {}
-    for thing in gc.get_objects():
-        if type(thing) in (torch.Tensor, torch.nn.Parameter):
-            storage = thing.untyped_storage()
-            found[storage.data_ptr()] = storage.nbytes()
-    return sum(found.values())
 
 
 def test_what_tbptt_holds_does_not_grow_with_the_sequence():
