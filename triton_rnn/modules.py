@@ -18,7 +18,11 @@ def _torch_twin(module: torch.nn.Module, ours: type, theirs: type) -> torch.nn.M
     """The torch.nn module that shares all of a module's attributes, for TorchScript to compile.
 
     A user's subclass is left to itself: what it adds cannot be carried over.
+
+    Raises:
+        RuntimeError: if torch.nn has no module with the layers of this one.
     """
+    stacking.refuse_to_leave(module, "torch.jit.script compiles torch.nn's module")
     if type(module) is not ours:
         return module
     twin: torch.nn.Module = object.__new__(theirs)

@@ -102,7 +102,7 @@ class _Segment:
         return rows[self.rows] if self.order is None else rows.index_select(0, self.order)
 
     def of_input(self, request: Request, input: Tensor) -> Tensor:
-        """Its steps of the layer's input, (T, N, I) or, packed, (rows, I); no copy going forward."""
+        """Its steps of the input, (T, N, I) or, packed, (rows, I); no copy going forward."""
         if request.packed:
             part = self.of(input)
             return part if self.batch_sizes else part.view(-1, self.batch, part.size(-1))
