@@ -6,6 +6,7 @@ from triton_rnn.explain import Explanation, explain
 from triton_rnn.modules import GRU, LSTM, RNN, GRUCell, LSTMCell, RNNCell
 from triton_rnn.profiling.session import profile
 from triton_rnn.replace import replace, restore
+from triton_rnn.streaming import Stream, tbptt
 from triton_rnn.version import __version__
 
 __all__ = [
@@ -17,11 +18,13 @@ __all__ = [
     "GRUCell",
     "LSTMCell",
     "RNNCell",
+    "Stream",
     "__version__",
     "allow_compile",
     "explain",
     "profile",
     "replace",
     "restore",
+    "tbptt",
     "use_backend",
 ]

@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from triton_rnn import dispatch, functional
+from triton_rnn import dispatch, functional, stacking
 from triton_rnn.request import Request
 
 
@@ -44,6 +44,8 @@ def explain(module: torch.nn.Module, input: Any, hx: Any = None) -> Explanation:
         module: a recurrent module or cell of this package.
         input, hx: as for the module's call.
 
+    Of a module with hidden sizes per layer or residual connections it explains the first layer.
+
     Returns:
         An `Explanation`; print it to read it.
 
@@ -60,6 +62,10 @@ def explain(module: torch.nn.Module, input: Any, hx: Any = None) -> Explanation:
     wanted = dispatch.requested()
     if functional.refused(wanted):
         return _left_to_torch(f"{functional.obstacle()}: torch.nn's own forward answers the call")
+    if getattr(module, "_layered", False):
+        # Each layer is a call of its own; the first one's input is what is here.
+        hx = stacking.states_by_layer(module, hx)[0]
+        module = stacking.layer_of(module, 0)
     if isinstance(module, torch.nn.RNNBase):
         layers = module.num_layers
         call = functional.prepare(module, input, hx)

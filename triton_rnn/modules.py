@@ -10,14 +10,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from triton_rnn import functional
+from triton_rnn import functional, stacking
+from triton_rnn.stacking import Stacking
 
 
 def _torch_twin(module: torch.nn.Module, ours: type, theirs: type) -> torch.nn.Module:
     """The torch.nn module that shares all of a module's attributes, for TorchScript to compile.
 
     A user's subclass is left to itself: what it adds cannot be carried over.
+
+    Raises:
+        RuntimeError: if torch.nn has no module with the layers of this one.
     """
+    stacking.refuse_to_leave(module, "torch.jit.script compiles torch.nn's module")
     if type(module) is not ours:
         return module
     twin: torch.nn.Module = object.__new__(theirs)
@@ -25,42 +30,45 @@ def _torch_twin(module: torch.nn.Module, ours: type, theirs: type) -> torch.nn.M
     return twin
 
 
-class RNN(torch.nn.RNN):
+class RNN(Stacking, torch.nn.RNN):
     """`torch.nn.RNN`, faster. Arguments, shapes, errors and state_dict are torch's.
 
     Formula and contract: https://docs.pytorch.org/docs/stable/generated/torch.nn.RNN.html
     """
 
     def forward(self, input: Any, hx: Tensor | None = None) -> Any:
-        result = functional.forward(self, input, hx)
+        call = stacking.forward if self._stacking else functional.forward
+        result = call(self, input, hx)
         return super().forward(input, hx) if result is None else result
 
     def __prepare_scriptable__(self) -> torch.nn.Module:
         return _torch_twin(self, RNN, torch.nn.RNN)
 
 
-class GRU(torch.nn.GRU):
+class GRU(Stacking, torch.nn.GRU):
     """`torch.nn.GRU`, faster. Arguments, shapes, errors and state_dict are torch's.
 
     Formula and contract: https://docs.pytorch.org/docs/stable/generated/torch.nn.GRU.html
     """
 
     def forward(self, input: Any, hx: Tensor | None = None) -> Any:
-        result = functional.forward(self, input, hx)
+        call = stacking.forward if self._stacking else functional.forward
+        result = call(self, input, hx)
         return super().forward(input, hx) if result is None else result
 
     def __prepare_scriptable__(self) -> torch.nn.Module:
         return _torch_twin(self, GRU, torch.nn.GRU)
 
 
-class LSTM(torch.nn.LSTM):
+class LSTM(Stacking, torch.nn.LSTM):
     """`torch.nn.LSTM`, faster. Arguments, shapes, errors and state_dict are torch's.
 
     Formula and contract: https://docs.pytorch.org/docs/stable/generated/torch.nn.LSTM.html
     """
 
     def forward(self, input: Any, hx: tuple[Tensor, Tensor] | None = None) -> Any:
-        result = functional.forward(self, input, hx)
+        call = stacking.forward if self._stacking else functional.forward
+        result = call(self, input, hx)
         return super().forward(input, hx) if result is None else result
 
     def __prepare_scriptable__(self) -> torch.nn.Module:

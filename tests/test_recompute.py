@@ -1,0 +1,176 @@
+"""recompute=True: the same numbers from less memory."""
+
+import copy
+import pickle
+import subprocess
+import sys
+
+import pytest
+import torch
+from tolerances import LAYERS, assert_close, leaf, random, random_state, twins
+from torch.autograd import gradcheck, gradgradcheck
+from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
+
+import triton_rnn
+
+FORMS = ("time_first", "batch_first", "unbatched", "packed", "packed_evenly")
+
+
+def results_of(module, form, wanted, given_state=True):
+    module.recompute = wanted
+    module.zero_grad()
+    torch.manual_seed(3)
+    shapes = {"batch_first": (3, 11, 5), "unbatched": (11, 5)}
+    input = leaf(random(*shapes.get(form, (11, 3, 5))))
+    hx = random_state(module, None if form == "unbatched" else 3)
+    states = [leaf(state) for state in (hx if isinstance(hx, tuple) else (hx,))]
+    sent = input
+    if form.startswith("packed"):
+        lengths = [11, 11, 11] if form == "packed_evenly" else [4, 11, 6]
+        sent = pack_padded_sequence(input, torch.tensor(lengths), enforce_sorted=False)
+    arguments = (tuple(states) if len(states) == 2 else states[0],) if given_state else ()
+    output, finals = module(sent, *arguments)
+    if isinstance(output, PackedSequence):
+        output = output.data
+    finals = finals if isinstance(finals, tuple) else (finals,)
+    loss = sum((out * random(*out.shape, seed=7)).sum() for out in (output, *finals))
+    loss.backward()
+    exact = {"output": output, "finals": torch.cat(finals, -1), "grad of input": input.grad}
+    for number, state in enumerate(states if given_state else ()):
+        exact[f"grad of state {number}"] = state.grad
+    return exact, {name: p.grad.clone() for name, p in module.named_parameters()}
+
+
+@pytest.mark.parametrize("bidirectional", [False, True], ids=["one_way", "both_ways"])
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("kind", LAYERS)
+def test_recomputing_gives_the_same_numbers(kind, form, bidirectional):
+    """On native the same bits, but for the sums of the weights' gradients over segments."""
+    _, module = twins(
+        kind, 5, 7, num_layers=2, bidirectional=bidirectional, batch_first=form == "batch_first"
+    )
+    with triton_rnn.use_backend("native"):
+        exact, weights = results_of(module, form, False)
+        for wanted in (True, 5):
+            ours, ours_weights = results_of(module, form, wanted)
+            for name, expected in exact.items():
+                if bidirectional and name.startswith("grad"):
+                    # An input's is of both directions, here added after each has gone its way.
+                    assert_close(ours[name], expected, name)
+                else:
+                    assert torch.equal(ours[name], expected), name
+            for name, expected in weights.items():
+                assert_close(ours_weights[name], expected, name)
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("kind", LAYERS)
+def test_every_backend_recomputes(backend, kind, form):
+    _, module = twins(kind, 5, 7, bidirectional=True, batch_first=form == "batch_first")
+    exact, weights = results_of(module, form, False, given_state=False)
+    ours, ours_weights = results_of(module, form, 4, given_state=False)
+    for name, expected in {**exact, **weights}.items():
+        assert_close({**ours, **ours_weights}[name], expected, name)
+
+
+@pytest.mark.parametrize("kind", LAYERS)
+def test_derivatives_are_those_of_finite_differences(backend, kind):
+    _, module = twins(kind, 2, 3)
+    module.recompute = 2
+    input, hx = random(5, 2, 2), random_state(module, 2)
+    leaves = [leaf(tensor) for tensor in (input, *(hx if isinstance(hx, tuple) else (hx,)))]
+
+    def function(input, *states):
+        output, finals = module(input, states if len(states) == 2 else states[0])
+        return (output, *(finals if isinstance(finals, tuple) else (finals,)))
+
+    assert gradcheck(function, leaves, fast_mode=True)
+    assert gradgradcheck(function, leaves, fast_mode=True)
+
+
+def test_dropout_between_layers_is_drawn_once():
+    _, module = twins("gru", 5, 7, num_layers=2, dropout=0.5)
+    exact, _ = results_of(module, "time_first", False)
+    ours, _ = results_of(module, "time_first", 4)
+    for name, expected in exact.items():
+        assert_close(ours[name], expected, name)
+
+
+def test_only_what_needs_a_gradient_gets_one():
+    _, module = twins("lstm", 5, 7)
+    module.recompute = True
+    module.weight_hh_l0.requires_grad_(False)
+    module(random(11, 3, 5))[0].sum().backward()
+    assert module.weight_hh_l0.grad is None and module.weight_ih_l0.grad is not None
+
+
+def test_torchs_own_kernels_and_transforms_are_refused_with_a_reason():
+    _, module = twins("gru", 5, 7)
+    module.recompute = True
+    input = random(11, 3, 5)
+    with (
+        triton_rnn.use_backend("aten"),
+        pytest.raises(triton_rnn.BackendError, match="keep to themselves"),
+    ):
+        module(input)
+    with torch.autocast("cpu"), pytest.raises(triton_rnn.BackendError, match="autocast is on"):
+        module(input)
+
+
+def test_a_malformed_call_has_torchs_error():
+    theirs, ours = twins("gru", 5, 7)
+    ours.recompute = True
+    with pytest.raises(RuntimeError) as expected:
+        theirs(random(11, 3, 6))
+    with pytest.raises(RuntimeError) as actual:
+        ours(random(11, 3, 6))
+    assert str(actual.value) == str(expected.value)
+
+
+@pytest.mark.parametrize("wanted", [0, -1, 2.0, None, "yes"], ids=repr)
+def test_a_number_of_steps_that_is_none_is_refused(wanted):
+    with pytest.raises(ValueError, match="recompute is True, False or a number"):
+        triton_rnn.GRU(5, 7, recompute=wanted)
+
+
+def test_the_keyword_shows_only_where_it_is_set_and_travels_with_the_module():
+    assert repr(triton_rnn.GRU(5, 7)) == repr(torch.nn.GRU(5, 7))
+    module = triton_rnn.GRU(5, 7, recompute=8)
+    assert repr(module) == "GRU(5, 7, recompute=8)"
+    for other in (copy.deepcopy(module), pickle.loads(pickle.dumps(module))):
+        assert other.recompute == 8
+    assert triton_rnn.GRU(5, 7, recompute=True).state_dict().keys() == (
+        torch.nn.GRU(5, 7).state_dict().keys()
+    )
+
+
+def test_a_module_that_torch_made_can_be_told_to_recompute():
+    module = triton_rnn.replace(torch.nn.GRU(5, 7))
+    assert module.recompute is False
+    module.recompute = True
+    assert module(random(4, 2, 5).float())[0].shape == (4, 2, 7)
+    assert triton_rnn.restore(module)(random(4, 2, 5).float())[0].shape == (4, 2, 7)
+
+
+PEAK = """
+import resource, sys, torch, triton_rnn
+torch.set_num_threads(1)
+module = triton_rnn.LSTM(64, 64)
+module(torch.randn(8, 2, 64))[0].sum().backward()
+module.recompute = sys.argv[1] == "True"
+input = torch.randn(4000, 16, 64)
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+with triton_rnn.use_backend("native"):
+    module(input)[0].sum().backward()
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+"""
+
+
+def test_recomputing_takes_a_third_of_the_memory():
+    """The growth of the resident peak in processes of their own; ru_maxrss is in KiB on Linux."""
+    grown = [
+        int(subprocess.run([sys.executable, "-c", PEAK, wanted], check=True, text=True,
+                           stdout=subprocess.PIPE).stdout)
+        for wanted in ("False", "True")
+    ]  # fmt: skip
+    assert 3 * grown[1] < grown[0], grown
