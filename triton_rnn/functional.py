@@ -329,6 +329,25 @@ def stack(call: Call, backend: ModuleType, layers: int, drop: float) -> tuple[Te
     return (x, *(torch.cat(states) for states in zip(*finals, strict=True)))
 
 
+def in_callers_form(
+    module: torch.nn.RNNBase, input: Any, output: Tensor, states: list[Tensor]
+) -> tuple[Any, Any]:
+    """What a module returns for an input, from the results of `stack`."""
+    if isinstance(input, PackedSequence):
+        unsorted = input.unsorted_indices
+        if unsorted is not None:
+            states = [state.index_select(1, unsorted) for state in states]
+        rows: Any = output.reshape(-1, output.size(-1))
+        packed = PackedSequence(rows, input.batch_sizes, input.sorted_indices, unsorted)
+        return packed, (states[0] if len(states) == 1 else tuple(states))
+    if input.dim() == 2:
+        output = output.squeeze(1)
+        states = [state.squeeze(1) for state in states]
+    elif module.batch_first:
+        output = output.transpose(0, 1)
+    return output, (states[0] if len(states) == 1 else tuple(states))
+
+
 def _check_packed_cell_state(module: torch.nn.RNNBase, input: PackedSequence, hx: Any) -> None:
     """Refuse a c_0 of the wrong shape, in torch's words for a padded input.
 
@@ -373,21 +392,7 @@ def forward(module: torch.nn.RNNBase, input: Any, hx: Any) -> tuple[Any, Any] | 
             output, *states = run(call, backend, module.num_layers, drop)
     else:
         output, *states = run(call, backend, module.num_layers, drop)
-    if isinstance(input, PackedSequence):
-        if input.unsorted_indices is not None:
-            states = [state.index_select(1, input.unsorted_indices) for state in states]
-        output = PackedSequence(
-            output.reshape(-1, output.size(-1)),
-            input.batch_sizes,
-            input.sorted_indices,
-            input.unsorted_indices,
-        )
-    elif input.dim() == 2:
-        output = output.squeeze(1)
-        states = [state.squeeze(1) for state in states]
-    elif module.batch_first:
-        output = output.transpose(0, 1)
-    return output, (states[0] if len(states) == 1 else tuple(states))
+    return in_callers_form(module, input, output, states)
 
 
 def prepare_cell(module: torch.nn.RNNCellBase, input: Any, hx: Any) -> Call | None:

@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.utils.rnn import PackedSequence
 
 from triton_rnn import dispatch, functional, reference
 from triton_rnn.request import Request
@@ -300,15 +299,4 @@ def forward(module: torch.nn.RNNBase, input: Any, hx: Any, steps: int) -> Any:
     )
     drop = module.dropout if module.training else 0.0
     output, *states = functional.stack(call, backend, module.num_layers, drop)
-    if isinstance(input, PackedSequence):
-        unsorted = input.unsorted_indices
-        if unsorted is not None:
-            states = [state.index_select(1, unsorted) for state in states]
-        rows = output.reshape(-1, output.size(-1))
-        output = PackedSequence(rows, input.batch_sizes, input.sorted_indices, unsorted)  # type: ignore[assignment]
-    elif input.dim() == 2:
-        output = output.squeeze(1)
-        states = [state.squeeze(1) for state in states]
-    elif module.batch_first:
-        output = output.transpose(0, 1)
-    return output, (states[0] if len(states) == 1 else tuple(states))
+    return functional.in_callers_form(module, input, output, states)

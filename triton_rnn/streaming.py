@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
 from triton_rnn import dispatch, functional
-from triton_rnn.cells import RNN_TANH
+from triton_rnn.cells import MODES
 from triton_rnn.request import Request
 
 # `auto` chooses for a stream as it would for a sequence of so many steps, whatever its chunks are.
@@ -129,7 +129,8 @@ class Stream:
         if functional.obstacle() is not None:
             return "aten"
         # Whether it can is a matter of device and dtype only.
-        some = Request(RNN_TANH, chunk.device, chunk.dtype, 1, 1, 1, 1, 1, 1, True, False, False)
+        cell = MODES[self.module.mode]
+        some = Request(cell, chunk.device, chunk.dtype, 1, 1, 1, 1, 1, 1, True, False, False)
         if dispatch.backend_module("native").supports(some) is None:
             return "native"
         call = functional.prepare(self.module, chunk, state)
