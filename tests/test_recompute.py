@@ -210,3 +210,23 @@ def test_explain_names_the_backend_that_recomputes():
         assert triton_rnn.explain(module, input).backend == "aten"
     with torch.autocast("cpu"), pytest.raises(triton_rnn.BackendError, match="autocast is on"):
         triton_rnn.explain(module, input)
+
+
+def test_a_stream_of_a_module_that_recomputes_begins_where_that_can_run():
+    module = triton_rnn.LSTM(64, 512, recompute=True).bfloat16()
+    stream = triton_rnn.Stream(module)
+    stream(torch.zeros(5, 2, 64, dtype=torch.bfloat16))
+    assert stream.backend == "torchscript"
+
+
+def test_what_a_users_subclass_calls_by_the_keywords_names_stays_its_own():
+    class Named(torch.nn.GRU):
+        def __init__(self, *sizes):
+            super().__init__(*sizes)
+            self.recompute = "never"
+            self.residual = torch.nn.Linear(7, 7)
+
+    module = triton_rnn.replace(Named(5, 7))
+    assert module.recompute == "never" and isinstance(module.residual, torch.nn.Linear)
+    assert module(random(4, 2, 5).float())[0].shape == (4, 2, 7)
+    assert "recompute" not in repr(module).splitlines()[1]
