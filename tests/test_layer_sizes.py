@@ -227,6 +227,7 @@ def test_the_layers_travel_with_the_module():
         ((4, [3, 2], 3), {}, "do not agree"),
         ((4, [3, 2]), {"num_layers": 1}, "do not agree"),
         ((4, [3, 2]), {"proj_size": 1}, "proj_size"),
+        ((4, [3, 2], 2, True, False, 0.0, False, 1), {}, "proj_size"),
         ((4, [3, 2, 1]), {"residual": True}, "no layer to connect"),
         ((4, 3), {"residual": True}, "no layer to connect"),
     ],
@@ -247,6 +248,7 @@ def test_states_that_do_not_fit_are_refused(kind):
 
     assert module(random(6, 3, 4), hx(tuple(good) if kind == "gru" else good))
     bad = [good[0], [good[0]], [good[1], good[0]], [good[0], random(1, 2, 2)], [good[0], 1]]
+    bad += [[None, good[1]], [torch.tensor(1.0), good[1]]]
     for states in bad:
         with pytest.raises(RuntimeError, match=r"list of 2 tensors|Expected hidden"):
             module(random(6, 3, 4), hx(states))
@@ -277,3 +279,16 @@ def test_autocast_is_served_layer_by_layer():
 def test_explain_tells_of_the_first_layer():
     found = triton_rnn.explain(triton_rnn.GRU(4, [3, 2]), torch.zeros(50, 3, 4))
     assert found.request.hidden_size == 3 and len(found.plan) == 1
+
+
+def test_a_stacked_state_that_is_a_number_is_refused():
+    module = built("gru", 6, True)
+    with pytest.raises(RuntimeError, match="hx has 3 layers and directions"):
+        module(random(6, 3, 4), torch.tensor(1.0))
+
+
+def test_a_stream_keeps_to_one_backend_where_the_c_loops_cannot_run():
+    module = triton_rnn.GRU(4, [3, 2]).bfloat16()
+    stream = triton_rnn.Stream(module)
+    stream(torch.zeros(1, 3, 4, dtype=torch.bfloat16))
+    assert stream.backend == "torchscript"

@@ -12,6 +12,7 @@ from torch.autograd import gradcheck, gradgradcheck
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 
 import triton_rnn
+from triton_rnn.backends.native import rules
 
 FORMS = ("time_first", "batch_first", "unbatched", "packed", "packed_evenly")
 
@@ -174,3 +175,58 @@ def test_recomputing_takes_a_third_of_the_memory():
         for wanted in ("False", "True")
     ]  # fmt: skip
     assert 3 * grown[1] < grown[0], grown
+
+
+@pytest.mark.parametrize("bidirectional", [False, True], ids=["one_way", "both_ways"])
+def test_a_batch_of_no_sequences_is_served_as_torchs(backend, bidirectional):
+    theirs, ours = twins("lstm", 5, 7, bidirectional=bidirectional)
+    ours.recompute = 3
+    output, _ = ours(random(11, 0, 5))
+    assert output.shape == theirs(random(11, 0, 5))[0].shape
+    output.sum().backward()
+    assert not ours.weight_hh_l0.grad.any()
+
+
+@pytest.mark.parametrize("cut", ["rows", "size"])
+def test_a_cell_state_that_torch_would_read_beyond_is_refused(cut):
+    """Of a packed batch torch checks h_0 alone."""
+    _, module = twins("lstm", 5, 7)
+    module.recompute = True
+    sent = pack_padded_sequence(random(6, 3, 5), torch.tensor([6, 4, 1]))
+    c_0 = random(1, 1, 7) if cut == "rows" else random(1, 3, 1)
+    with pytest.raises(RuntimeError, match=r"Expected hidden\[1\] size \(1, 3, 7\)"):
+        module(sent, (random(1, 3, 7), c_0))
+
+
+def test_explain_names_the_backend_that_recomputes():
+    """Few steps of a large layer `auto` leaves to torch's kernels, which cannot."""
+    module = triton_rnn.GRU(5, rules.HIDDEN + 1, recompute=True)
+    input = torch.zeros(2, 3, 5)
+    found = triton_rnn.explain(module, input)
+    assert found.backend == "native" and "native" not in found.reasons
+    assert "keep to themselves" in found.reasons["aten"]
+    assert found.plan[-1].startswith("in segments of 2 steps")
+    with torch.no_grad():
+        assert triton_rnn.explain(module, input).backend == "aten"
+    with torch.autocast("cpu"), pytest.raises(triton_rnn.BackendError, match="autocast is on"):
+        triton_rnn.explain(module, input)
+
+
+def test_a_stream_of_a_module_that_recomputes_begins_where_that_can_run():
+    module = triton_rnn.LSTM(64, 512, recompute=True).bfloat16()
+    stream = triton_rnn.Stream(module)
+    stream(torch.zeros(5, 2, 64, dtype=torch.bfloat16))
+    assert stream.backend == "torchscript"
+
+
+def test_what_a_users_subclass_calls_by_the_keywords_names_stays_its_own():
+    class Named(torch.nn.GRU):
+        def __init__(self, *sizes):
+            super().__init__(*sizes)
+            self.recompute = "never"
+            self.residual = torch.nn.Linear(7, 7)
+
+    module = triton_rnn.replace(Named(5, 7))
+    assert module.recompute == "never" and isinstance(module.residual, torch.nn.Linear)
+    assert module(random(4, 2, 5).float())[0].shape == (4, 2, 7)
+    assert "recompute" not in repr(module).splitlines()[1]

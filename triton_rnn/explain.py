@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from triton_rnn import dispatch, functional, stacking
+from triton_rnn import dispatch, functional, recompute, stacking
 from triton_rnn.request import Request
 
 
@@ -51,7 +51,7 @@ def explain(module: torch.nn.Module, input: Any, hx: Any = None) -> Explanation:
 
     Raises:
         TypeError: if the module is not one of this package (`triton_rnn.replace` makes it one).
-        BackendError: if a backend was asked for by name and cannot run the call.
+        BackendError: if a backend was asked for by name, or `recompute`, and cannot run the call.
     """
     if not isinstance(module, (torch.nn.RNNBase, torch.nn.RNNCellBase)):
         raise TypeError(f"{type(module).__name__} is not a recurrent module")
@@ -60,6 +60,9 @@ def explain(module: torch.nn.Module, input: Any, hx: Any = None) -> Explanation:
             f"{type(module).__qualname__} is torch.nn's; triton_rnn.replace(module) makes it ours"
         )
     wanted = dispatch.requested()
+    recomputed = getattr(module, "_recompute", False)
+    if recomputed and torch.is_grad_enabled():
+        recompute.refuse_obstacles()
     if functional.refused(wanted):
         return _left_to_torch(f"{functional.obstacle()}: torch.nn's own forward answers the call")
     if getattr(module, "_layered", False):
@@ -76,7 +79,8 @@ def explain(module: torch.nn.Module, input: Any, hx: Any = None) -> Explanation:
         return _left_to_torch("malformed or out of the ordinary: torch.nn's own forward answers it")
     if isinstance(module, torch.nn.RNNCellBase) and wanted == "auto":
         return _left_to_torch("auto leaves single steps to torch's own cells")
-    choice = dispatch.choose(call.request, wanted)
+    recomputed = call.request.needs_grad and recomputed
+    choice = (recompute if recomputed else dispatch).choose(call.request, wanted)
     describe = getattr(dispatch.backend_module(choice.backend), "describe", None)
     plan: list[str] = []
     if describe is not None:
@@ -87,4 +91,8 @@ def explain(module: torch.nn.Module, input: Any, hx: Any = None) -> Explanation:
                 size = request.directions * request.output_size
                 request = request._replace(input_size=size)
             plan.append(f"layer {number}: {describe(request, rows)}")
+    if recomputed:
+        given = 0 if recomputed is True else recomputed
+        steps = recompute.Recomputing(None, given).steps_of(call.request.seq_len)
+        plan.append(f"in segments of {steps} steps, each gone through again in the backward")
     return Explanation(choice.backend, choice.reasons, tuple(plan), call.request)

@@ -365,6 +365,16 @@ def _check_packed_cell_state(module: torch.nn.RNNBase, input: PackedSequence, hx
         raise RuntimeError(f"Expected hidden[1] size {expected}, got {list(c_0.size())}")
 
 
+def refuse_unsafe_state(module: torch.nn.RNNBase, input: Any, hx: Any) -> None:
+    """Refuse what ends the process in torch's own LSTM.
+
+    Raises:
+        RuntimeError: in torch's words for a padded input.
+    """
+    if hx is not None and module.mode == "LSTM" and isinstance(input, PackedSequence):
+        _check_packed_cell_state(module, input, hx)
+
+
 def forward(module: torch.nn.RNNBase, input: Any, hx: Any) -> tuple[Any, Any] | None:
     """What `module(input, hx)` returns; None if torch.nn's own forward is to be called instead.
 

@@ -85,6 +85,7 @@ class _Segment:
     def __init__(
         self, request: Request, sizes: Sequence[int], begin: int, end: int, order: Tensor | None
     ) -> None:
+        self.begin = begin
         self.sizes = list(sizes[begin:end])
         self.batch = self.sizes[0]
         first = sum(sizes[:begin])
@@ -105,10 +106,10 @@ class _Segment:
         if request.packed:
             part = self.of(input)
             return part if self.batch_sizes else part.view(-1, self.batch, part.size(-1))
-        begin, steps = self.rows.start // self.batch, len(self.sizes)
+        steps = len(self.sizes)
         if self.order is None:
-            return input[begin : begin + steps]
-        end = request.seq_len - begin
+            return input[self.begin : self.begin + steps]
+        end = request.seq_len - self.begin
         return input[end - steps : end].flip(0)
 
     def put(self, rows: Tensor, part: Tensor) -> None:
@@ -148,10 +149,14 @@ class Recomputing:
         self.inner = inner
         self.steps = steps
 
+    def steps_of(self, seq_len: int) -> int:
+        """Steps of a segment of a sequence of so many."""
+        return min(self.steps or math.isqrt(seq_len - 1) + 1, seq_len)
+
     def _segments(
         self, request: Request, batch_sizes: Sequence[int], device: torch.device, direction: int
     ) -> Iterator[_Segment]:
-        steps = self.steps or math.isqrt(request.seq_len - 1) + 1
+        steps = self.steps_of(request.seq_len)
         sizes = batch_sizes or [request.batch] * request.seq_len
         order = _turned(sizes, device) if direction else None
         for begin in range(0, request.seq_len, steps):
@@ -194,7 +199,7 @@ class Recomputing:
                     state[:, : part.batch] = after
             finals.append(states)
         last = [torch.cat(states) for states in zip(*finals, strict=True)]
-        return (output.view(*input.shape[:-1], -1), *last), saved
+        return (output.view(*input.shape[:-1], request.directions * size), *last), saved
 
     def backward(
         self,
@@ -255,21 +260,47 @@ class Recomputing:
         return [grad_input, ahead[0], ahead[1] if kept == 2 else None, *grad_weights]
 
 
-def _inner(request: Request, wanted: str) -> Any:
-    """The backend that does the work of a segment.
+_KEEPS_TO_ITSELF = (
+    "torch's kernels go forward once and keep to themselves what they save, which recompute is "
+    "there to avoid"
+)
+
+
+def choose(request: Request, wanted: str) -> dispatch.Choice:
+    """The backend that does the work of a segment, and why each other one was not taken.
 
     Raises:
         BackendError: if `wanted` keeps to itself what it saves, or cannot serve the request.
     """
     if wanted == "aten":
-        raise dispatch.BackendError(
-            "backend 'aten' cannot run this call: torch's kernels go forward once and keep to "
-            "themselves what they save, which recompute is there to avoid"
-        )
-    name = dispatch.choose(request, wanted).backend
-    if name == "aten":
-        native = dispatch.backend_module("native")
-        name = "torchscript" if native.supports(request) else "native"
+        raise dispatch.BackendError(f"backend 'aten' cannot run this call: {_KEEPS_TO_ITSELF}")
+    choice = dispatch.choose(request, wanted)
+    if choice.backend != "aten":
+        return choice
+    cannot = dispatch.backend_module("native").supports(request)
+    name = "torchscript" if cannot else "native"
+    reasons = {**choice.reasons, "aten": _KEEPS_TO_ITSELF}
+    if cannot:
+        reasons["native"] = cannot
+    else:
+        reasons["torchscript"] = "native comes first"
+    del reasons[name]
+    return dispatch.Choice(name, reasons)
+
+
+def refuse_obstacles() -> None:
+    """Raise if only torch.nn's own forward can serve a call here and now.
+
+    Raises:
+        BackendError: with what stands in the way.
+    """
+    reason = functional.obstacle()
+    if reason is not None:
+        raise dispatch.BackendError(f"recompute=True cannot run this call: {reason}")
+
+
+def _inner(request: Request, wanted: str) -> Any:
+    name = choose(request, wanted).backend
     return _Reference if name == "reference" else dispatch.backend_module(name)
 
 
@@ -285,10 +316,10 @@ def forward(module: torch.nn.RNNBase, input: Any, hx: Any, steps: int) -> Any:
     Raises:
         BackendError: if only torch.nn's forward can serve the call, or the backend that was asked
             for cannot.
+        RuntimeError: for a state that ends the process in torch's own LSTM.
     """
-    reason = functional.obstacle()
-    if reason is not None:
-        raise dispatch.BackendError(f"recompute=True cannot run this call: {reason}")
+    refuse_obstacles()
+    functional.refuse_unsafe_state(module, input, hx)
     call = functional.prepare(module, input, hx)
     if call is None:
         return None

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Sequence
-from typing import Any, NoReturn
+from typing import Any, NoReturn, cast
 
 import torch
 from torch import Tensor
@@ -10,6 +10,7 @@ from torch.nn.functional import dropout
 from torch.nn.utils.rnn import PackedSequence
 
 from triton_rnn import compiled, dispatch, functional, recompute
+from triton_rnn.request import Request
 
 
 def _checked_sizes(sizes: Sequence[Any], num_layers: int | None) -> tuple[int, ...]:
@@ -59,8 +60,6 @@ class Stacking(torch.nn.RNNBase):
         if isinstance(hidden_size, (list, tuple)):
             num_layers = args[2] if len(args) > 2 else kwargs.get("num_layers")
             sizes = _checked_sizes(hidden_size, num_layers)
-            if len(set(sizes)) > 1 and kwargs.get("proj_size"):
-                raise ValueError("proj_size is for layers of one hidden size")
             if len(args) > 1:
                 args = (args[0], sizes[0], *args[2:])
             else:
@@ -69,6 +68,9 @@ class Stacking(torch.nn.RNNBase):
                 kwargs["num_layers"] = len(sizes)
         super().__init__(*args, **kwargs)
         if len(set(sizes)) > 1:
+            # Asked of the module, as an LSTM takes it by its place too.
+            if self.proj_size:
+                raise ValueError("proj_size is for layers of one hidden size")
             self._resize(sizes)
         if type(residual) is not bool:
             raise TypeError(f"residual is True or False, not {residual!r}")
@@ -116,6 +118,13 @@ class Stacking(torch.nn.RNNBase):
         if isinstance(self.hidden_size, int):
             super().flatten_parameters()
 
+    def _users(self, name: str, ours: Any) -> Any:
+        """What a user's subclass, made ours by `replace`, has under the name of a property."""
+        for table in (self.__dict__, self._parameters, self._buffers, self._modules):
+            if name in table:
+                return table[name]
+        return ours
+
     @property
     def residual(self) -> bool:
         """Whether layers have residual connections: their input is added to their output.
@@ -124,7 +133,7 @@ class Stacking(torch.nn.RNNBase):
         its output is as wide as its input; `residual_layers` are those. What is added comes from
         before the dropout between the layers.
         """
-        return self._residual
+        return cast(bool, self._users("residual", self._residual))
 
     @property
     def residual_layers(self) -> tuple[int, ...]:
@@ -148,7 +157,7 @@ class Stacking(torch.nn.RNNBase):
         Raises:
             ValueError: when it is set, for anything else.
         """
-        return self._recompute
+        return cast(bool | int, self._users("recompute", self._recompute))
 
     @recompute.setter
     def recompute(self, value: bool | int) -> None:
@@ -232,7 +241,7 @@ def states_by_layer(module: Any, hx: Any) -> list[Any]:
     split: list[list[Tensor]] = []
     for which, state in enumerate(hx if pair else (hx,)):
         if isinstance(module.hidden_size, int):
-            if not isinstance(state, Tensor) or state.size(0) != layers * directions:
+            if not isinstance(state, Tensor) or state.shape[:1] != (layers * directions,):
                 shape = tuple(state.shape) if isinstance(state, Tensor) else type(state).__name__
                 _refuse_state(f"hx has {layers * directions} layers and directions, not {shape}")
             split.append(list(state.split(directions)))
@@ -240,14 +249,33 @@ def states_by_layer(module: Any, hx: Any) -> list[Any]:
         if not isinstance(state, (tuple, list)) or len(state) != layers:
             _refuse_state(f"where hidden sizes differ, a state is a list of {layers} tensors")
         split.append(list(state))
+        rows = state[0].shape[1:-1] if isinstance(state[0], Tensor) else ("N",)
         for number, (tensor, size) in enumerate(zip(state, sizes, strict=True)):
-            expected = (directions, *state[0].shape[1:-1], size)
+            expected = (directions, *rows, size)
             if not isinstance(tensor, Tensor) or tensor.shape != expected:
                 _refuse_state(
                     f"Expected hidden[{which}] of layer {number} of size {expected}, got "
                     f"{list(tensor.shape) if isinstance(tensor, Tensor) else type(tensor)}"
                 )
     return list(zip(*split, strict=True)) if pair else split[0]
+
+
+def requests(module: Any, input: Any, hx: Any) -> list[Request]:
+    """What a call asks of a backend: of every layer, where they differ; none if it is malformed."""
+    if not getattr(module, "_layered", False):
+        call = functional.prepare(module, input, hx)
+        return [] if call is None else [call.request]
+    call = functional.prepare(layer_of(module, 0), input, states_by_layer(module, hx)[0])
+    if call is None:
+        return []
+    found = [call.request]
+    for number in range(1, module.num_layers):
+        one = layer_of(module, number)
+        sizes = one.input_size, one.hidden_size, one.proj_size or one.hidden_size
+        found.append(
+            call.request._replace(input_size=sizes[0], hidden_size=sizes[1], output_size=sizes[2])
+        )
+    return found
 
 
 def _run(module: Any, one: torch.nn.RNNBase, input: Any, hx: Any) -> tuple[Any, Any]:

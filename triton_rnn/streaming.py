@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
-from triton_rnn import dispatch, functional
+from triton_rnn import dispatch, functional, recompute, stacking
 from triton_rnn.cells import MODES
 from triton_rnn.request import Request
 
@@ -133,10 +133,19 @@ class Stream:
         some = Request(cell, chunk.device, chunk.dtype, 1, 1, 1, 1, 1, 1, True, False, False)
         if dispatch.backend_module("native").supports(some) is None:
             return "native"
-        call = functional.prepare(self.module, chunk, state)
-        if call is None:
-            return "auto"
-        return dispatch.choose(call.request._replace(seq_len=_LONG), wanted).backend
+        names = {
+            self._choose(request._replace(seq_len=_LONG))
+            for request in stacking.requests(self.module, chunk, state)
+        }
+        # Layers that `auto` would give to different backends are torch's, which can do all of them,
+        # or the reference's. Of a malformed call there is none: the module says what is wrong.
+        if len(names) < 2:
+            return names.pop() if names else "auto"
+        return "reference" if getattr(self.module, "_recompute", False) else "aten"
+
+    def _choose(self, request: Request) -> str:
+        recomputed = request.needs_grad and getattr(self.module, "_recompute", False)
+        return (recompute if recomputed else dispatch).choose(request, "auto").backend
 
     @property
     def state(self) -> Any:
