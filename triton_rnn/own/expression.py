@@ -66,6 +66,8 @@ class Graph:
             return a
         if op == "mul" and a.op == "constant" and a.value == 1:
             return b
+        if op == "detach" and a.op == "constant":
+            return a
         if op == "neg" and a.op == "constant":
             return self.constant(-a.value)
         if op == "neg" and a.op == "neg":
@@ -207,6 +209,7 @@ OPERATIONS: dict[str, Operation] = {
     ),
     "erf": Operation(torch.erf, "EACH_LANE(erf, {0})", _of_erf, costly=True),
     "abs": Operation(torch.abs, "magnitude({0})", _of_abs),
+    "detach": Operation(torch.detach, "{0}", None),
     # A NaN of either is the result, as in torch.
     "maximum": Operation(
         torch.maximum, "choose(({0} >= {1}) | ({0} != {0}), {0}, {1})", _extreme("max")

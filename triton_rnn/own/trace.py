@@ -27,14 +27,12 @@ def _relu(g: Graph, x: Node) -> Node:
 
 def _clamp(g: Graph, x: Node, low: Node | None = None, high: Node | None = None) -> Node:
     """Gradients go through at both ends, as torch's do."""
-    y = x
-    if high is not None:
-        y = g.choose(g.apply("gt", x, high), high, y)
-    if low is not None:
-        # torch: where the ends are the wrong way round, the upper one holds.
-        low = low if high is None else g.constant(min(low.value, high.value))
-        y = g.choose(g.apply("gt", low, x), low, y)
-    return y
+    if any(end is not None and end.op != "constant" for end in (low, high)):
+        raise _CannotError("ends that are not constants")
+    if low is not None and high is not None and low.value > high.value:
+        return high
+    y = x if high is None else g.choose(g.apply("gt", x, high), high, x)
+    return y if low is None else g.choose(g.apply("gt", low, x), low, y)
 
 
 def _hardtanh(g: Graph, x: Node, low: Node | None = None, high: Node | None = None) -> Node:
@@ -161,7 +159,7 @@ def _number(g: Graph, x: Node) -> Node:
 _BUILD: dict[str, _Build] = {
     **{name: _one(name) for name in ("neg", "sigmoid", "tanh", "exp", "expm1", "log", "log1p")},
     **{name: _one(name) for name in ("sqrt", "sin", "cos", "erf", "abs", "maximum", "minimum")},
-    **{name: _one(name) for name in ("mul", "gt", "ge", "eq")},
+    **{name: _one(name) for name in ("mul", "gt", "ge", "eq", "detach")},
     "lt": _other_way("gt"),
     "le": _other_way("ge"),
     "ne": lambda g, a, b: g.apply("not", g.apply("eq", a, b)),
@@ -183,6 +181,7 @@ _BUILD: dict[str, _Build] = {
     "hardswish": lambda g, x: g.apply("mul", x, _hardsigmoid(g, x)),
     "leaky_relu": _leaky_relu,
     "elu": _elu,
+    "celu": lambda g, x, alpha: _elu(g, x, alpha, None, g.apply("div", g.constant(1), alpha)),
     "softplus": _softplus,
     "log_sigmoid_forward": _log_sigmoid,
     "silu": _silu,
@@ -231,6 +230,8 @@ class _Recorder(TorchDispatchMode):
         self.told, self.graph = told, graph
         # By identity; the tensors are kept, so that none is reused.
         self.nodes: dict[int, tuple[Tensor, Node]] = {}
+        # Numbers that the function makes for itself, as tensors without dimensions.
+        self.numbers: dict[int, Tensor] = {}
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
@@ -244,11 +245,12 @@ class _Recorder(TorchDispatchMode):
         if isinstance(value, Tensor):
             if id(value) in self.nodes:
                 return self.nodes[id(value)][1]
-            if value.dim() == 0:
+            if id(value) in self.numbers:
                 return self.graph.constant(value.item())
             raise ValueError(
                 f"{self.told}: {operator} takes a tensor of shape {tuple(value.shape)} that is not "
-                "made of the arguments; what a cell learns belongs into its unit_weights"
+                "made of the arguments; what a cell learns belongs into its unit_weights, and a "
+                "number should be Python's"
             )
         if isinstance(value, (bool, int, float)):
             return self.graph.constant(value)
@@ -261,13 +263,16 @@ class _Recorder(TorchDispatchMode):
         operator = str(func).removeprefix("aten.").partition(".")[0]
         if func._schema.is_mutable:
             raise ValueError(f"{self.told}: {operator} writes to a tensor in place")
+        if torch.Tag.nondeterministic_seeded in func.tags:
+            raise ValueError(f"{self.told}: {operator} draws random numbers")
         result = func(*args, **kwargs)
         shown = result[0] if operator == "log_sigmoid_forward" else result
         given = [arg for arg in (*args, *kwargs.values()) if isinstance(arg, Tensor)]
         if not any(id(arg) in self.nodes for arg in given):
-            if not isinstance(shown, Tensor) or shown.dim() > 0:
+            made = all(id(arg) in self.numbers for arg in given) or operator == "lift_fresh"
+            if not isinstance(shown, Tensor) or shown.dim() > 0 or not made:
                 raise ValueError(f"{self.told} is not pointwise: it calls {operator}")
-            # A number that the function makes for itself: read by node_of, if it is used.
+            self.numbers[id(shown)] = shown
             return result
         self.put(shown, self._built(operator, func, args, kwargs, shown))
         return result
