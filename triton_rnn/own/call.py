@@ -1,14 +1,12 @@
 """A call of a user's module: checked, and taken the same way as the calls of the package's own.
 
 `Recurrent.forward` -> `forward` here -> `dispatch.choose` -> `functional.stack` -> `layer.layer` ->
-`backends.native.own`, or `reference`. There is no torch.nn to ask, so what is malformed is said
+`backends.native`, or `reference`. There is no torch.nn to ask, so what is malformed is said
 here, in torch.nn's words; and what only torch.nn could serve there (autocast, torch.func, tracing),
 the plain loop does here.
 """
 
 import functools
-import importlib
-from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -253,13 +251,6 @@ def choose(call: functional.Call) -> dispatch.Choice:
     return dispatch.Choice("reference", others)
 
 
-def backend_module(name: str) -> ModuleType:
-    """The module that runs users' cells on a backend."""
-    if name == "native":
-        return importlib.import_module("triton_rnn.backends.native.own")
-    return dispatch.backend_module(name)
-
-
 def forward(module: "Recurrent", input: Any, hx: Any) -> tuple[Any, Any]:
     """What `module(input, hx)` returns.
 
@@ -268,7 +259,7 @@ def forward(module: "Recurrent", input: Any, hx: Any) -> tuple[Any, Any]:
         BackendError: a backend was asked for by name that cannot run it.
     """
     call = prepare(module, input, hx)
-    backend = backend_module(choose(call).backend)
+    backend = dispatch.backend_module(choose(call).backend)
     drop = module.dropout if module.training else 0.0
     with ranges.call(module.cell):
         output, h_n, *others = functional.stack(call, backend, module.num_layers, drop)
