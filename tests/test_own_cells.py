@@ -808,6 +808,26 @@ def test_what_the_c_loops_cannot_take_part_in_runs_in_the_plain_loop():
             PeepholeLSTM(3, 5)(x.float())
 
 
+# torch's own, of what Dynamo does at a graph break.
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")
+def test_torch_compile_breaks_its_graph_at_a_users_cell_as_at_torchs():
+    module = PeepholeLSTM(3, 5)
+    model = torch.nn.Sequential(module, PickOutput(), torch.nn.Linear(5, 2))
+    x = random(4, 2, 3, dtype=torch.float32)
+    model(x).sum().backward()
+    expected = module.weight_unit_l0.grad.clone()
+    model.zero_grad()
+    compiled = torch.compile(model, backend="aot_eager")
+    assert_close(compiled(x).detach(), model(x).detach())
+    compiled(x).sum().backward()
+    assert_close(module.weight_unit_l0.grad, expected)
+
+
+class PickOutput(torch.nn.Module):
+    def forward(self, returned):
+        return returned[0]
+
+
 def test_generated_code_is_in_the_key_of_its_library(tmp_path, monkeypatch):
     """Two cells with the same numbers and other arithmetic are not one library."""
     monkeypatch.setenv("TRITON_RNN_CACHE", str(tmp_path))

@@ -7,7 +7,9 @@ the plain loop does here.
 """
 
 import functools
-from typing import TYPE_CHECKING, Any
+import importlib
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor
@@ -289,5 +291,17 @@ def _as_given(states: list[Tensor]) -> Any:
     return states[0] if len(states) == 1 else tuple(states)
 
 
-# Dynamo breaks its graph here, as at torch.nn's recurrent modules: it would unroll the plain loop.
-forward._torchdynamo_disable = True  # type: ignore[attr-defined]
+# `forward` for calls that torch.compile meets: its graph breaks there, as at torch.nn's LSTM.
+outside_of_graphs: Callable[..., tuple[Any, Any]] = forward
+
+
+def break_graphs() -> None:
+    """Hide `outside_of_graphs` from Dynamo. Called while tracing, not traced itself."""
+    global outside_of_graphs
+    if outside_of_graphs is forward:
+        # Not when the file is loaded, because it imports all of Dynamo.
+        outside_of_graphs = cast(Any, importlib.import_module("torch._dynamo")).disable(forward)
+
+
+# What torch.compiler.assume_constant_result does, which would import all of Dynamo.
+break_graphs._dynamo_marked_constant = True  # type: ignore[attr-defined]

@@ -237,4 +237,7 @@ class Recurrent(torch.nn.Module):
             RuntimeError, ValueError, AttributeError: as torch.nn.LSTM does for malformed arguments.
             BackendError: a backend was asked for by name that cannot run the call.
         """
+        if torch.compiler.is_compiling():
+            call.break_graphs()
+            return call.outside_of_graphs(self, input, hx)
         return call.forward(self, input, hx)
