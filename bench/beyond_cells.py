@@ -6,7 +6,7 @@
 """
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import torch
@@ -109,9 +109,8 @@ class Pair(NamedTuple):
     theirs: Callable[[], object]
 
 
-def pairs() -> list[Pair]:
+def pairs() -> Iterator[Pair]:
     """A training step of every cell: T=100, N=8, I=H=128, float32, one layer."""
-    found = []
     for kind, loop in LOOPS.items():
         torch.manual_seed(0)
         module = kind(H, H)
@@ -125,8 +124,7 @@ def pairs() -> list[Pair]:
         def theirs(module=module, x=x, grad=grad, inputs=inputs, loop=loop):
             return torch.autograd.grad(loop(module, x), inputs, grad)
 
-        found.append(Pair(kind.__name__, ours, theirs))
-    return found
+        yield Pair(kind.__name__, ours, theirs)
 
 
 def _seconds(function: Callable[[], object]) -> float:

@@ -268,27 +268,7 @@ def forward(module: "Recurrent", input: Any, hx: Any) -> tuple[Any, Any]:
     states = [h_n]
     for state in others:
         states += state.chunk(module.cell.states - 1, -1) if module.cell.states > 2 else [state]
-    if isinstance(input, PackedSequence):
-        if input.unsorted_indices is not None:
-            states = [state.index_select(1, input.unsorted_indices) for state in states]
-        packed = PackedSequence(
-            output.reshape(-1, output.size(-1)),
-            input.batch_sizes,
-            input.sorted_indices,
-            input.unsorted_indices,
-        )
-        return packed, _as_given(states)
-    if input.dim() == 2:
-        output = output.squeeze(1)
-        states = [state.squeeze(1) for state in states]
-    elif module.batch_first:
-        output = output.transpose(0, 1)
-    return output, _as_given(states)
-
-
-def _as_given(states: list[Tensor]) -> Any:
-    """The last states in the form of hx."""
-    return states[0] if len(states) == 1 else tuple(states)
+    return functional.in_callers_form(module, input, output, states)
 
 
 # `forward` for calls that torch.compile meets: its graph breaks there, as at torch.nn's LSTM.
