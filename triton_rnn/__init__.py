@@ -4,6 +4,8 @@ from triton_rnn.compiled import allow_compile
 from triton_rnn.dispatch import BackendError, use_backend
 from triton_rnn.explain import Explanation, explain
 from triton_rnn.modules import GRU, LSTM, RNN, GRUCell, LSTMCell, RNNCell
+from triton_rnn.own.module import Recurrent
+from triton_rnn.own.ready import CoupledLSTM, IndRNN
 from triton_rnn.profiling.session import profile
 from triton_rnn.replace import replace, restore
 from triton_rnn.streaming import Stream, tbptt
@@ -14,10 +16,13 @@ __all__ = [
     "LSTM",
     "RNN",
     "BackendError",
+    "CoupledLSTM",
     "Explanation",
     "GRUCell",
+    "IndRNN",
     "LSTMCell",
     "RNNCell",
+    "Recurrent",
     "Stream",
     "__version__",
     "allow_compile",

@@ -1,6 +1,10 @@
 """What a cell is: one frozen record each, and one table of all cells."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
+
+from triton_rnn.own.program import Program
 
 
 @dataclass(frozen=True, eq=False)
@@ -12,19 +16,43 @@ class Cell:
         gates: G, the number of gates; ``weight_ih`` is (G * hidden_size, input_size).
         states: 1 when the state is h, 2 when it is (h, c).
         projected: True when h is ``weight_hr`` times the cell's output (LSTM with ``proj_size``).
+        fifth: True when a direction has a weight behind its two matrices and two biases.
     """
 
     name: str
     gates: int
     states: int = 1
     projected: bool = False
+    fifth: bool = False
+
+
+@dataclass(frozen=True, eq=False)
+class OwnCell(Cell):
+    """A cell that a user wrote (`own.module.Recurrent`); in no table.
+
+    Its h_0 is (D, N, H), its c_0 all other states beside each other, (D, N, (states - 1) * H). Its
+    layer has five weights in each direction: weight_ih, weight_hh (products * H, H)[, bias_ih,
+    bias_hh], and (unit_weights, H), whichever of them are empty.
+
+    Attributes:
+        products: how many gates have a part of ``weight_hh @ h``.
+        unit_weights: how many numbers are learned for each hidden unit.
+        step: the user's function.
+        program: what it computes.
+    """
+
+    fifth: bool = True
+    products: int = 0
+    unit_weights: int = 0
+    step: Callable[..., Any] = tuple
+    program: Program | None = None
 
 
 RNN_TANH = Cell("rnn_tanh", gates=1)
 RNN_RELU = Cell("rnn_relu", gates=1)
 GRU = Cell("gru", gates=3)
 LSTM = Cell("lstm", gates=4, states=2)
-LSTM_PROJECTED = Cell("lstm_projected", gates=4, states=2, projected=True)
+LSTM_PROJECTED = Cell("lstm_projected", gates=4, states=2, projected=True, fifth=True)
 
 CELLS = {cell.name: cell for cell in (RNN_TANH, RNN_RELU, GRU, LSTM, LSTM_PROJECTED)}
 

@@ -6,6 +6,8 @@ from typing import Any
 import torch
 
 from triton_rnn import dispatch, functional, recompute, stacking
+from triton_rnn.own import call as own
+from triton_rnn.own.module import Recurrent
 from triton_rnn.request import Request
 
 
@@ -52,7 +54,17 @@ def explain(module: torch.nn.Module, input: Any, hx: Any = None) -> Explanation:
     Raises:
         TypeError: if the module is not one of this package (`triton_rnn.replace` makes it one).
         BackendError: if a backend was asked for by name, or `recompute`, and cannot run the call.
+        RuntimeError, ValueError: for a `Recurrent`, if the call is malformed.
     """
+    if isinstance(module, Recurrent):
+        prepared = own.prepare(module, input, hx)
+        choice = own.choose(prepared)
+        return Explanation(
+            choice.backend,
+            choice.reasons,
+            tuple(_plan(prepared, choice.backend, module.num_layers)),
+            prepared.request,
+        )
     if not isinstance(module, (torch.nn.RNNBase, torch.nn.RNNCellBase)):
         raise TypeError(f"{type(module).__name__} is not a recurrent module")
     if not any(base.__module__ == "triton_rnn.modules" for base in type(module).__mro__):
@@ -81,7 +93,17 @@ def explain(module: torch.nn.Module, input: Any, hx: Any = None) -> Explanation:
         return _left_to_torch("auto leaves single steps to torch's own cells")
     recomputed = call.request.needs_grad and recomputed
     choice = (recompute if recomputed else dispatch).choose(call.request, wanted)
-    describe = getattr(dispatch.backend_module(choice.backend), "describe", None)
+    plan = _plan(call, choice.backend, layers)
+    if recomputed:
+        given = 0 if recomputed is True else recomputed
+        steps = recompute.Recomputing(None, given).steps_of(call.request.seq_len)
+        plan.append(f"in segments of {steps} steps, each gone through again in the backward")
+    return Explanation(choice.backend, choice.reasons, tuple(plan), call.request)
+
+
+def _plan(call: functional.Call, backend: str, layers: int) -> list[str]:
+    """How the backend goes about each layer, as far as it tells."""
+    describe = getattr(dispatch.backend_module(backend), "describe", None)
     plan: list[str] = []
     if describe is not None:
         request = call.request
@@ -91,8 +113,4 @@ def explain(module: torch.nn.Module, input: Any, hx: Any = None) -> Explanation:
                 size = request.directions * request.output_size
                 request = request._replace(input_size=size)
             plan.append(f"layer {number}: {describe(request, rows)}")
-    if recomputed:
-        given = 0 if recomputed is True else recomputed
-        steps = recompute.Recomputing(None, given).steps_of(call.request.seq_len)
-        plan.append(f"in segments of {steps} steps, each gone through again in the backward")
-    return Explanation(choice.backend, choice.reasons, tuple(plan), call.request)
+    return plan

@@ -330,7 +330,7 @@ def stack(call: Call, backend: ModuleType, layers: int, drop: float) -> tuple[Te
 
 
 def in_callers_form(
-    module: torch.nn.RNNBase, input: Any, output: Tensor, states: list[Tensor]
+    module: Any, input: Any, output: Tensor, states: list[Tensor]
 ) -> tuple[Any, Any]:
     """What a module returns for an input, from the results of `stack`."""
     if isinstance(input, PackedSequence):

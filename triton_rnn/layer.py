@@ -51,7 +51,7 @@ class LayerFunction(torch.autograd.Function):
         # What only the second derivative reads may change in place, as with torch.nn; should it be
         # read after all, its version tells.
         single = request.seq_len == 1 and not ctx.needs_input_grad[4]
-        order = _order(request.biased, request.cell.projected, request.directions, single)
+        order = _order(request.biased, request.cell.fifth, request.directions, single)
         ctx.order, ctx.unread = order, order.unread(weights)
         ctx.versions = [weight._version for weight in ctx.unread]
         ctx.save_for_backward(input, h_0, c_0, *order.read(weights), *saved)
@@ -103,13 +103,13 @@ def _picker(places: Sequence[int]) -> _Picker:
 
 
 @functools.lru_cache(maxsize=32)
-def _order(biased: bool, projected: bool, directions: int, single: bool) -> _Order:
-    """How to pick from weight_ih, weight_hh[, bias_ih, bias_hh][, weight_hr] of each direction.
+def _order(biased: bool, fifth: bool, directions: int, single: bool) -> _Order:
+    """How to pick from weight_ih, weight_hh[, bias_ih, bias_hh][, a fifth] of each direction.
 
     Args:
         single: whether there is one step, and nobody wants the gradient of the state before it.
     """
-    kinds = ("ru" if single else "rr") + "uu" * biased + "r" * projected
+    kinds = ("ru" if single else "rr") + "uu" * biased + "r" * fifth
     kinds *= directions
     read = [place for place, kind in enumerate(kinds) if kind == "r"]
     unread = [place for place, kind in enumerate(kinds) if kind == "u"]

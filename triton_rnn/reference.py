@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from triton_rnn.cells import Cell
+from triton_rnn.cells import Cell, OwnCell
 
 State = tuple[Tensor, ...]
 
@@ -24,13 +24,15 @@ class Weights(NamedTuple):
     bias_ih: Tensor | None
     bias_hh: Tensor | None
     weight_hr: Tensor | None
+    unit: Tensor | None = None
 
 
 def _split(weights: Sequence[Tensor], cell: Cell) -> Weights:
     weight_ih, weight_hh, *rest = weights
+    unit = rest.pop() if isinstance(cell, OwnCell) else None
     weight_hr = rest.pop() if cell.projected else None
     bias_ih, bias_hh = rest if rest else (None, None)
-    return Weights(weight_ih, weight_hh, bias_ih, bias_hh, weight_hr)
+    return Weights(weight_ih, weight_hh, bias_ih, bias_hh, weight_hr, unit)
 
 
 def rnn_step(input_preact: Tensor, state: State, weights: Weights, activation: Callable) -> State:
@@ -67,6 +69,30 @@ def lstm_step(input_preact: Tensor, state: State, weights: Weights) -> State:
     return (h if weights.weight_hr is None else linear(h, weights.weight_hr), c)
 
 
+def _parts(tensor: Tensor, count: int) -> State:
+    return tensor.chunk(count, -1) if count else ()
+
+
+def own_step(cell: OwnCell) -> Callable[[Tensor, State, Weights], State]:
+    """The step of a user's cell: the user's function."""
+
+    def step(input_preact: Tensor, state: State, weights: Weights) -> State:
+        h, *others = state
+        hidden_preact = linear(h, weights.weight_hh, weights.bias_hh)
+        arguments = [
+            _parts(input_preact, cell.gates),
+            _parts(hidden_preact, cell.products),
+            (h, *(_parts(others[0], cell.states - 1) if others else ())),
+        ]
+        if weights.unit is not None and cell.unit_weights:
+            arguments.append(weights.unit.unbind())
+        returned = cell.step(*arguments)
+        new = (returned,) if isinstance(returned, Tensor) else tuple(returned)
+        return new if len(new) < 3 else (new[0], torch.cat(new[1:], -1))
+
+    return step
+
+
 STEPS: dict[str, Callable[[Tensor, State, Weights], State]] = {
     "rnn_tanh": rnn_tanh_step,
     "rnn_relu": rnn_relu_step,
@@ -89,7 +115,7 @@ def _direction(
     A sequence takes part while its batch row exists; rows that are not there yet, or no more, keep
     the state they have. So reverse begins at each sequence's own end.
     """
-    step = STEPS[cell.name]
+    step = own_step(cell) if isinstance(cell, OwnCell) else STEPS[cell.name]
     split = _split(weights, cell)
     preacts = linear(rows, split.weight_ih, split.bias_ih).split(list(batch_sizes))
     outputs: list[Tensor] = [rows] * len(batch_sizes)

@@ -69,6 +69,9 @@ def zero_states(request: Request, like: Tensor) -> tuple[Tensor, Tensor | None]:
     h_0 = like.new_zeros((request.directions, request.batch, request.output_size))
     if request.cell.states == 1:
         return h_0, None
+    if request.cell.states > 2:
+        others = (request.cell.states - 1) * request.hidden_size
+        return h_0, like.new_zeros((request.directions, request.batch, others))
     if request.output_size == request.hidden_size:
         return h_0, h_0
     return h_0, like.new_zeros((request.directions, request.batch, request.hidden_size))

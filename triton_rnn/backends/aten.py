@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import _VF, Tensor
 
+from triton_rnn.cells import OwnCell
 from triton_rnn.profiling import ranges, session
 from triton_rnn.request import Request
 
@@ -27,7 +28,9 @@ _FUNCTIONS: dict[str, Callable[..., tuple[Tensor, ...]]] = {
 
 
 def supports(request: Request) -> str | None:
-    """None: torch can do whatever reaches the dispatcher."""
+    """None: torch can do whatever reaches the dispatcher, but for cells that it does not have."""
+    if isinstance(request.cell, OwnCell):
+        return "torch has no kernels for a user's cell"
     return None
 
 

@@ -9,18 +9,21 @@ fails: `supports` says why, and TorchScript runs instead.
 
 import ctypes
 import functools
+import importlib
 import operator
 import struct
 import threading
 from array import array
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType, ModuleType
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from triton_rnn.backends.native import build, rules
+from triton_rnn.cells import OwnCell
 from triton_rnn.profiling import ranges
 from triton_rnn.request import Request
 
@@ -31,6 +34,7 @@ TAKES_NO_STATE = True
 
 _SOURCE = Path(__file__).with_name("recurrence.c")
 _CELLS = {"rnn_tanh": 0, "rnn_relu": 1, "gru": 2, "lstm": 3, "lstm_projected": 4}
+_USERS = 5
 _TYPES = {torch.float32: "float", torch.float64: "double"}
 # One library serves the cells whose arithmetic is one: ONLY of recurrence.c.
 _KINDS = {
@@ -50,10 +54,21 @@ _NO_BACKWARD = bytes(_BACKWARD.size)
 
 
 class Library:
-    """The compiled functions for one type of numbers and one kind of cell."""
+    """The compiled functions for one type of numbers and one kind of cell.
 
-    def __init__(self, dtype: torch.dtype, kind: str) -> None:
-        found = build.library(_SOURCE, (f"-DREAL={_TYPES[dtype]}", f"-DONLY={kind}"))
+    Args:
+        extra, headers: as `build.library`; what a user's cell is.
+    """
+
+    def __init__(
+        self,
+        dtype: torch.dtype,
+        kind: str,
+        extra: Sequence[str] = (),
+        headers: Mapping[str, str] = MappingProxyType({}),
+    ) -> None:
+        flags = (f"-DREAL={_TYPES[dtype]}", f"-DONLY={kind}", *extra)
+        found = build.library(_SOURCE, flags, headers)
         # Each takes the bytes of a Call. ctypes lets go of the GIL while a CDLL's function runs.
         self.forward = found.forward
         self.backward = found.backward
@@ -117,6 +132,16 @@ def library(dtype: torch.dtype, cell: str) -> Library | str:
         return _built(dtype, _KINDS[cell])
 
 
+def _own() -> ModuleType:
+    return importlib.import_module("triton_rnn.backends.native.own")
+
+
+def _library_of(request: Request) -> Library | str:
+    if isinstance(request.cell, OwnCell):
+        return _own().library(request.cell, request.dtype)
+    return library(request.dtype, request.cell.name)
+
+
 def supports(request: Request) -> str | None:
     """Why this backend cannot serve a request; None when it can."""
     if request.device.type != "cpu":
@@ -125,14 +150,15 @@ def supports(request: Request) -> str | None:
         return f"dtype {request.dtype} is not float32 or float64"
     if struct.calcsize("P") != 8:
         return "pointers are not of eight bytes here"
-    found = library(request.dtype, request.cell.name)
+    found = _library_of(request)
     return found if isinstance(found, str) else None
 
 
 def declines(request: Request) -> str | None:
     """Why `auto` leaves a request to others."""
     # The rule first: no compiler is started for what it would not be used for.
-    if request.device.type == "cpu" and request.dtype in _TYPES:
+    plain = not isinstance(request.cell, OwnCell)
+    if plain and request.device.type == "cpu" and request.dtype in _TYPES:
         reason = rules.slower(request)
         if reason is not None:
             return reason
@@ -141,7 +167,7 @@ def declines(request: Request) -> str | None:
 
 def describe(request: Request, rows: int) -> str:
     """How this backend would go about a request, in a line."""
-    found = library(request.dtype, request.cell.name)
+    found = _library_of(request)
     if isinstance(found, str):
         return found
     threads = rules.threads(request, rows)
@@ -206,6 +232,7 @@ class _Frame(NamedTuple):
         in_slots: from the pointers of all weights and a 0 at their end to the five places that each
             direction has in a Call.
         per_row: numbers saved for every row; at_end: numbers saved beyond them.
+        others: how wide a row of all states besides h is.
     """
 
     functions: Library
@@ -213,12 +240,15 @@ class _Frame(NamedTuple):
     in_slots: Callable[[Sequence[int]], tuple[int, ...]]
     per_row: int
     at_end: int
+    others: int
 
 
 @functools.lru_cache(maxsize=4096)
 def _frame(request: Request) -> _Frame:
     functions = _functions(request)
-    cell, hidden, output = _CELLS[request.cell.name], request.hidden_size, request.output_size
+    hidden, output = request.hidden_size, request.output_size
+    cell = _USERS if isinstance(request.cell, OwnCell) else _CELLS[request.cell.name]
+    others = (request.cell.states - 1) * hidden
     places = [0, 1]
     count = 2
     if request.biased:
@@ -226,8 +256,8 @@ def _frame(request: Request) -> _Frame:
         count = 4
     none = -1
     places += [none] * (4 - count)
-    places += [count] if request.cell.projected else [none]
-    count += request.cell.projected
+    places += [count] if request.cell.fifth else [none]
+    count += request.cell.fifth
     slots = [none if at == none else at + d * count for d in range(2) for at in places]
     if request.directions == 1:
         slots[5:] = [none] * 5
@@ -244,11 +274,15 @@ def _frame(request: Request) -> _Frame:
         request.biased,
         request.needs_grad,
     )
-    return _Frame(functions, shared, operator.itemgetter(*slots), saved - at_end, at_end)
+    in_slots = operator.itemgetter(*slots)
+    return _Frame(functions, shared, in_slots, saved - at_end, at_end, others)
 
 
 def _functions(request: Request) -> Library:
-    found = _built(request.dtype, _KINDS[request.cell.name])
+    if isinstance(request.cell, OwnCell):
+        found = _library_of(request)
+    else:
+        found = _built(request.dtype, _KINDS[request.cell.name])
     if isinstance(found, str):
         raise RuntimeError(found)
     return found
@@ -311,8 +345,8 @@ def forward(
         output = input.new_empty(request.seq_len, batch, directions * size)
     h_n = input.new_empty(directions, batch, size)
     c_n = saved = None
-    if request.cell.states == 2:
-        c_n = input.new_empty(directions, batch, request.hidden_size)
+    if frame.others:
+        c_n = input.new_empty(directions, batch, frame.others)
     if request.needs_grad:
         saved = input.new_empty(rows * frame.per_row + frame.at_end)
     call = (

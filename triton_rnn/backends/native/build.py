@@ -23,8 +23,9 @@ import stat
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 
 COMPILERS = ("cc", "gcc", "clang")
 FLAGS = (
@@ -40,7 +41,8 @@ FLAGS = (
 NATIVE_FLAGS = (("-march=native",), ("-mcpu=native",), ())
 # A compiler that takes longer has hung.
 SECONDS = 60
-# Libraries of other versions and machines that share the folder; one version has six.
+# Libraries of other versions, machines and users' cells that share the folder; one version has
+# six.
 KEPT_FILES = 64
 _OUR_NAME = re.compile(r"[0-9a-f]{24}-[0-9a-f]{32}\.so")
 
@@ -75,12 +77,15 @@ def cache_folder() -> Path:
     return Path("~/.cache/triton_rnn").expanduser()
 
 
-def library(source: Path, extra: Sequence[str] = ()) -> ctypes.CDLL:
+def library(
+    source: Path, extra: Sequence[str] = (), headers: Mapping[str, str] = MappingProxyType({})
+) -> ctypes.CDLL:
     """The library that a C file compiles to, taken from the cache if it is there.
 
     Args:
-        source: the file; it includes no other of its own.
+        source: the file; it includes no other of its own but `headers`.
         extra: flags of the compiler.
+        headers: texts of generated files that it includes, by their names.
 
     Raises:
         BuildError: no compiler, or it fails, or what it made cannot be loaded.
@@ -94,7 +99,7 @@ def library(source: Path, extra: Sequence[str] = ()) -> ctypes.CDLL:
         raise BuildError(f"no C compiler: {names}")
     flags = [*FLAGS, *extra, *_words("TRITON_RNN_CFLAGS")]
     try:
-        key = _key(source, command, flags)
+        key = _key(source, command, flags, headers)
     except OSError as error:
         raise BuildError(f"cannot be read: {_first_line(str(error))}") from None
     try:
@@ -105,7 +110,7 @@ def library(source: Path, extra: Sequence[str] = ()) -> ctypes.CDLL:
     found = None if folder is None else _cached(folder, key)
     content = b""
     if found is None:
-        content = _compile(source, command, flags)
+        content = _compile(source, command, flags, headers)
         if folder is not None:
             found = _store(content, folder, f"{key}-{_digest(content)}.so")
             _forget_old(folder)
@@ -115,7 +120,7 @@ def library(source: Path, extra: Sequence[str] = ()) -> ctypes.CDLL:
             return ctypes.CDLL(os.fspath(found))
     try:
         with tempfile.TemporaryDirectory(prefix="triton_rnn-") as private:
-            content = content or _compile(source, command, flags)
+            content = content or _compile(source, command, flags, headers)
             path = _store(content, Path(private), f"{key}.so")
             if path is None:
                 raise BuildError(f"no space for the compiled loops, not in {private} either")
@@ -126,7 +131,9 @@ def library(source: Path, extra: Sequence[str] = ()) -> ctypes.CDLL:
         raise BuildError(f"the compiled loops cannot be loaded: {reason}") from None
 
 
-def _key(source: Path, command: Sequence[str], flags: Sequence[str]) -> str:
+def _key(
+    source: Path, command: Sequence[str], flags: Sequence[str], headers: Mapping[str, str]
+) -> str:
     """A hash of all that the library depends on."""
     # Instead of asking a compiler for its version, which takes milliseconds at every start.
     found = os.stat(command[0])
@@ -134,6 +141,7 @@ def _key(source: Path, command: Sequence[str], flags: Sequence[str]) -> str:
         repr((found.st_size, found.st_mtime_ns)),
         *command,
         *flags,
+        *(repr(header) for header in sorted(headers.items())),
         repr(NATIVE_FLAGS),
         sys.platform,
         platform.machine(),
@@ -194,14 +202,19 @@ def _cached(folder: Path, key: str) -> Path | None:
     return None
 
 
-def _compile(source: Path, command: Sequence[str], flags: Sequence[str]) -> bytes:
+def _compile(
+    source: Path, command: Sequence[str], flags: Sequence[str], headers: Mapping[str, str]
+) -> bytes:
     """The library that a source compiles to."""
     try:
         with tempfile.TemporaryDirectory(prefix="triton_rnn-") as folder:
             made = Path(folder) / "library.so"
+            for name, text in headers.items():
+                (Path(folder) / name).write_text(text, encoding="ascii")
+            found_in = ["-I", folder] if headers else []
             for native in NATIVE_FLAGS:
                 files = [os.fspath(source.absolute()), "-o", os.fspath(made), "-lm"]
-                reason = _run([*command, *flags, *native, *files])
+                reason = _run([*command, *flags, *native, *found_in, *files])
                 if not reason:
                     break
             content = b"" if reason or not made.exists() else made.read_bytes()

@@ -14,6 +14,10 @@
    sizes (Hp, Pp) are rounded up to whole vectors, and so are the private buffers, so that only the
    caller's arrays need care at the end of a row: load_some and store_some.
 
+   A user's cell (OWN) is compiled into a library by itself: its numbers are macros (OWN_GATES and the
+   others below), its pointwise steps own_forward and own_backward are generated (own_cell.h, by
+   own.py). Without them, all that is OWN's is code that the compiler leaves out.
+
    Products: multiply() adds to R x V vectors in registers; all products of forward and backward are
    loops around it. No function keeps state; none writes to an input.
 
@@ -67,7 +71,7 @@ typedef REAL vec_anywhere
     __attribute__((vector_size(VECTOR_BYTES), aligned(sizeof(REAL)), may_alias));
 typedef __typeof__((vec){0} < (vec){0}) bits;
 
-enum { RNN_TANH, RNN_RELU, GRU, LSTM, LSTM_PROJECTED };
+enum { RNN_TANH, RNN_RELU, GRU, LSTM, LSTM_PROJECTED, OWN };
 
 /* Compiled for one kind of cell, -DONLY=GRU, in half the time that all take. RNN_TANH stands for
    both kinds of RNN, LSTM for both kinds of LSTM. */
@@ -76,7 +80,28 @@ enum { RNN_TANH, RNN_RELU, GRU, LSTM, LSTM_PROJECTED };
 #else
 #define HAS(cell) 1
 #endif
-enum { MOST_GATES = 4, MOST_VECTORS = 16 };
+enum { MOST_VECTORS = 16 };
+
+/* A user's cell: gates, those with a recurrent product, states, numbers learned for a unit; numbers
+   kept and gradients as in KEPT and GRADS; whether h before the step gets a gradient past W_hh; for
+   each product the gate that it is added to before the step, or -1; and which gradient is whose. */
+#ifdef OWN_GATES
+#include <math.h>
+#define HAS_OWN 1
+enum { MOST_GATES = 8 };
+#else
+#define HAS_OWN 0
+enum { MOST_GATES = 4 };
+enum { OWN_GATES = 1, OWN_PRODUCTS = 1, OWN_STATES = 2, OWN_UNIT_WEIGHTS = 0, OWN_KEPT = 0 };
+enum { OWN_GRADS = 1, OWN_PAST = 0 };
+#define OWN_STARTS 0
+#define OWN_INPUT_SLOTS 0
+#define OWN_HIDDEN_SLOTS 0
+#endif
+static const int OWN_START[] = {OWN_STARTS}, OWN_INPUT_SLOT[] = {OWN_INPUT_SLOTS};
+static const int OWN_HIDDEN_SLOT[] = {OWN_HIDDEN_SLOTS};
+/* States besides h, and whether members of a team have to wait for each other at every step. */
+enum { OTHERS = OWN_STATES - 1, HAS_PRODUCT = OWN_PRODUCTS > 0 };
 
 /* Bytes of the preactivations of some steps at once: they should still be in the second-level
    cache when the steps come to them. */
@@ -92,9 +117,10 @@ typedef struct {
     /* (T, N, I) by strides, or packed (sum of lengths, I) by x_row; the last dimension is dense. */
     const void *x;
     i64 x_step, x_row;
-    /* (D, N, P), (D, N, H), dense; NULL for zeros. */
+    /* (D, N, P), (D, N, H), dense; NULL for zeros. Of OWN all other states, (D, N, OTHERS*H). */
     const void *h_0, *c_0;
-    /* weight_ih (G*H, I), weight_hh (G*H, P), bias_ih, bias_hh (G*H), weight_hr (P, H), dense. */
+    /* weight_ih (G*H, I), weight_hh (G*H, P), bias_ih, bias_hh (G*H), weight_hr (P, H), dense. Of
+       OWN weight_hh and bias_hh have OWN_PRODUCTS*H rows, and the last is (OWN_UNIT_WEIGHTS, H). */
     const void *weights[2][5];
     /* output (rows, D*P), h_n, c_n as h_0 and c_0: dense. saved: saved_numbers() numbers. */
     void *output, *h_n, *c_n, *saved;
@@ -136,19 +162,27 @@ INLINE void share(const Member *me, i64 total, i64 group, i64 *from, i64 *to)
         *to = total;
 }
 
-static const int GATES[] = {1, 1, 3, 4, 4};
+static const int GATES[] = {1, 1, 3, 4, 4, OWN_GATES};
+/* Those with a part of W_hh. */
+static const int PRODUCTS[] = {1, 1, 3, 4, 4, OWN_PRODUCTS};
 
 /* Numbers kept per hidden unit and row for the backward. The first is h before the step, of the
    output's size; the others are listed with cell_forward. */
-static const int KEPT[] = {1, 1, 4, 5, 6};
+static const int KEPT[] = {1, 1, 4, 5, 6, OWN_KEPT};
 
 /* Gradients of preactivations per hidden unit and row. GRU's new gate has two, since the reset gate
    stands between its input's part and its state's part. */
-static const int GRADS[] = {1, 1, 4, 4, 4};
+static const int GRADS[] = {1, 1, 4, 4, 4, OWN_GRADS};
 static const int INPUT_SLOT[] = {0, 1, 2, 3};
 static const int STATE_SLOT[] = {0, 1, 3, 3};
+INLINE int input_slot(int gate)
+{
+    return HAS_OWN ? OWN_INPUT_SLOT[gate] : INPUT_SLOT[gate];
+}
 INLINE int state_slot(int cell, int gate)
 {
+    if (HAS_OWN)
+        return OWN_HIDDEN_SLOT[gate];
     return cell == GRU ? STATE_SLOT[gate] : INPUT_SLOT[gate];
 }
 
@@ -549,15 +583,36 @@ INLINE vec cell_backward(int cell, int relu, vec dh, vec before, const vec *kept
     return (vec){0};
 }
 
+#if HAS_OWN
+#define EACH_LANE(function, x)                                                                      \
+    ({                                                                                              \
+        vec result_;                                                                                \
+        for (int lane_ = 0; lane_ < LANES; lane_++)                                                 \
+            result_[lane_] = IS_FLOAT ? function##f((x)[lane_]) : function((x)[lane_]);             \
+        result_;                                                                                    \
+    })
+INLINE vec magnitude(vec x)
+{
+    return (vec)((bits)x & ~(bits)all(-(REAL)0));
+}
+#include "own_cell.h"
+#endif
+
+/* Whether a unit-vector has one product: then two stand in a panel, to keep more sums going. */
+INLINE int is_narrow(i64 cell)
+{
+    return HAS_OWN ? OWN_PRODUCTS == 1 : cell <= RNN_RELU;
+}
+
 /* A member's hidden units, whole panels of W_hh. */
 INLINE void share_units(const Member *me, const Call *call, i64 *from, i64 *to)
 {
-    share(me, padded(call->hidden_size), call->cell <= RNN_RELU ? 2 * LANES : LANES, from, to);
+    share(me, padded(call->hidden_size), is_narrow(call->cell) ? 2 * LANES : LANES, from, to);
 }
 
 /* Private buffers of one direction, forward. */
 typedef struct {
-    REAL *weight_ih, *weight_hh, *weight_hr, *bias, *preact, *before, *after, *inner, *c;
+    REAL *weight_ih, *weight_hh, *weight_hr, *bias, *preact, *before, *after, *inner, *c, *own;
     REAL *saved;
     i64 kept_row, chunk_rows;
     Matrix input_weight, state_weight, projection;
@@ -566,28 +621,68 @@ typedef struct {
 /* Vectors of a panel of W_hh: the gates of a unit-vector, or two unit-vectors of an RNN. */
 INLINE i64 step_width(i64 cell)
 {
-    return cell <= RNN_RELU ? 2 : GATES[cell];
+    if (HAS_OWN && !HAS_PRODUCT)
+        return 1;
+    return is_narrow(cell) ? 2 : PRODUCTS[cell];
 }
+
+/* What a product's sum begins with: its gate's part of the input, or the state's bias alone. */
+INLINE const REAL *start_of(int cell, const Forward *f, const REAL *preact, int product, i64 Hp)
+{
+    if (HAS_OWN && OWN_START[product] < 0)
+        return f->bias + (OWN_GATES + product) * Hp;
+    if (HAS_OWN)
+        return preact + OWN_START[product] * Hp;
+    /* The state's part of GRU's new gate begins with b_hn. */
+    return cell == GRU && product == 2 ? f->bias + 3 * Hp : preact + product * Hp;
+}
+
+#if HAS_OWN
+/* A user's cell: one unit-vector of one row, forward. hidden: its products' sums. */
+INLINE void own_step(const Call *call, const Forward *f, i64 row, i64 unit, const REAL *preact,
+                     const vec *hidden, REAL *kept_row)
+{
+    const i64 Hp = padded(call->hidden_size), place = row * Hp + unit;
+    const i64 other = call->batch * Hp;
+    vec input[OWN_GATES], state[OWN_STATES], own[OWN_UNIT_WEIGHTS + 1], next[OWN_STATES];
+    vec kept[OWN_KEPT + 1];
+    UNROLL for (int g = 0; g < OWN_GATES; g++) input[g] = load(preact + g * Hp + unit);
+    state[0] = load(f->before + place);
+    UNROLL for (int s = 1; s < OWN_STATES; s++) state[s] = load(f->c + (s - 1) * other + place);
+    UNROLL for (int k = 0; k < OWN_UNIT_WEIGHTS; k++) own[k] = load(f->own + k * Hp + unit);
+    own_forward(input, hidden, state, own, next, kept);
+    store(f->after + place, next[0]);
+    UNROLL for (int s = 1; s < OWN_STATES; s++) store(f->c + (s - 1) * other + place, next[s]);
+    if (call->keep)
+        UNROLL for (int k = 0; k < OWN_KEPT; k++) store(kept_row + Hp + k * Hp + unit, kept[k]);
+}
+#endif
 
 /* R rows from `row` on and U unit-vectors from `unit` on, of one step. */
 INLINE void step_block(int cell, int R, int U, const Call *call, const Forward *f, i64 row,
                              i64 unit, const REAL *preact, REAL *kept_rows)
 {
-    const int G = GATES[cell], W = step_width(cell), relu = call->cell == RNN_RELU;
-    const int is_projected = call->cell == LSTM_PROJECTED;
+    const int G = GATES[cell], K = PRODUCTS[cell], W = step_width(cell);
+    const int relu = call->cell == RNN_RELU, is_projected = call->cell == LSTM_PROJECTED;
     const i64 Hp = padded(call->hidden_size), Pp = padded(call->output_size);
     vec sum[MOST_VECTORS];
     UNROLL for (int r = 0; r < R; r++)
         UNROLL for (int u = 0; u < U; u++)
-            UNROLL for (int g = 0; g < G; g++) {
-                const REAL *at = preact + (row + r) * G * Hp;
-                /* The state's part of GRU's new gate begins with b_hn. */
-                if (cell == GRU && g == 2)
-                    at = f->bias + Hp;
-                sum[(r * U + u) * G + g] = load(at + g * Hp + unit + u * LANES);
+            UNROLL for (int k = 0; k < K; k++) {
+                const REAL *at = start_of(cell, f, preact + (row + r) * G * Hp, k, Hp);
+                sum[(r * U + u) * K + k] = load(at + unit + u * LANES);
             }
-    multiply(R, G * U, W, sum, f->before + row * Pp, Pp, 1, call->output_size,
-             column_of(&f->state_weight, unit / LANES * G, W), W * LANES, f->state_weight.panel);
+    if (HAS_PRODUCT)
+        multiply(R, K * U, W, sum, f->before + row * Pp, Pp, 1, call->output_size,
+                 column_of(&f->state_weight, unit / LANES * K, W), W * LANES,
+                 f->state_weight.panel);
+#if HAS_OWN
+    UNROLL for (int r = 0; r < R; r++)
+        UNROLL for (int u = 0; u < U; u++)
+            own_step(call, f, row + r, unit + u * LANES, preact + (row + r) * G * Hp,
+                     sum + (r * U + u) * K, kept_rows + (row + r) * f->kept_row);
+    return;
+#endif
     REAL *result = is_projected ? f->inner : f->after;
     UNROLL for (int r = 0; r < R; r++)
         UNROLL for (int u = 0; u < U; u++) {
@@ -613,15 +708,17 @@ INLINE void step(int cell, const Call *call, const Forward *f, i64 rows, i64 uni
 {
     /* As many unit-vectors at once as keep about eight sums going, which then do not wait for each
        other, and as there are registers for. */
-    const int many = cell == RNN_TANH ? 2 : 1, wide = cell == RNN_TANH ? 8 : 2;
+    const int narrow = is_narrow(cell), many = narrow ? 2 : 1, wide = narrow ? 8 : 2;
+    /* Of many gates fewer rows: no more sums than MOST_VECTORS. */
+    const int most = PRODUCTS[cell] * MOST_ROWS > MOST_VECTORS ? 2 : MOST_ROWS;
     if (rows == 1)
         for (; unit + wide * LANES <= end; unit += wide * LANES)
             step_block(cell, 1, wide, call, f, 0, unit, preact, kept_rows);
     else
         for (; unit + many * LANES <= end; unit += many * LANES) {
             i64 row = 0;
-            for (; row + MOST_ROWS <= rows; row += MOST_ROWS)
-                step_block(cell, MOST_ROWS, many, call, f, row, unit, preact, kept_rows);
+            for (; row + most <= rows; row += most)
+                step_block(cell, most, many, call, f, row, unit, preact, kept_rows);
             for (; row + 2 <= rows; row += 2)
                 step_block(cell, 2, many, call, f, row, unit, preact, kept_rows);
             for (; row < rows; row++)
@@ -638,6 +735,10 @@ static void any_step(const Call *call, const Forward *f, const Member *me, i64 r
 {
     i64 unit, end;
     share_units(me, call, &unit, &end);
+#if HAS_OWN
+    step(OWN, call, f, rows, unit, end, preact, kept_rows);
+    return;
+#endif
     switch (call->cell) {
     case RNN_TANH:
     case RNN_RELU:
@@ -712,18 +813,20 @@ static void plan_forward(const Call *call, Arena *arena, Forward *f)
     steps = steps < 1 ? 1 : steps > call->steps ? call->steps : steps;
     f->chunk_rows = steps * N;
     f->kept_row = Pp + KEPT[call->cell] * Hp;
-    const i64 wide = panel_numbers(Hp / LANES * G, P, step_width(call->cell));
+    const i64 wide = panel_numbers(Hp / LANES * PRODUCTS[call->cell], P, step_width(call->cell));
+    const i64 apart = HAS_OWN ? OWN_PRODUCTS : 1;
     const i64 projection = call->cell == LSTM_PROJECTED ? panel_numbers(Pp / LANES, H, WIDTH) : 0;
     f->weight_ih = take(
         arena, (size_t)(panel_numbers(Hp / LANES * G, call->input_size, WIDTH) * number));
     f->weight_hh = take(arena, (size_t)(wide * number));
     f->weight_hr = take(arena, (size_t)(projection * number));
-    f->bias = take(arena, (size_t)((G + 1) * Hp * number));
+    f->bias = take(arena, (size_t)((G + apart) * Hp * number));
     f->preact = take(arena, (size_t)(f->chunk_rows * G * Hp * number));
     f->before = take(arena, (size_t)(N * Pp * number));
     f->after = take(arena, (size_t)(N * Pp * number));
     f->inner = take(arena, (size_t)(call->cell == LSTM_PROJECTED ? N * Hp * number : 0));
-    f->c = take(arena, (size_t)(N * Hp * number));
+    f->c = take(arena, (size_t)(OTHERS * N * Hp * number));
+    f->own = take(arena, (size_t)(OWN_UNIT_WEIGHTS * Hp * number));
 }
 
 /* Biases fold into the projection, but for b_hn, which the reset gate multiplies. */
@@ -731,9 +834,17 @@ static void fold_bias(const Call *call, int d, REAL *bias)
 {
     const i64 G = GATES[call->cell], H = call->hidden_size, Hp = padded(H);
     const REAL *input = call->weights[d][2], *state = call->weights[d][3];
-    memset(bias, 0, (size_t)((G + 1) * Hp) * sizeof(REAL));
+    memset(bias, 0, (size_t)((G + (HAS_OWN ? OWN_PRODUCTS : 1)) * Hp) * sizeof(REAL));
     if (!call->biased)
         return;
+    if (HAS_OWN) {
+        for (i64 g = 0; g < G; g++)
+            memcpy(bias + g * Hp, input + g * H, (size_t)H * sizeof(REAL));
+        for (i64 k = 0; k < OWN_PRODUCTS; k++)
+            for (i64 u = 0; u < H; u++)
+                bias[(OWN_START[k] < 0 ? G + k : OWN_START[k]) * Hp + u] += state[k * H + u];
+        return;
+    }
     for (i64 g = 0; g < G; g++)
         for (i64 u = 0; u < H; u++) {
             int apart = call->cell == GRU && g == 2;
@@ -741,6 +852,30 @@ static void fold_bias(const Call *call, int d, REAL *bias)
             if (apart)
                 bias[(g + 1) * Hp + u] = state[g * H + u];
         }
+}
+
+/* A user's cell: numbers (OWN_UNIT_WEIGHTS, H) in whole vectors, the units [begin, end). */
+static void copy_unit_weights(const Call *call, int d, REAL *to, i64 begin, i64 end)
+{
+    const i64 H = call->hidden_size, Hp = padded(H);
+    const REAL *from = call->weights[d][4];
+    for (i64 k = 0; k < OWN_UNIT_WEIGHTS; k++)
+        for (i64 u = begin; u < end; u += LANES)
+            store(to + k * Hp + u, load_some(from + k * H + u, H - u));
+}
+
+/* All states besides h, a caller's (N, OTHERS*H) and ours, which are OTHERS times (N, Hp). */
+static void others_in(const Call *call, REAL *to, const REAL *from)
+{
+    const i64 H = call->hidden_size, Hp = padded(H), N = call->batch;
+    for (i64 s = 0; s < OTHERS; s++)
+        copy_rows(to + s * N * Hp, Hp, from + s * H, OTHERS * H, N, H);
+}
+static void others_out(const Call *call, REAL *to, const REAL *from, i64 begin, i64 end)
+{
+    const i64 H = call->hidden_size, Hp = padded(H), N = call->batch;
+    for (i64 s = 0; s < OTHERS; s++)
+        copy_columns(to + s * H, OTHERS * H, from + s * N * Hp, Hp, N, begin, end < H ? end : H);
 }
 
 static void forward_direction(const Call *call, const i64 *offsets, int d, Forward f,
@@ -754,8 +889,9 @@ static void forward_direction(const Call *call, const i64 *offsets, int d, Forwa
     column = unit, last = end;
     f.input_weight = transpose(call->weights[d][0], G, H, call->input_size, WIDTH, 0, f.weight_ih,
                                unit, end);
-    f.state_weight = transpose(call->weights[d][1], G, H, P, step_width(call->cell), 1, f.weight_hh,
-                               unit, end);
+    f.state_weight = transpose(call->weights[d][1], PRODUCTS[call->cell], H, P,
+                               step_width(call->cell), 1, f.weight_hh, unit, end);
+    copy_unit_weights(call, d, f.own, unit, end);
     if (call->cell == LSTM_PROJECTED) {
         share(me, Pp, LANES, &column, &last);
         f.projection = transpose(call->weights[d][4], 1, P, H, WIDTH, 0, f.weight_hr, column, last);
@@ -764,11 +900,11 @@ static void forward_direction(const Call *call, const i64 *offsets, int d, Forwa
     if (me->index == 0) {
         fold_bias(call, d, f.bias);
         memset(f.before, 0, (size_t)(N * Pp) * sizeof(REAL));
-        memset(f.c, 0, (size_t)(N * Hp) * sizeof(REAL));
+        memset(f.c, 0, (size_t)(OTHERS * N * Hp) * sizeof(REAL));
         if (call->h_0)
             copy_rows(f.before, Pp, (const REAL *)call->h_0 + d * N * P, P, N, P);
         if (call->c_0)
-            copy_rows(f.c, Hp, (const REAL *)call->c_0 + d * N * H, H, N, H);
+            others_in(call, f.c, (const REAL *)call->c_0 + d * OTHERS * N * H);
     }
     wait_for_all(me);
     i64 ready_from = 0, ready_to = 0;
@@ -790,6 +926,8 @@ static void forward_direction(const Call *call, const i64 *offsets, int d, Forwa
                 else
                     ready_to = next + 1;
             }
+            if (!HAS_PRODUCT)
+                wait_for_all(me);
             project(call, &f, me, offsets, ready_from, ready_to);
             wait_for_all(me);
         }
@@ -804,11 +942,12 @@ static void forward_direction(const Call *call, const i64 *offsets, int d, Forwa
         REAL *after = f.after;
         f.after = f.before;
         f.before = after;
-        wait_for_all(me);
+        if (HAS_PRODUCT)
+            wait_for_all(me);
     }
     copy_columns((REAL *)call->h_n + d * N * P, P, f.before, Pp, N, column, shown);
     if (call->c_n)
-        copy_columns((REAL *)call->c_n + d * N * H, H, f.c, Hp, N, unit, end < H ? end : H);
+        others_out(call, (REAL *)call->c_n + d * OTHERS * N * H, f.c, unit, end);
     /* The other direction takes the buffers over. */
     wait_for_all(me);
 }
@@ -881,6 +1020,7 @@ EXPORT i64 forward(const Call *call)
 /* Private buffers of one direction, backward. */
 typedef struct {
     REAL *grads, *dh, *dc, *dm, *grad_states, *weight_ih, *weight_hh, *weight_hr, *x, *after;
+    REAL *own, *grad_own;
     const REAL *saved;
     i64 kept_row;
 } Backward;
@@ -889,18 +1029,21 @@ static void plan_backward(const Call *call, i64 rows, Arena *arena, Backward *b)
 {
     const i64 G = GATES[call->cell], H = call->hidden_size, P = call->output_size, N = call->batch;
     const i64 Hp = padded(H), Pp = padded(P), I = call->input_size, number = sizeof(REAL);
+    const i64 K = PRODUCTS[call->cell];
     const int is_projected = call->cell == LSTM_PROJECTED;
     b->kept_row = Pp + KEPT[call->cell] * Hp;
     b->grads = take(arena, (size_t)(rows * GRADS[call->cell] * Hp * number));
     b->dh = take(arena, (size_t)(N * Pp * number));
-    b->dc = take(arena, (size_t)(N * Hp * number));
+    b->dc = take(arena, (size_t)(OTHERS * N * Hp * number));
     b->after = take(arena, (size_t)(N * Pp * number));
     b->grad_states = take(arena, (size_t)(is_projected ? rows * Pp * number : 0));
     const i64 projection = is_projected ? panel_numbers(Hp / LANES, P, WIDTH) : 0;
     b->weight_ih = take(arena, (size_t)(panel_numbers(padded(I) / LANES, G * H, WIDTH) * number));
-    b->weight_hh = take(arena, (size_t)(panel_numbers(Pp / LANES, G * H, WIDTH) * number));
+    b->weight_hh = take(arena, (size_t)(panel_numbers(Pp / LANES, K * H, WIDTH) * number));
     b->weight_hr = take(arena, (size_t)(projection * number));
     b->x = take(arena, (size_t)(rows * padded(I) * number));
+    b->own = take(arena, (size_t)(OWN_UNIT_WEIGHTS * Hp * number));
+    b->grad_own = take(arena, (size_t)(OWN_UNIT_WEIGHTS * Hp * number));
     /* From here on, zeroed at the start. */
     b->dm = take(arena, (size_t)(is_projected ? N * Hp * number : 0));
 }
@@ -932,11 +1075,53 @@ INLINE void backward_step(int cell, const Call *call, const Backward *b, i64 row
         }
 }
 
+#if HAS_OWN
+/* The same of a user's cell. One unit-vector for all rows, so that what its own weights get stays in
+   registers; it adds up over rows and steps in one order, whatever the team. */
+static void own_backward_step(const Call *call, const Backward *b, i64 rows, i64 unit, i64 end,
+                              const REAL *dh, const REAL *kept_rows, REAL *grads)
+{
+    const i64 Hp = padded(call->hidden_size), other = call->batch * Hp;
+    for (; unit < end; unit += LANES) {
+        vec own[OWN_UNIT_WEIGHTS + 1], total[OWN_UNIT_WEIGHTS + 1];
+        UNROLL for (int k = 0; k < OWN_UNIT_WEIGHTS; k++) {
+            own[k] = load(b->own + k * Hp + unit);
+            total[k] = load(b->grad_own + k * Hp + unit);
+        }
+        for (i64 row = 0; row < rows; row++) {
+            const REAL *kept_row = kept_rows + row * b->kept_row;
+            const i64 place = row * Hp + unit;
+            vec kept[OWN_KEPT + 1], after[OWN_STATES], before[OWN_STATES], grad[OWN_GRADS];
+            vec share_of_own[OWN_UNIT_WEIGHTS + 1];
+            UNROLL for (int k = 0; k < OWN_KEPT; k++)
+                kept[k] = load(kept_row + Hp + k * Hp + unit);
+            after[0] = load(dh + place);
+            UNROLL for (int s = 1; s < OWN_STATES; s++)
+                after[s] = load(b->dc + (s - 1) * other + place);
+            own_backward(after, load(kept_row + unit), kept, own, grad, before, share_of_own);
+            UNROLL for (int g = 0; g < OWN_GRADS; g++)
+                store(grads + row * OWN_GRADS * Hp + g * Hp + unit, grad[g]);
+            if (OWN_PAST)
+                store(b->after + place, before[0]);
+            UNROLL for (int s = 1; s < OWN_STATES; s++)
+                store(b->dc + (s - 1) * other + place, before[s]);
+            UNROLL for (int k = 0; k < OWN_UNIT_WEIGHTS; k++) total[k] += share_of_own[k];
+        }
+        UNROLL for (int k = 0; k < OWN_UNIT_WEIGHTS; k++)
+            store(b->grad_own + k * Hp + unit, total[k]);
+    }
+}
+#endif
+
 static void any_backward_step(const Call *call, const Backward *b, const Member *me, i64 rows,
                               const REAL *dh, const REAL *kept, REAL *grads)
 {
     i64 unit, end;
     share_units(me, call, &unit, &end);
+#if HAS_OWN
+    own_backward_step(call, b, rows, unit, end, dh, kept, grads);
+    return;
+#endif
     switch (call->cell) {
     case RNN_TANH:
     case RNN_RELU:
@@ -983,6 +1168,7 @@ static void after_the_loop(const Call *call, int d, const Backward *b, const Mem
     const int cell = (int)call->cell;
     const i64 G = GATES[cell], H = call->hidden_size, P = call->output_size, I = call->input_size;
     const i64 Hp = padded(H), Pp = padded(P), width = GRADS[cell] * Hp;
+    const i64 K = PRODUCTS[cell], most = G > K ? G : K;
     void *const *grad_weights = call->grad_weights[d];
     i64 unit, end;
     share(me, H, MOST_ROWS, &unit, &end);
@@ -991,20 +1177,20 @@ static void after_the_loop(const Call *call, int d, const Backward *b, const Mem
     enum { ROWS_AT_ONCE = 96 };
     i64 row = 0;
     do { /* Once for no rows too: their gradients are zeros. */
-        for (int g = 0; g < G; g++) {
+        for (int g = 0; g < most; g++) {
             const REAL *grads = b->grads + row * width;
             const i64 left = total - row;
             Product p = {.row = unit, .rows = end, .parts = 1, .a_row = 1, .a_step = width,
                          .count = left < ROWS_AT_ONCE ? left : ROWS_AT_ONCE};
-            if (grad_weights[0]) {
+            if (grad_weights[0] && g < G) {
                 p.columns = p.out_row = p.start_row = I;
-                p.a = grads + INPUT_SLOT[g] * Hp;
+                p.a = grads + input_slot(g) * Hp;
                 p.b = plain(x + row * x_row, x_row);
                 p.out = (REAL *)grad_weights[0] + g * H * I;
                 p.start = row ? p.out : NULL;
                 product(&p);
             }
-            if (grad_weights[1]) {
+            if (grad_weights[1] && g < K) {
                 p.columns = p.out_row = p.start_row = P;
                 p.a = grads + state_slot(cell, g) * Hp;
                 p.b = plain(b->saved + row * b->kept_row, b->kept_row);
@@ -1017,8 +1203,8 @@ static void after_the_loop(const Call *call, int d, const Backward *b, const Mem
     } while (row < total);
     share(me, Hp, LANES, &unit, &end);
     for (int which = 2; which < 4; which++)
-        for (int g = 0; grad_weights[which] && g < G; g++) {
-            const i64 slot = which == 2 ? INPUT_SLOT[g] : state_slot(cell, g);
+        for (int g = 0; grad_weights[which] && g < (which == 2 ? G : K); g++) {
+            const i64 slot = which == 2 ? input_slot(g) : state_slot(cell, g);
             for (i64 u = unit; u < end; u += LANES) {
                 vec sum = {0};
                 for (i64 i = 0; i < total; i++)
@@ -1038,7 +1224,7 @@ static void after_the_loop(const Call *call, int d, const Backward *b, const Mem
                      .a_step = 1, .b = weight_ih, .out = call->grad_x,
                      .out_row = I, .start = d ? call->grad_x : NULL, .start_row = I};
         for (int g = 0; g < G; g++)
-            p.part_at[g] = INPUT_SLOT[g] * Hp;
+            p.part_at[g] = input_slot(g) * Hp;
         share(me, total, MOST_ROWS, &p.row, &p.rows);
         product(&p);
     }
@@ -1050,25 +1236,28 @@ static void backward_direction(const Call *call, const i64 *offsets, int d, cons
     const int cell = (int)call->cell;
     const i64 G = GATES[cell], H = call->hidden_size, P = call->output_size, N = call->batch;
     const i64 I = call->input_size, Hp = padded(H), Pp = padded(P), T = call->steps;
-    const i64 width = GRADS[cell] * Hp, total = first_row(call, offsets, T);
+    const i64 width = GRADS[cell] * Hp, total = first_row(call, offsets, T), K = PRODUCTS[cell];
     i64 unit, end, column, last, x_row;
     share_units(me, call, &unit, &end);
+    copy_unit_weights(call, d, b->own, unit, end);
+    for (i64 k = 0; k < OWN_UNIT_WEIGHTS && unit < end; k++)
+        memset(b->grad_own + k * Hp + unit, 0, (size_t)(end - unit) * sizeof(REAL));
     column = unit, last = end;
     if (cell == LSTM_PROJECTED)
         share(me, Pp, LANES, &column, &last);
     const REAL *x = rows_of_x(call, me, offsets, b->x, &x_row);
     const Matrix weight_ih = readable(call->weights[d][0], G * H, I, total, b->weight_ih, me);
-    const Matrix weight_hh = readable(call->weights[d][1], G * H, P, total, b->weight_hh, me);
+    const Matrix weight_hh = readable(call->weights[d][1], K * H, P, total, b->weight_hh, me);
     Matrix weight_hr = {0};
     if (cell == LSTM_PROJECTED)
         weight_hr = readable(call->weights[d][4], P, H, total, b->weight_hr, me);
     if (me->index == 0) {
         memset(b->dh, 0, (size_t)(N * Pp) * sizeof(REAL));
-        memset(b->dc, 0, (size_t)(N * Hp) * sizeof(REAL));
+        memset(b->dc, 0, (size_t)(OTHERS * N * Hp) * sizeof(REAL));
         if (call->grad_h_n)
             copy_rows(b->dh, Pp, (const REAL *)call->grad_h_n + d * N * P, P, N, P);
         if (call->grad_c_n)
-            copy_rows(b->dc, Hp, (const REAL *)call->grad_c_n + d * N * H, H, N, H);
+            others_in(call, b->dc, (const REAL *)call->grad_c_n + d * OTHERS * N * H);
     }
     wait_for_all(me);
     for (i64 s = T - 1; s >= 0; s--) {
@@ -1096,20 +1285,27 @@ static void backward_direction(const Call *call, const i64 *offsets, int d, cons
         }
         any_backward_step(call, b, me, rows, dh, kept, grads);
         /* The product is made of all units' gradients, and writes what only this member reads. */
-        wait_for_all(me);
-        Product p = {.rows = rows, .column = column, .columns = last < P ? last : P, .parts = G,
+        if (HAS_PRODUCT)
+            wait_for_all(me);
+        Product p = {.rows = rows, .column = column, .columns = last < P ? last : P, .parts = K,
                      .count = H, .a = grads, .a_row = width, .a_step = 1, .b = weight_hh,
                      .out = b->dh, .out_row = Pp,
-                     .start = cell == GRU ? b->after : NULL, .start_row = Pp};
-        for (int g = 0; g < G; g++)
-            p.part_at[g] = state_slot(cell, g) * Hp;
+                     .start = cell == GRU || OWN_PAST ? b->after : NULL, .start_row = Pp};
+        for (int k = 0; k < K; k++)
+            p.part_at[k] = state_slot(cell, k) * Hp;
         product(&p);
     }
+    if (!HAS_PRODUCT)
+        wait_for_all(me);
     if (call->grad_h_0)
         copy_columns((REAL *)call->grad_h_0 + d * N * P, P, b->dh, Pp, N, column,
                      last < P ? last : P);
     if (call->grad_c_0)
-        copy_columns((REAL *)call->grad_c_0 + d * N * H, H, b->dc, Hp, N, unit, end < H ? end : H);
+        others_out(call, (REAL *)call->grad_c_0 + d * OTHERS * N * H, b->dc, unit, end);
+    for (i64 k = 0; k < OWN_UNIT_WEIGHTS && call->grad_weights[d][4]; k++)
+        for (i64 u = unit; u < end; u += LANES)
+            store_some((REAL *)call->grad_weights[d][4] + k * H + u,
+                       load(b->grad_own + k * Hp + u), H - u);
     after_the_loop(call, d, b, me, total, x, x_row, weight_ih);
     /* The other direction takes the buffers over. */
     wait_for_all(me);

@@ -7,6 +7,7 @@ import os
 
 import torch
 
+from triton_rnn.cells import OwnCell
 from triton_rnn.request import Request
 
 # Multiply-adds of a step's recurrent product that keep a further thread busy for longer than it
@@ -65,5 +66,11 @@ def threads(request: Request, rows: int) -> int:
     if available == 1 or _forked:
         return 1
     outputs = request.cell.gates * request.hidden_size
-    work = rows // request.seq_len * outputs * request.output_size
+    inner = request.output_size
+    if isinstance(request.cell, OwnCell):
+        outputs = request.cell.products * request.hidden_size
+        if not outputs:
+            # Nobody waits at a step, so what counts is the input's product, a step's share of it.
+            outputs, inner = request.cell.gates * request.hidden_size, request.input_size
+    work = rows // request.seq_len * outputs * inner
     return min(available, 1 + work // STEP_WORK_PER_THREAD)

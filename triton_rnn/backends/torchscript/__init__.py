@@ -25,6 +25,7 @@ from torch import Tensor
 from triton_rnn.backends.torchscript import rules
 from triton_rnn.backends.torchscript.cells import SCRIPT_CELLS
 from triton_rnn.backends.torchscript.recurrence import Run, recurrence
+from triton_rnn.cells import OwnCell
 from triton_rnn.profiling import ranges
 from triton_rnn.request import Request, with_zeros
 
@@ -44,6 +45,8 @@ def supports(request: Request) -> str | None:
         return f"TorchScript loops run on the CPU, the input is on {request.device}"
     if request.dtype not in _DTYPES:
         return f"dtype {request.dtype} is not one of float32, float64, bfloat16, float16"
+    if isinstance(request.cell, OwnCell):
+        return "a user's cell has no TorchScript loop"
     return None
 
 

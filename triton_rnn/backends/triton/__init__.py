@@ -13,6 +13,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from triton_rnn.cells import OwnCell
 from triton_rnn.request import Request, with_zeros
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -32,6 +33,8 @@ def _missing() -> str | None:
 
 def cannot(request: Request) -> str | None:
     """Why the kernels cannot serve a request, as far as that is known without the device."""
+    if isinstance(request.cell, OwnCell):
+        return "a user's cell has no Triton kernels"
     device = request.device.type
     if device == "cpu" and not _interpreter():
         return "the Triton kernels run on a GPU, the input is on the CPU"
