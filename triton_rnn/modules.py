@@ -5,19 +5,25 @@ Where `triton_rnn.functional` returns None, torch.nn's own forward is called: fo
 malformed, so that the error is torch's, and for calls that only torch.nn can serve.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from triton_rnn import functional
+from triton_rnn import extended, functional, options
+from triton_rnn.options import Option
 
 
 def _torch_twin(module: torch.nn.Module, ours: type, theirs: type) -> torch.nn.Module:
     """The torch.nn module that shares all of a module's attributes, for TorchScript to compile.
 
     A user's subclass is left to itself: what it adds cannot be carried over.
+
+    Raises:
+        RuntimeError: if the module uses what torch.nn's does not have.
     """
+    options.refuse_to_leave(module, "torch.jit.script compiles torch.nn's module")
     if type(module) is not ours:
         return module
     twin: torch.nn.Module = object.__new__(theirs)
@@ -25,13 +31,64 @@ def _torch_twin(module: torch.nn.Module, ours: type, theirs: type) -> torch.nn.M
     return twin
 
 
-class RNN(torch.nn.RNN):
+class _Extended(torch.nn.RNNBase):
+    """What RNN, GRU and LSTM have beyond torch.nn's: see `options.Options`, `extended.forward`."""
+
+    # None as long as none is on, also in a module that was made by torch.nn or is older than they.
+    _options: options.Options | None = None
+    input_dropout = Option()
+    recurrent_dropout = Option()
+    weight_dropout = Option()
+    zoneout = Option()
+    clip_hidden = Option()
+    clip_cell = Option()
+
+    def __init__(
+        self,
+        *args: Any,
+        input_dropout: float | Sequence[float] = 0.0,
+        recurrent_dropout: float = 0.0,
+        weight_dropout: float = 0.0,
+        zoneout: float | Sequence[float] = 0.0,
+        clip_hidden: float | None = None,
+        clip_cell: float | None = None,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(*args, **kwargs)
+        options.set_all(
+            self,
+            input_dropout=input_dropout,
+            recurrent_dropout=recurrent_dropout,
+            weight_dropout=weight_dropout,
+            zoneout=zoneout,
+            clip_hidden=clip_hidden,
+            clip_cell=clip_cell,
+        )
+
+    def extra_repr(self) -> str:
+        return super().extra_repr() + options.shown(self._options)
+
+
+class RNN(_Extended, torch.nn.RNN):
     """`torch.nn.RNN`, faster. Arguments, shapes, errors and state_dict are torch's.
 
     Formula and contract: https://docs.pytorch.org/docs/stable/generated/torch.nn.RNN.html
+    Beyond torch's: the keywords of the constructor that are the fields of `options.Options`, and
+    the arguments of a call that `extended.forward` tells of.
     """
 
-    def forward(self, input: Any, hx: Tensor | None = None) -> Any:
+    def forward(
+        self,
+        input: Any,
+        hx: Tensor | None = None,
+        *,
+        lengths: Tensor | None = None,
+        reset_mask: Tensor | None = None,
+        reset_to: str = "zeros",
+        all_states: bool = False,
+    ) -> Any:
+        if self._options is not None or lengths is not None or reset_mask is not None or all_states:
+            return extended.forward(self, input, hx, lengths, reset_mask, reset_to, all_states)
         result = functional.forward(self, input, hx)
         return super().forward(input, hx) if result is None else result
 
@@ -39,13 +96,26 @@ class RNN(torch.nn.RNN):
         return _torch_twin(self, RNN, torch.nn.RNN)
 
 
-class GRU(torch.nn.GRU):
+class GRU(_Extended, torch.nn.GRU):
     """`torch.nn.GRU`, faster. Arguments, shapes, errors and state_dict are torch's.
 
     Formula and contract: https://docs.pytorch.org/docs/stable/generated/torch.nn.GRU.html
+    Beyond torch's: the keywords of the constructor that are the fields of `options.Options`, and
+    the arguments of a call that `extended.forward` tells of.
     """
 
-    def forward(self, input: Any, hx: Tensor | None = None) -> Any:
+    def forward(
+        self,
+        input: Any,
+        hx: Tensor | None = None,
+        *,
+        lengths: Tensor | None = None,
+        reset_mask: Tensor | None = None,
+        reset_to: str = "zeros",
+        all_states: bool = False,
+    ) -> Any:
+        if self._options is not None or lengths is not None or reset_mask is not None or all_states:
+            return extended.forward(self, input, hx, lengths, reset_mask, reset_to, all_states)
         result = functional.forward(self, input, hx)
         return super().forward(input, hx) if result is None else result
 
@@ -53,13 +123,26 @@ class GRU(torch.nn.GRU):
         return _torch_twin(self, GRU, torch.nn.GRU)
 
 
-class LSTM(torch.nn.LSTM):
+class LSTM(_Extended, torch.nn.LSTM):
     """`torch.nn.LSTM`, faster. Arguments, shapes, errors and state_dict are torch's.
 
     Formula and contract: https://docs.pytorch.org/docs/stable/generated/torch.nn.LSTM.html
+    Beyond torch's: the keywords of the constructor that are the fields of `options.Options`, and
+    the arguments of a call that `extended.forward` tells of.
     """
 
-    def forward(self, input: Any, hx: tuple[Tensor, Tensor] | None = None) -> Any:
+    def forward(
+        self,
+        input: Any,
+        hx: tuple[Tensor, Tensor] | None = None,
+        *,
+        lengths: Tensor | None = None,
+        reset_mask: Tensor | None = None,
+        reset_to: str = "zeros",
+        all_states: bool = False,
+    ) -> Any:
+        if self._options is not None or lengths is not None or reset_mask is not None or all_states:
+            return extended.forward(self, input, hx, lengths, reset_mask, reset_to, all_states)
         result = functional.forward(self, input, hx)
         return super().forward(input, hx) if result is None else result
 

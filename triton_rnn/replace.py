@@ -10,7 +10,7 @@ from typing import TypeVar
 
 import torch
 
-from triton_rnn import modules
+from triton_rnn import modules, options
 
 _log = logging.getLogger("triton_rnn")
 _Model = TypeVar("_Model", bound=torch.nn.Module)
@@ -130,7 +130,13 @@ def restore(model: _Model) -> _Model:
 
     Returns:
         The same model.
+
+    Raises:
+        RuntimeError: if a module uses an option that torch.nn's does not have; none is changed.
     """
+    for module in model.modules():
+        if _restored(type(module)) is not None:
+            options.refuse_to_leave(module, "restore makes a module torch.nn's")
     for module in model.modules():
         restored = _restored(type(module))
         if restored is not None:
