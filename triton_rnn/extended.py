@@ -22,7 +22,8 @@ from triton_rnn.options import OFF, Options
 from triton_rnn.profiling import ranges
 from triton_rnn.request import Request
 
-_TORCHS = {"RNN_TANH": torch.nn.RNN, "RNN_RELU": torch.nn.RNN}
+# Any, as a module's mode says which of their forwards it has.
+_TORCHS: dict[str, Any] = {"RNN_TANH": torch.nn.RNN, "RNN_RELU": torch.nn.RNN}
 _TORCHS |= {"GRU": torch.nn.GRU, "LSTM": torch.nn.LSTM}
 
 
