@@ -18,12 +18,16 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from bench import beyond_cells, beyond_stream
+from bench import beyond_cells, beyond_loop, beyond_stream
 from bench.machine import CommandError, describe_machine, write
 from bench.turns import QUICK_BUDGET, Budget, Rounds, measure
 
 Pair = tuple[str, Callable[[], object], Callable[[], object]]
-SOURCES: tuple[Callable[[], Iterator[Pair]], ...] = (beyond_stream.pairs, beyond_cells.pairs)
+SOURCES: tuple[Callable[[], Iterator[Pair]], ...] = (
+    beyond_stream.pairs,
+    beyond_cells.pairs,
+    beyond_loop.pairs,
+)
 HEADER = ("case", "ours", "theirs", "theirs over ours")
 
 

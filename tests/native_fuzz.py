@@ -10,7 +10,7 @@ import random
 import sys
 
 import torch
-from torch.nn.utils.rnn import pack_padded_sequence
+from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 
 import triton_rnn
 from triton_rnn.backends.native import rules
@@ -55,6 +55,23 @@ def one_case(draw: random.Random) -> str:
     values = torch.randn(*shape, input_size, dtype=options["dtype"])
     lengths = torch.tensor([draw.randrange(1, steps + 1) for _ in range(batch)])
     given = draw.random() < 0.5
+    extras: dict = {}
+    if draw.random() < 0.5:
+        for option in ("input_dropout", "recurrent_dropout", "weight_dropout", "zoneout"):
+            if draw.random() < 0.4:
+                setattr(module, option, draw.choice((0.3, 1.0)))
+        if draw.random() < 0.3:
+            module.clip_hidden = 0.2
+        if name == "LSTM" and draw.random() < 0.3:
+            module.clip_cell = 0.2
+        module.train(draw.random() < 0.7)
+        if not packed and draw.random() < 0.6:
+            extras["lengths"] = torch.tensor([draw.randrange(steps + 1) for _ in range(batch)])
+        if not packed and draw.random() < 0.6:
+            extras["reset_mask"] = strided(torch.rand(*shape) < 0.3, draw)
+            extras["reset_to"] = draw.choice(("zeros", "initial"))
+        extras["all_states"] = draw.random() < 0.3
+        told += f" {module} training {module.training} {[*extras]}"
     rows = options["num_layers"] * (2 if options["bidirectional"] else 1)
     size = options.get("proj_size", hidden)
     states = [torch.randn(rows, batch, width, dtype=options["dtype"]) for width in (size, hidden)]
@@ -70,10 +87,14 @@ def one_case(draw: random.Random) -> str:
         arguments = [] if not given else [tuple(hx)] if name == "LSTM" else [hx[0]]
         module.zero_grad()
         rules.threads = lambda request, rows: threads
+        torch.manual_seed(2)
         with triton_rnn.use_backend(backend):
-            output, state = module(input, *arguments)
-        output = output.data if packed else output
+            output, state, *every = module(input, *arguments, **extras)
         state = state if isinstance(state, tuple) else (state,)
+        if every:
+            state = (*state, *every[0].outputs, *every[0].cells)
+        parts = (output, *state)
+        output, *state = (p.data if isinstance(p, PackedSequence) else p for p in parts)
         torch.manual_seed(1)
         total = sum((part * torch.randn_like(part)).sum() for part in (output, *state))
         total.backward()

@@ -3,6 +3,7 @@
 from triton_rnn.compiled import allow_compile
 from triton_rnn.dispatch import BackendError, use_backend
 from triton_rnn.explain import Explanation, explain
+from triton_rnn.extended import AllStates
 from triton_rnn.modules import GRU, LSTM, RNN, GRUCell, LSTMCell, RNNCell
 from triton_rnn.own.module import Recurrent
 from triton_rnn.own.ready import CoupledLSTM, IndRNN
@@ -15,6 +16,7 @@ __all__ = [
     "GRU",
     "LSTM",
     "RNN",
+    "AllStates",
     "BackendError",
     "CoupledLSTM",
     "Explanation",

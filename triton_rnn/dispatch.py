@@ -120,6 +120,13 @@ def backend_module(name: str) -> ModuleType:
     return importlib.import_module(f"triton_rnn.backends.{name}")
 
 
+def cannot_extend(name: str, request: Request) -> str | None:
+    """Why a backend cannot give a request's steps what they are to be given; None when it can."""
+    if not request.extras or hasattr(backend_module(name), "TAKES_EXTRAS"):
+        return None
+    return f"its loops know nothing of {', '.join(request.extras)}"
+
+
 def unavailable(name: str) -> str | None:
     """Why a backend cannot run on this machine at all; None when it can."""
     device = torch.device("cuda" if name == "triton" else "cpu")
@@ -168,7 +175,7 @@ def _choose(
 ) -> Choice:
     check_name(wanted)
     if wanted != "auto":
-        reason = backend_module(wanted).supports(request)
+        reason = cannot_extend(wanted, request) or backend_module(wanted).supports(request)
         if reason is not None:
             raise BackendError(f"backend {wanted!r} cannot run this call: {reason}")
         return Choice(
@@ -181,8 +188,12 @@ def _choose(
             reasons[name] = f"{taken} comes first"
             continue
         module = backend_module(name)
-        # A backend that knows when it does not pay says so.
-        reason = getattr(module, "declines", module.supports)(request)
+        if request.extras:
+            # The choice is between those that can and the plain loops, which never pay.
+            reason = cannot_extend(name, request) or module.supports(request)
+        else:
+            # A backend that knows when it does not pay says so.
+            reason = getattr(module, "declines", module.supports)(request)
         if reason is None and name == "torchscript":
             onednn = onednn_enabled and torch.backends.mkldnn.is_available()
             reason = _slower_than_torch(request, onednn)

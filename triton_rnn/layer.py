@@ -4,7 +4,6 @@ import functools
 import math
 from collections.abc import Callable, Sequence
 from operator import itemgetter
-from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
@@ -36,7 +35,7 @@ class LayerFunction(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
-        backend: ModuleType,
+        backend: Any,
         request: Request,
         batch_sizes: Sequence[int],
         input: Tensor,
@@ -141,7 +140,9 @@ def _differentiable_backward(
         own_h_0 = None if h_0 is None else h_0.view_as(h_0)
         own_c_0 = None if c_0 is None else c_0.view_as(c_0)
         own_weights = [weight.view_as(weight) for weight in weights]
-        results = _reference(ctx.request, ctx.batch_sizes, own_input, own_h_0, own_c_0, own_weights)
+        # An extended layer has a definition of its own.
+        definition = getattr(ctx.backend, "definition", _reference)
+        results = definition(ctx.request, ctx.batch_sizes, own_input, own_h_0, own_c_0, own_weights)
     arguments = (own_input, own_h_0, own_c_0, *own_weights)
     pairs = [
         (result, grad) for result, grad in zip(results, grads, strict=True) if grad is not None
@@ -176,7 +177,7 @@ def _reference(
 
 
 def layer(
-    backend: ModuleType,
+    backend: Any,
     request: Request,
     batch_sizes: Sequence[int],
     input: Tensor,
@@ -187,6 +188,7 @@ def layer(
     """Run one layer on a backend.
 
     Args:
+        backend: its module, or an `ExtendedLayer` of one.
         input: (T, N, I) or, packed, (sum of lengths, I).
         batch_sizes: rows of every step of a packed batch, empty for a padded one.
         h_0: (D, N, H_out). c_0: (D, N, H), or None for a cell without one. Both None for zeros,
@@ -199,7 +201,8 @@ def layer(
     if ranges.on():
         session.note_forward(request, math.prod(input.shape[:-1]), getattr(backend, "WHOLE", ""))
     if not hasattr(backend, "forward"):
-        return _reference(request, batch_sizes, input, h_0, c_0, weights)
+        definition = getattr(backend, "definition", _reference)
+        return definition(request, batch_sizes, input, h_0, c_0, weights)
     if request.needs_grad:
         return LayerFunction.apply(backend, request, batch_sizes, input, h_0, c_0, *weights)
     return backend.forward(request, input, batch_sizes, h_0, c_0, weights)[0]

@@ -5,12 +5,14 @@ Where `triton_rnn.functional` returns None, torch.nn's own forward is called: fo
 malformed, so that the error is torch's, and for calls that only torch.nn can serve.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from triton_rnn import functional, stacking
+from triton_rnn import extended, functional, options, stacking
+from triton_rnn.options import Option
 from triton_rnn.stacking import Stacking
 
 
@@ -20,9 +22,10 @@ def _torch_twin(module: torch.nn.Module, ours: type, theirs: type) -> torch.nn.M
     A user's subclass is left to itself: what it adds cannot be carried over.
 
     Raises:
-        RuntimeError: if torch.nn has no module with the layers of this one.
+        RuntimeError: if the module uses what torch.nn's does not have.
     """
     stacking.refuse_to_leave(module, "torch.jit.script compiles torch.nn's module")
+    options.refuse_to_leave(module, "torch.jit.script compiles torch.nn's module")
     if type(module) is not ours:
         return module
     twin: torch.nn.Module = object.__new__(theirs)
@@ -30,13 +33,64 @@ def _torch_twin(module: torch.nn.Module, ours: type, theirs: type) -> torch.nn.M
     return twin
 
 
-class RNN(Stacking, torch.nn.RNN):
+class _Extended(torch.nn.RNNBase):
+    """What RNN, GRU and LSTM have beyond torch.nn's: see `options.Options`, `extended.forward`."""
+
+    # None as long as none is on, also in a module that was made by torch.nn or is older than they.
+    _options: options.Options | None = None
+    input_dropout = Option()
+    recurrent_dropout = Option()
+    weight_dropout = Option()
+    zoneout = Option()
+    clip_hidden = Option()
+    clip_cell = Option()
+
+    def __init__(
+        self,
+        *args: Any,
+        input_dropout: float | Sequence[float] = 0.0,
+        recurrent_dropout: float = 0.0,
+        weight_dropout: float = 0.0,
+        zoneout: float | Sequence[float] = 0.0,
+        clip_hidden: float | None = None,
+        clip_cell: float | None = None,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(*args, **kwargs)
+        options.set_all(
+            self,
+            input_dropout=input_dropout,
+            recurrent_dropout=recurrent_dropout,
+            weight_dropout=weight_dropout,
+            zoneout=zoneout,
+            clip_hidden=clip_hidden,
+            clip_cell=clip_cell,
+        )
+
+    def extra_repr(self) -> str:
+        return super().extra_repr() + options.shown(self._options)
+
+
+class RNN(_Extended, Stacking, torch.nn.RNN):
     """`torch.nn.RNN`, faster. Arguments, shapes, errors and state_dict are torch's.
 
     Formula and contract: https://docs.pytorch.org/docs/stable/generated/torch.nn.RNN.html
+    Beyond torch's: the keywords of the constructor that are the fields of `options.Options`, and
+    the arguments of a call that `extended.forward` tells of.
     """
 
-    def forward(self, input: Any, hx: Tensor | None = None) -> Any:
+    def forward(
+        self,
+        input: Any,
+        hx: Tensor | None = None,
+        *,
+        lengths: Tensor | None = None,
+        reset_mask: Tensor | None = None,
+        reset_to: str = "zeros",
+        all_states: bool = False,
+    ) -> Any:
+        if self._options is not None or lengths is not None or reset_mask is not None or all_states:
+            return extended.forward(self, input, hx, lengths, reset_mask, reset_to, all_states)
         call = stacking.forward if self._stacking else functional.forward
         result = call(self, input, hx)
         return super().forward(input, hx) if result is None else result
@@ -45,13 +99,26 @@ class RNN(Stacking, torch.nn.RNN):
         return _torch_twin(self, RNN, torch.nn.RNN)
 
 
-class GRU(Stacking, torch.nn.GRU):
+class GRU(_Extended, Stacking, torch.nn.GRU):
     """`torch.nn.GRU`, faster. Arguments, shapes, errors and state_dict are torch's.
 
     Formula and contract: https://docs.pytorch.org/docs/stable/generated/torch.nn.GRU.html
+    Beyond torch's: the keywords of the constructor that are the fields of `options.Options`, and
+    the arguments of a call that `extended.forward` tells of.
     """
 
-    def forward(self, input: Any, hx: Tensor | None = None) -> Any:
+    def forward(
+        self,
+        input: Any,
+        hx: Tensor | None = None,
+        *,
+        lengths: Tensor | None = None,
+        reset_mask: Tensor | None = None,
+        reset_to: str = "zeros",
+        all_states: bool = False,
+    ) -> Any:
+        if self._options is not None or lengths is not None or reset_mask is not None or all_states:
+            return extended.forward(self, input, hx, lengths, reset_mask, reset_to, all_states)
         call = stacking.forward if self._stacking else functional.forward
         result = call(self, input, hx)
         return super().forward(input, hx) if result is None else result
@@ -60,13 +127,26 @@ class GRU(Stacking, torch.nn.GRU):
         return _torch_twin(self, GRU, torch.nn.GRU)
 
 
-class LSTM(Stacking, torch.nn.LSTM):
+class LSTM(_Extended, Stacking, torch.nn.LSTM):
     """`torch.nn.LSTM`, faster. Arguments, shapes, errors and state_dict are torch's.
 
     Formula and contract: https://docs.pytorch.org/docs/stable/generated/torch.nn.LSTM.html
+    Beyond torch's: the keywords of the constructor that are the fields of `options.Options`, and
+    the arguments of a call that `extended.forward` tells of.
     """
 
-    def forward(self, input: Any, hx: tuple[Tensor, Tensor] | None = None) -> Any:
+    def forward(
+        self,
+        input: Any,
+        hx: tuple[Tensor, Tensor] | None = None,
+        *,
+        lengths: Tensor | None = None,
+        reset_mask: Tensor | None = None,
+        reset_to: str = "zeros",
+        all_states: bool = False,
+    ) -> Any:
+        if self._options is not None or lengths is not None or reset_mask is not None or all_states:
+            return extended.forward(self, input, hx, lengths, reset_mask, reset_to, all_states)
         call = stacking.forward if self._stacking else functional.forward
         result = call(self, input, hx)
         return super().forward(input, hx) if result is None else result

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from triton_rnn.cells import Cell, OwnCell
+from triton_rnn.extras import Extras
 
 State = tuple[Tensor, ...]
 
@@ -35,36 +36,51 @@ def _split(weights: Sequence[Tensor], cell: Cell) -> Weights:
     return Weights(weight_ih, weight_hh, bias_ih, bias_hh, weight_hr, unit)
 
 
-def rnn_step(input_preact: Tensor, state: State, weights: Weights, activation: Callable) -> State:
-    return (activation(input_preact + linear(state[0], weights.weight_hh, weights.bias_hh)),)
+def _hidden_preact(state: State, weights: Weights, mask: Tensor | None) -> Tensor:
+    h = state[0] if mask is None else state[0] * mask
+    return linear(h, weights.weight_hh, weights.bias_hh)
 
 
-def rnn_tanh_step(input_preact: Tensor, state: State, weights: Weights) -> State:
+def rnn_tanh_step(
+    input_preact: Tensor, state: State, weights: Weights, mask: Tensor | None = None
+) -> State:
     """h = tanh(W_ih x + b_ih + W_hh h + b_hh)."""
-    return rnn_step(input_preact, state, weights, torch.tanh)
+    return (torch.tanh(input_preact + _hidden_preact(state, weights, mask)),)
 
 
-def rnn_relu_step(input_preact: Tensor, state: State, weights: Weights) -> State:
+def rnn_relu_step(
+    input_preact: Tensor, state: State, weights: Weights, mask: Tensor | None = None
+) -> State:
     """h = relu(W_ih x + b_ih + W_hh h + b_hh)."""
-    return rnn_step(input_preact, state, weights, torch.relu)
+    return (torch.relu(input_preact + _hidden_preact(state, weights, mask)),)
 
 
-def gru_step(input_preact: Tensor, state: State, weights: Weights) -> State:
+def gru_step(
+    input_preact: Tensor, state: State, weights: Weights, mask: Tensor | None = None
+) -> State:
     """r, z = sigmoid(..); n = tanh(W_in x + b_in + r (W_hn h + b_hn)); h = (1 - z) n + z h."""
     (h,) = state
     input_r, input_z, input_n = input_preact.chunk(3, -1)
-    hidden_r, hidden_z, hidden_n = linear(h, weights.weight_hh, weights.bias_hh).chunk(3, -1)
+    hidden_r, hidden_z, hidden_n = _hidden_preact(state, weights, mask).chunk(3, -1)
     r = torch.sigmoid(input_r + hidden_r)
     z = torch.sigmoid(input_z + hidden_z)
     n = torch.tanh(input_n + r * hidden_n)
     return ((1 - z) * n + z * h,)
 
 
-def lstm_step(input_preact: Tensor, state: State, weights: Weights) -> State:
+def lstm_step(
+    input_preact: Tensor,
+    state: State,
+    weights: Weights,
+    mask: Tensor | None = None,
+    clip_cell: float = 0.0,
+) -> State:
     """i, f, o = sigmoid(..); g = tanh(..); c = f c + i g; h = o tanh(c), projected by W_hr."""
-    h, c = state
-    i, f, g, o = (input_preact + linear(h, weights.weight_hh, weights.bias_hh)).chunk(4, -1)
+    c = state[1]
+    i, f, g, o = (input_preact + _hidden_preact(state, weights, mask)).chunk(4, -1)
     c = torch.sigmoid(f) * c + torch.sigmoid(i) * torch.tanh(g)
+    if clip_cell:
+        c = c.clamp(-clip_cell, clip_cell)
     h = torch.sigmoid(o) * torch.tanh(c)
     return (h if weights.weight_hr is None else linear(h, weights.weight_hr), c)
 
@@ -93,7 +109,7 @@ def own_step(cell: OwnCell) -> Callable[[Tensor, State, Weights], State]:
     return step
 
 
-STEPS: dict[str, Callable[[Tensor, State, Weights], State]] = {
+STEPS: dict[str, Callable[..., State]] = {
     "rnn_tanh": rnn_tanh_step,
     "rnn_relu": rnn_relu_step,
     "gru": gru_step,
@@ -157,3 +173,135 @@ def layer(
         outputs.append(output)
         finals.append(final)
     return (torch.cat(outputs, -1), *(torch.stack(states) for states in zip(*finals, strict=True)))
+
+
+def _rows_that_run(extras: Extras, batch_sizes: Sequence[int], like: Tensor) -> Tensor | None:
+    """(T, N) bool, which sequences a step is for; None if every step is for all."""
+    steps = torch.arange(len(batch_sizes) or like.size(0), device=like.device)
+    if extras.lengths is not None:
+        return steps.unsqueeze(1) < extras.lengths.to(like.device)
+    if not batch_sizes:
+        return None
+    sizes = torch.tensor(batch_sizes, device=like.device)
+    return torch.arange(batch_sizes[0], device=like.device) < sizes.unsqueeze(1)
+
+
+def _zoned_out(zoneout: Tensor | float, t: int, before: Tensor, now: Tensor) -> Tensor:
+    """Krueger et al. (2017), arXiv:1606.01305: by a mask of every step, or its expectation."""
+    if isinstance(zoneout, Tensor):
+        return torch.where(zoneout[t], before, now)
+    return now.lerp(before, zoneout) if zoneout else now
+
+
+def _extended_direction(
+    cell: Cell,
+    input: Tensor,
+    runs: Tensor | None,
+    initial: State,
+    weights: Sequence[Tensor],
+    extras: Extras,
+    d: int,
+) -> tuple[Tensor, State, Tensor | None]:
+    """One direction over a padded batch: its outputs, its final state, and c after every step.
+
+    A step in turn: does an episode begin, so that the state starts anew; the cell, whose W_hh
+    multiplies the masked h; clipping; zoneout; and all of that only for the sequences that have not
+    ended.
+    """
+    step = STEPS[cell.name]
+    split = _split(weights, cell)
+    preacts = linear(input, split.weight_ih, split.bias_ih)
+    mask = None if extras.recurrent_mask is None else extras.recurrent_mask[d]
+    starts = extras.reset_mask
+    fresh = initial if extras.reset_to_initial else tuple(map(torch.zeros_like, initial))
+    options = {"clip_cell": extras.clip_cell} if extras.clip_cell else {}
+    zoneouts = [extras.zoneout_h, extras.zoneout_c][: cell.states]
+    own = [
+        z.view(*input.shape[:2], -1, s.size(-1))[:, :, d] if isinstance(z, Tensor) else z
+        for z, s in zip(zoneouts, initial, strict=True)
+    ]
+    state = initial
+    steps = len(input)
+    outputs: list[Tensor] = [input] * steps
+    cells: list[Tensor] = [input] * steps
+    for t in range(steps - 1, -1, -1) if d else range(steps):
+        # Going back in time, an episode's last step is the one before the next one's mark.
+        marked = t + 1 if d else t
+        if starts is not None and marked < steps:
+            again = starts[marked] if runs is None else starts[marked] & runs[marked]
+            state = tuple(
+                torch.where(again.unsqueeze(1), new, old)
+                for new, old in zip(fresh, state, strict=True)
+            )
+        new = step(preacts[t], state, split, mask, **options)
+        if extras.clip_hidden:
+            new = (new[0].clamp(-extras.clip_hidden, extras.clip_hidden), *new[1:])
+        new = tuple(
+            _zoned_out(zoneout, t, before, now)
+            for zoneout, before, now in zip(own, state, new, strict=True)
+        )
+        shown = new
+        if runs is not None:
+            here = runs[t].unsqueeze(1)
+            shown = tuple(torch.where(here, now, torch.zeros_like(now)) for now in new)
+            new = tuple(
+                torch.where(here, now, before) for now, before in zip(new, state, strict=True)
+            )
+        state = new
+        outputs[t], cells[t] = shown[0], shown[-1]
+    every_c = torch.stack(cells) if extras.all_cells else None
+    return torch.stack(outputs), state, every_c
+
+
+def extended_layer(
+    cell: Cell,
+    input: Tensor,
+    batch_sizes: Sequence[int],
+    h_0: Tensor,
+    c_0: Tensor | None,
+    weights: Sequence[Tensor],
+    extras: Extras,
+) -> tuple[Tensor, ...]:
+    """One layer as `layer`, whose steps are given more than weights.
+
+    Args:
+        input: (T, N, I) or, packed, (sum of batch sizes, I).
+        batch_sizes: rows of every step of a packed batch, empty for a padded one.
+        h_0: (D, N, H_out). c_0: (D, N, H), or None for a cell without one.
+        weights: as for `layer`.
+        extras: masks per row of a packed batch lie as its rows do.
+
+    Returns:
+        output (T, N, D * H_out) or packed, h_n, c_n if the cell has it, and if `all_cells` the c
+        of every step (T, N, D * H) or packed.
+    """
+    runs = _rows_that_run(extras, batch_sizes, input)
+    if batch_sizes:
+        assert runs is not None
+
+        def pad(rows: Tensor) -> Tensor:
+            return rows.new_zeros((*runs.shape, rows.size(-1))).index_put((runs,), rows)
+
+        input = pad(input)
+        extras = extras._replace(
+            zoneout_h=pad(z) if isinstance(z := extras.zoneout_h, Tensor) else z,
+            zoneout_c=pad(z) if isinstance(z := extras.zoneout_c, Tensor) else z,
+        )
+    count = len(weights) // h_0.size(0)
+    outputs, finals = [], []
+    cells: list[Tensor] = []
+    for d in range(h_0.size(0)):
+        initial = (h_0[d],) if c_0 is None else (h_0[d], c_0[d])
+        own = weights[d * count : (d + 1) * count]
+        output, final, every_c = _extended_direction(cell, input, runs, initial, own, extras, d)
+        outputs.append(output)
+        finals.append(final)
+        if every_c is not None:
+            cells.append(every_c)
+    shown = [torch.cat(outputs, -1)]
+    if extras.all_cells:
+        shown.append(torch.cat(cells, -1))
+    if batch_sizes:
+        shown = [steps[runs] for steps in shown]
+    states = [torch.stack(each) for each in zip(*finals, strict=True)]
+    return (shown[0], *states, *shown[1:])

@@ -10,7 +10,7 @@ from typing import TypeVar
 
 import torch
 
-from triton_rnn import modules, stacking
+from triton_rnn import modules, options, stacking
 
 _log = logging.getLogger("triton_rnn")
 _Model = TypeVar("_Model", bound=torch.nn.Module)
@@ -132,11 +132,12 @@ def restore(model: _Model) -> _Model:
         The same model.
 
     Raises:
-        RuntimeError: if torch.nn has no module with the layers of one; then none is changed.
+        RuntimeError: if a module uses what torch.nn's does not have; then none is changed.
     """
     for module in model.modules():
         if _restored(type(module)) is not None:
             stacking.refuse_to_leave(module, "restore makes a module torch.nn's")
+            options.refuse_to_leave(module, "restore makes a module torch.nn's")
     for module in model.modules():
         restored = _restored(type(module))
         if restored is not None:

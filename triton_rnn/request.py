@@ -24,6 +24,7 @@ class Request(NamedTuple):
         biased: whether the layer has biases.
         packed: whether the sequences have lengths of their own.
         needs_grad: whether a backward will follow.
+        extras: what the steps are given beside the weights, by name; see `triton_rnn.extras`.
     """
 
     cell: Cell
@@ -38,6 +39,7 @@ class Request(NamedTuple):
     biased: bool
     packed: bool
     needs_grad: bool
+    extras: tuple[str, ...] = ()
 
 
 @functools.lru_cache(maxsize=1024)

@@ -31,6 +31,8 @@ from triton_rnn.request import Request
 WHOLE = "native"
 # States that are zeros need not be there.
 TAKES_NO_STATE = True
+# Which module has the `ExtendedLayer` of this backend.
+TAKES_EXTRAS = f"{__name__}.extended"
 
 _SOURCE = Path(__file__).with_name("recurrence.c")
 _CELLS = {"rnn_tanh": 0, "rnn_relu": 1, "gru": 2, "lstm": 3, "lstm_projected": 4}
@@ -75,6 +77,15 @@ class Library:
         for function in (self.forward, self.backward):
             function.argtypes = (ctypes.c_char_p,)
             function.restype = ctypes.c_int64
+        # And these those of an Extras too.
+        self.forward_extended = found.forward_extended
+        self.backward_extended = found.backward_extended
+        for function in (self.forward_extended, self.backward_extended):
+            function.argtypes = (ctypes.c_char_p, ctypes.c_char_p)
+            function.restype = ctypes.c_int64
+        self.saved_numbers_extended = found.saved_numbers_extended
+        self.saved_numbers_extended.argtypes = (ctypes.c_int64,) * 7
+        self.saved_numbers_extended.restype = ctypes.c_int64
         self.saved_numbers = found.saved_numbers
         self.saved_numbers.argtypes = (ctypes.c_int64,) * 5
         self.saved_numbers.restype = ctypes.c_int64

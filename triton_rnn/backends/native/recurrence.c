@@ -138,6 +138,30 @@ typedef struct {
     void *grad_weights[2][5];
 } Call;
 
+/* What the steps of an extended call are given beside the weights, in Python's order too; NULL or 0
+   for what is not. A caller's row is t * N + n, or that of a packed batch. */
+typedef struct {
+    /* For a padded batch whose sequences have lengths of their own: which sequence each of our rows
+       is, the longest first, and the batch sizes of a Call count those that are not yet at their
+       end. NULL for the caller's order. */
+    const i64 *order;
+    /* bool (T, N) by strides: the sequence starts anew before the step, from zeros or from h_0. */
+    const uint8_t *reset_mask;
+    i64 reset_step, reset_row, reset_to_initial;
+    /* (D, N, P), by which h is multiplied before W_hh is, in the caller's order. */
+    const void *recurrent_mask;
+    /* bool (rows, D*P), (rows, D*H), dense: what keeps the value it had before the step. */
+    const uint8_t *zoneout_h, *zoneout_c;
+    /* (rows, D*H): the c of every step. */
+    void *cells;
+    const void *grad_cells;
+    i64 grad_cells_row;
+    /* Where there is no mask: the part of the value before the step in the one after it. */
+    double keep_h, keep_c;
+    /* The largest |h| and |c|; 0 for any. */
+    double clip_h, clip_c;
+} Extras;
+
 /* A member of the team that works on a call. */
 typedef struct {
     i64 index, count;
@@ -169,6 +193,13 @@ static const int PRODUCTS[] = {1, 1, 3, 4, 4, OWN_PRODUCTS};
 /* Numbers kept per hidden unit and row for the backward. The first is h before the step, of the
    output's size; the others are listed with cell_forward. */
 static const int KEPT[] = {1, 1, 4, 5, 6, OWN_KEPT};
+
+/* What an extended call keeps behind these, of the output's size each: h before the step where the
+   first is masked and GRU wants both, and h before it is clipped. */
+typedef struct {
+    i64 row, before, unclipped;
+} Kept;
+static Kept kept_of(i64 cell, i64 hidden, i64 output, int masks, int clips);
 
 /* Gradients of preactivations per hidden unit and row. GRU's new gate has two, since the reset gate
    stands between its input's part and its state's part. */
@@ -207,6 +238,21 @@ INLINE i64 first_row(const Call *call, const i64 *offsets, i64 t)
 INLINE i64 rows_of(const Call *call, i64 t)
 {
     return call->batch_sizes ? call->batch_sizes[t] : call->batch;
+}
+
+/* The sequence of our row `pos` of a step, and its row in the caller's arrays. */
+INLINE i64 sequence_of(const Extras *e, i64 pos)
+{
+    return e && e->order ? e->order[pos] : pos;
+}
+INLINE i64 callers_row(const Call *call, const i64 *offsets, const Extras *e, i64 t, i64 pos)
+{
+    return e && e->order ? t * call->batch + e->order[pos] : first_row(call, offsets, t) + pos;
+}
+/* Whether a sequence starts anew before step t, in the order of time. */
+INLINE int is_reset(const Extras *e, i64 t, i64 pos)
+{
+    return e->reset_mask[t * e->reset_step + sequence_of(e, pos) * e->reset_row];
 }
 
 /* A piece of a block of memory; counts first, hands out then. */
@@ -260,6 +306,38 @@ INLINE vec choose(bits mask, vec yes, vec no)
 INLINE i64 padded(i64 count)
 {
     return (count + LANES - 1) / LANES * LANES;
+}
+static Kept kept_of(i64 cell, i64 hidden, i64 output, int masks, int clips)
+{
+    Kept kept = {.row = padded(output) + KEPT[cell] * padded(hidden)};
+    if (masks && cell == GRU) {
+        kept.before = kept.row;
+        kept.row += padded(output);
+    }
+    if (clips) {
+        kept.unclipped = kept.row;
+        kept.row += padded(output);
+    }
+    return kept;
+}
+INLINE Kept kept_by(const Call *call, const Extras *e)
+{
+    return kept_of(call->cell, call->hidden_size, call->output_size, e && e->recurrent_mask,
+                   e && e->clip_h > 0);
+}
+/* 1 where a mask is set, 0 where not: the first `count` of a vector. */
+INLINE vec load_mask(const uint8_t *from, i64 count)
+{
+    vec value = {0};
+    for (i64 lane = 0; lane < (count < LANES ? count : LANES); lane++)
+        value[lane] = from[lane];
+    return value;
+}
+/* NaN stays NaN. */
+INLINE vec clipped(vec x, REAL limit)
+{
+    x = choose(x > limit, all(limit), x);
+    return choose(x < -limit, all(-limit), x);
 }
 
 
@@ -526,9 +604,10 @@ static Matrix readable(const REAL *from, i64 rows, i64 columns, i64 products, RE
    state's part, and its input's part is `other`. Returns what the state's product is made of next:
    h, or for a projected LSTM what W_hr is to multiply. kept: h before the step lies ahead of it,
    then RNN: h; GRU: r, z, n, the state's part of n; LSTM: i, f, g, o, c before the step;
-   projected: these and the result. Here and in cell_backward, `cell` is a constant and one for both
+   projected: these and the result. `clip` is the largest |c|, 0 for any. Here and in cell_backward, `cell` is a constant and one for both
    kinds of RNN (`relu` tells) and of LSTM. */
-INLINE vec cell_forward(int cell, int relu, const vec *preact, vec other, vec before, REAL *c, vec *kept)
+INLINE vec cell_forward(int cell, int relu, const vec *preact, vec other, vec before, REAL *c,
+                        REAL clip, vec *kept)
 {
     if (cell == RNN_TANH) {
         vec x = preact[0];
@@ -548,6 +627,8 @@ INLINE vec cell_forward(int cell, int relu, const vec *preact, vec other, vec be
     kept[3] = sigmoid(preact[3]);
     kept[4] = load(c);
     vec now = kept[1] * kept[4] + kept[0] * kept[2];
+    if (clip > 0)
+        now = clipped(now, clip);
     store(c, now);
     kept[5] = kept[3] * hyperbolic_tangent(now);
     return kept[5];
@@ -556,7 +637,8 @@ INLINE vec cell_forward(int cell, int relu, const vec *preact, vec other, vec be
 /* One unit-vector of one row, backward, from the gradient of the step's result. Writes grads, the
    gradients of the preactivations; adds to and replaces *dc; returns what h before the step gets
    other than by W_hh. */
-INLINE vec cell_backward(int cell, int relu, vec dh, vec before, const vec *kept, vec *dc, vec *grads)
+INLINE vec cell_backward(int cell, int relu, vec dh, vec before, const vec *kept, REAL clip, vec *dc,
+                         vec *grads)
 {
     const REAL one = 1;
     if (cell == RNN_TANH) {
@@ -573,8 +655,11 @@ INLINE vec cell_backward(int cell, int relu, vec dh, vec before, const vec *kept
         return dh * z;
     }
     vec i = kept[0], f = kept[1], g = kept[2], o = kept[3], c = kept[4];
-    vec t = hyperbolic_tangent(f * c + i * g);
+    vec now = f * c + i * g;
+    vec t = hyperbolic_tangent(clip > 0 ? clipped(now, clip) : now);
     vec grad_c = *dc + dh * o * (one - t * t);
+    if (clip > 0)
+        grad_c = choose((now <= clip) & (now >= -clip), grad_c, (vec){0});
     grads[0] = grad_c * g * i * (one - i);
     grads[1] = grad_c * c * f * (one - f);
     grads[2] = grad_c * i * (one - g * g);
@@ -613,9 +698,17 @@ INLINE void share_units(const Member *me, const Call *call, i64 *from, i64 *to)
 /* Private buffers of one direction, forward. */
 typedef struct {
     REAL *weight_ih, *weight_hh, *weight_hr, *bias, *preact, *before, *after, *inner, *c, *own;
+    /* What W_hh is multiplied with: `before`, or that and a mask. */
+    const REAL *operand;
     REAL *saved;
     i64 kept_row, chunk_rows;
     Matrix input_weight, state_weight, projection;
+    /* Of an extended call; NULL and 0 otherwise. Masked h of this step and the next, c before the
+       step, rows of x one after the other for each member. */
+    const Extras *extras;
+    const i64 *places;
+    REAL *masked, *next_masked, *c_before, *x_rows;
+    REAL clip_c;
 } Forward;
 
 /* Vectors of a panel of W_hh: the gates of a unit-vector, or two unit-vectors of an RNN. */
@@ -673,7 +766,7 @@ INLINE void step_block(int cell, int R, int U, const Call *call, const Forward *
                 sum[(r * U + u) * K + k] = load(at + unit + u * LANES);
             }
     if (HAS_PRODUCT)
-        multiply(R, K * U, W, sum, f->before + row * Pp, Pp, 1, call->output_size,
+        multiply(R, K * U, W, sum, f->operand + row * Pp, Pp, 1, call->output_size,
                  column_of(&f->state_weight, unit / LANES * K, W), W * LANES,
                  f->state_weight.panel);
 #if HAS_OWN
@@ -693,7 +786,7 @@ INLINE void step_block(int cell, int R, int U, const Call *call, const Forward *
                 before = load(f->before + place);
             }
             vec h = cell_forward(cell, relu, sum + (r * U + u) * G, other, before, f->c + place,
-                                       kept);
+                                 f->clip_c, kept);
             store(result + place, h);
             if (call->keep)
                 UNROLL for (int k = 0; k < 6; k++)
@@ -764,6 +857,46 @@ static void any_step(const Call *call, const Forward *f, const Member *me, i64 r
     }
 }
 
+/* Of rows that lie apart the columns [begin, end). */
+static void copy_columns(REAL *to, i64 to_row, const REAL *from, i64 from_row, i64 rows, i64 begin,
+                         i64 end)
+{
+    for (i64 i = 0; i < rows && begin < end; i++)
+        memcpy(to + i * to_row + begin, from + i * from_row + begin,
+               (size_t)(end - begin) * sizeof(REAL));
+}
+static void copy_rows(REAL *to, i64 to_row, const REAL *from, i64 from_row, i64 rows, i64 count)
+{
+    copy_columns(to, to_row, from, from_row, rows, 0, count);
+}
+
+/* Rows of x, and of gradients, that are worked on at once: they stay in the first-level cache. */
+enum { ROWS_AT_ONCE = 96 };
+
+/* Where each of our rows lies among the caller's: the two differ where sequences of a padded batch
+   have lengths, and then x is read some rows at a time. */
+static int make_places(const Call *call, const i64 *offsets, const Extras *e, i64 **places)
+{
+    *places = NULL;
+    if (!e || !e->order)
+        return 0;
+    *places = malloc((size_t)(offsets[call->steps] + 1) * sizeof(i64));
+    if (!*places)
+        return 1;
+    for (i64 t = 0; t < call->steps; t++)
+        for (i64 pos = 0; pos < call->batch_sizes[t]; pos++)
+            (*places)[offsets[t] + pos] = callers_row(call, offsets, e, t, pos);
+    return 0;
+}
+static void gather_x(const Call *call, const i64 *places, i64 rows, REAL *to)
+{
+    const i64 I = call->input_size, N = call->batch;
+    for (i64 i = 0; i < rows; i++)
+        memcpy(to + i * padded(I),
+               (const REAL *)call->x + places[i] / N * call->x_step + places[i] % N * call->x_row,
+               (size_t)I * sizeof(REAL));
+}
+
 /* x of the steps [first, last), times W_ih, plus biases, into f->preact; this member's rows. */
 static void project(const Call *call, const Forward *f, const Member *me, const i64 *offsets,
                     i64 first, i64 last)
@@ -772,6 +905,21 @@ static void project(const Call *call, const Forward *f, const Member *me, const 
     const i64 begin = first_row(call, offsets, first);
     Product p = {.columns = width, .parts = 1, .count = call->input_size, .a_step = 1,
                  .b = f->input_weight, .start = f->bias};
+    if (f->places) {
+        i64 row, end;
+        share(me, first_row(call, offsets, last) - begin, MOST_ROWS, &row, &end);
+        p.a_row = padded(call->input_size);
+        REAL *rows = f->x_rows + me->index * ROWS_AT_ONCE * p.a_row;
+        p.a = rows;
+        p.out_row = width;
+        for (; row < end; row += p.rows) {
+            p.rows = end - row < ROWS_AT_ONCE ? end - row : ROWS_AT_ONCE;
+            gather_x(call, f->places + begin + row, p.rows, rows);
+            p.out = f->preact + row * width;
+            product(&p);
+        }
+        return;
+    }
     if (offsets || call->x_step == call->batch * call->x_row) {
         /* One row after the other. */
         p.a = (const REAL *)call->x + begin * call->x_row;
@@ -792,27 +940,14 @@ static void project(const Call *call, const Forward *f, const Member *me, const 
     }
 }
 
-/* Of rows that lie apart the columns [begin, end). */
-static void copy_columns(REAL *to, i64 to_row, const REAL *from, i64 from_row, i64 rows, i64 begin,
-                         i64 end)
-{
-    for (i64 i = 0; i < rows && begin < end; i++)
-        memcpy(to + i * to_row + begin, from + i * from_row + begin,
-               (size_t)(end - begin) * sizeof(REAL));
-}
-static void copy_rows(REAL *to, i64 to_row, const REAL *from, i64 from_row, i64 rows, i64 count)
-{
-    copy_columns(to, to_row, from, from_row, rows, 0, count);
-}
-
-static void plan_forward(const Call *call, Arena *arena, Forward *f)
+static void plan_forward(const Call *call, const Extras *e, Arena *arena, Forward *f)
 {
     const i64 G = GATES[call->cell], H = call->hidden_size, P = call->output_size, N = call->batch;
     const i64 Hp = padded(H), Pp = padded(P), number = sizeof(REAL);
     i64 steps = CHUNK_BYTES / ((N ? N : 1) * G * Hp * number);
     steps = steps < 1 ? 1 : steps > call->steps ? call->steps : steps;
     f->chunk_rows = steps * N;
-    f->kept_row = Pp + KEPT[call->cell] * Hp;
+    f->kept_row = kept_by(call, e).row;
     const i64 wide = panel_numbers(Hp / LANES * PRODUCTS[call->cell], P, step_width(call->cell));
     const i64 apart = HAS_OWN ? OWN_PRODUCTS : 1;
     const i64 projection = call->cell == LSTM_PROJECTED ? panel_numbers(Pp / LANES, H, WIDTH) : 0;
@@ -827,6 +962,13 @@ static void plan_forward(const Call *call, Arena *arena, Forward *f)
     f->inner = take(arena, (size_t)(call->cell == LSTM_PROJECTED ? N * Hp * number : 0));
     f->c = take(arena, (size_t)(OTHERS * N * Hp * number));
     f->own = take(arena, (size_t)(OWN_UNIT_WEIGHTS * Hp * number));
+    const i64 masked = e && e->recurrent_mask ? N * Pp : 0;
+    f->masked = take(arena, (size_t)(masked * number));
+    f->next_masked = take(arena, (size_t)(masked * number));
+    f->c_before = take(arena, (size_t)(e && call->cell >= LSTM ? N * Hp * number : 0));
+    f->x_rows = take(arena, (size_t)(e && e->order ? call->threads * ROWS_AT_ONCE
+                                                         * padded(call->input_size) * number
+                                                   : 0));
 }
 
 /* Biases fold into the projection, but for b_hn, which the reset gate multiplies. */
@@ -878,9 +1020,150 @@ static void others_out(const Call *call, REAL *to, const REAL *from, i64 begin, 
         copy_columns(to + s * H, OTHERS * H, from + s * N * Hp, Hp, N, begin, end < H ? end : H);
 }
 
+/* States of all sequences, from the caller's order to ours and back. */
+static void take_states(REAL *to, i64 to_row, const REAL *from, i64 size, i64 batch,
+                        const Extras *e)
+{
+    for (i64 pos = 0; pos < batch; pos++)
+        memcpy(to + pos * to_row, from + sequence_of(e, pos) * size, (size_t)size * sizeof(REAL));
+}
+static void give_states(REAL *to, const REAL *from, i64 from_row, i64 size, i64 batch, i64 begin,
+                        i64 end, const Extras *e)
+{
+    end = end < size ? end : size;
+    for (i64 pos = 0; pos < batch && begin < end; pos++)
+        memcpy(to + sequence_of(e, pos) * size + begin, from + pos * from_row + begin,
+               (size_t)(end - begin) * sizeof(REAL));
+}
+
+/* c and what a user's cell has in its place, which no extended call does. */
+static void c_in(const Call *call, REAL *to, const REAL *from, const Extras *e)
+{
+    if (HAS_OWN)
+        others_in(call, to, from);
+    else
+        take_states(to, padded(call->hidden_size), from, call->hidden_size, call->batch, e);
+}
+static void c_out(const Call *call, REAL *to, const REAL *from, i64 begin, i64 end, const Extras *e)
+{
+    const i64 H = call->hidden_size;
+    if (HAS_OWN)
+        others_out(call, to, from, begin, end);
+    else
+        give_states(to, from, padded(H), H, call->batch, begin, end, e);
+}
+
+/* The part of an extended call that a member has of every row: columns of h, units of c. */
+typedef struct {
+    i64 column, last, unit, end;
+} Part;
+
+/* The state of a row starts anew: zeros, or what the caller gave. */
+static void start_anew(const Call *call, const Extras *e, int d, i64 pos, REAL *h, REAL *c, Part own)
+{
+    const i64 H = call->hidden_size, P = call->output_size;
+    const i64 at = d * call->batch + sequence_of(e, pos);
+    const REAL *h_0 = e->reset_to_initial && call->h_0 ? (const REAL *)call->h_0 + at * P : NULL;
+    const REAL *c_0 = e->reset_to_initial && call->c_0 ? (const REAL *)call->c_0 + at * H : NULL;
+    for (i64 i = own.column; i < own.last; i += LANES)
+        store(h + pos * padded(P) + i, h_0 ? load_some(h_0 + i, P - i) : (vec){0});
+    for (i64 i = own.unit; call->cell >= LSTM && i < own.end; i += LANES)
+        store(c + pos * padded(H) + i, c_0 ? load_some(c_0 + i, H - i) : (vec){0});
+}
+
+/* What W_hh is to be multiplied with, of all rows: h and its mask. */
+static void mask_states(const Call *call, const Extras *e, int d, const REAL *h, REAL *masked,
+                        Part own)
+{
+    const i64 P = call->output_size, Pp = padded(P);
+    for (i64 pos = 0; pos < call->batch; pos++) {
+        const REAL *mask =
+            (const REAL *)e->recurrent_mask + (d * call->batch + sequence_of(e, pos)) * P;
+        for (i64 i = own.column; i < own.last; i += LANES)
+            store(masked + pos * Pp + i, load(h + pos * Pp + i) * load_some(mask + i, P - i));
+    }
+}
+
+/* After a zoneout: the value before the step where the mask says so, or a part of it. */
+INLINE vec zoned_out(const uint8_t *mask, i64 count, REAL keep, vec before, vec now)
+{
+    if (!mask)
+        return now + keep * (before - now);
+    return choose(load_mask(mask, count) > 0, before, now);
+}
+
+static void before_step(const Call *call, const Forward *f, i64 rows, REAL *kept_rows, Part own)
+{
+    const i64 Hp = padded(call->hidden_size), Pp = padded(call->output_size);
+    const Kept kept = kept_by(call, f->extras);
+    if (call->cell >= LSTM)
+        copy_columns(f->c_before, Hp, f->c, Hp, rows, own.unit, own.end);
+    if (call->keep && kept.before)
+        copy_columns(kept_rows + kept.before, f->kept_row, f->before, Pp, rows, own.column,
+                     own.last);
+}
+
+/* From the cell's results to the states after step t, the output, and the states that the next step
+   begins with. */
+static void after_step(const Call *call, const i64 *offsets, const Forward *f, int d, i64 t,
+                       i64 rows, REAL *kept_rows, Part own)
+{
+    const Extras *e = f->extras;
+    const i64 H = call->hidden_size, P = call->output_size, N = call->batch, D = call->directions;
+    const i64 Hp = padded(H), Pp = padded(P);
+    const Kept kept = kept_by(call, e);
+    const REAL clip_h = (REAL)e->clip_h, keep_h = (REAL)e->keep_h, keep_c = (REAL)e->keep_c;
+    for (i64 pos = 0; pos < rows; pos++) {
+        const i64 place = callers_row(call, offsets, e, t, pos);
+        for (i64 i = own.column; i < own.last; i += LANES) {
+            vec h = load(f->after + pos * Pp + i);
+            if (clip_h > 0) {
+                if (call->keep)
+                    store(kept_rows + pos * f->kept_row + kept.unclipped + i, h);
+                h = clipped(h, clip_h);
+            }
+            if (e->zoneout_h || keep_h > 0)
+                h = zoned_out(e->zoneout_h ? e->zoneout_h + (place * D + d) * P + i : NULL, P - i,
+                              keep_h, load(f->before + pos * Pp + i), h);
+            store(f->after + pos * Pp + i, h);
+            store_some((REAL *)call->output + (place * D + d) * P + i, h, P - i);
+        }
+        for (i64 i = own.unit; call->cell >= LSTM && i < own.end; i += LANES) {
+            vec c = load(f->c + pos * Hp + i);
+            if (e->zoneout_c || keep_c > 0)
+                c = zoned_out(e->zoneout_c ? e->zoneout_c + (place * D + d) * H + i : NULL, H - i,
+                              keep_c, load(f->c_before + pos * Hp + i), c);
+            store(f->c + pos * Hp + i, c);
+            if (e->cells)
+                store_some((REAL *)e->cells + (place * D + d) * H + i, c, H - i);
+        }
+    }
+    /* Beyond the end of a sequence; a packed batch has no such rows. */
+    for (i64 pos = rows; e->order && pos < N; pos++) {
+        const i64 place = callers_row(call, offsets, e, t, pos);
+        for (i64 i = own.column; i < own.last; i += LANES)
+            store_some((REAL *)call->output + (place * D + d) * P + i, (vec){0}, P - i);
+        for (i64 i = own.unit; e->cells && i < own.end; i += LANES)
+            store_some((REAL *)e->cells + (place * D + d) * H + i, (vec){0}, H - i);
+    }
+    copy_columns(f->after + rows * Pp, Pp, f->before + rows * Pp, Pp, N - rows, own.column,
+                 own.last);
+    /* An episode begins at a marked step; going back in time, the one before it begins then. */
+    const i64 next = d ? t - 1 : t + 1;
+    if (e->reset_mask && next >= 0 && next < call->steps) {
+        const i64 both = d ? rows : rows_of(call, next);
+        for (i64 pos = 0; pos < both; pos++)
+            if (is_reset(e, d ? t : next, pos))
+                start_anew(call, e, d, pos, f->after, f->c, own);
+    }
+    if (e->recurrent_mask)
+        mask_states(call, e, d, f->after, f->next_masked, own);
+}
+
 static void forward_direction(const Call *call, const i64 *offsets, int d, Forward f,
                               const Member *me)
 {
+    const Extras *e = f.extras;
     const i64 G = GATES[call->cell], H = call->hidden_size, P = call->output_size, N = call->batch;
     const i64 Hp = padded(H), Pp = padded(P), T = call->steps, D = call->directions;
     REAL *output = (REAL *)call->output + d * P;
@@ -902,10 +1185,20 @@ static void forward_direction(const Call *call, const i64 *offsets, int d, Forwa
         memset(f.before, 0, (size_t)(N * Pp) * sizeof(REAL));
         memset(f.c, 0, (size_t)(OTHERS * N * Hp) * sizeof(REAL));
         if (call->h_0)
-            copy_rows(f.before, Pp, (const REAL *)call->h_0 + d * N * P, P, N, P);
+            take_states(f.before, Pp, (const REAL *)call->h_0 + d * N * P, P, N, e);
         if (call->c_0)
-            others_in(call, f.c, (const REAL *)call->c_0 + d * OTHERS * N * H);
+            c_in(call, f.c, (const REAL *)call->c_0 + d * OTHERS * N * H, e);
+        if (e) {
+            const Part whole = {0, Pp, 0, Hp};
+            for (i64 pos = 0; e->reset_mask && !d && pos < rows_of(call, 0); pos++)
+                if (is_reset(e, 0, pos))
+                    start_anew(call, e, d, pos, f.before, f.c, whole);
+            if (e->recurrent_mask)
+                mask_states(call, e, d, f.before, f.masked, whole);
+        }
     }
+    const Part own = {column, last, unit, end};
+    f.operand = e && e->recurrent_mask ? f.masked : f.before;
     wait_for_all(me);
     i64 ready_from = 0, ready_to = 0;
     for (i64 s = 0; s < T; s++) {
@@ -934,20 +1227,29 @@ static void forward_direction(const Call *call, const i64 *offsets, int d, Forwa
         const REAL *preact = f.preact + (row - first_row(call, offsets, ready_from)) * G * Hp;
         REAL *kept = call->keep ? f.saved + row * f.kept_row : NULL;
         if (call->keep)
-            copy_columns(kept, f.kept_row, f.before, Pp, rows, column, last);
+            copy_columns(kept, f.kept_row, f.operand, Pp, rows, column, last);
+        if (e)
+            before_step(call, &f, rows, kept, own);
         any_step(call, &f, me, rows, preact, kept);
-        copy_columns(output + row * D * P, D * P, f.after, Pp, rows, column, shown);
-        /* Rows that have ended keep their last state, and rows to come their first. */
-        copy_columns(f.after + rows * Pp, Pp, f.before + rows * Pp, Pp, N - rows, column, last);
-        REAL *after = f.after;
+        if (e) {
+            after_step(call, offsets, &f, d, t, rows, kept, own);
+        } else {
+            copy_columns(output + row * D * P, D * P, f.after, Pp, rows, column, shown);
+            /* Rows that have ended keep their last state, and rows to come their first. */
+            copy_columns(f.after + rows * Pp, Pp, f.before + rows * Pp, Pp, N - rows, column, last);
+        }
+        REAL *after = f.after, *masked = f.next_masked;
         f.after = f.before;
         f.before = after;
+        f.next_masked = f.masked;
+        f.masked = masked;
+        f.operand = e && e->recurrent_mask ? f.masked : f.before;
         if (HAS_PRODUCT)
             wait_for_all(me);
     }
-    copy_columns((REAL *)call->h_n + d * N * P, P, f.before, Pp, N, column, shown);
+    give_states((REAL *)call->h_n + d * N * P, f.before, Pp, P, N, column, last, e);
     if (call->c_n)
-        others_out(call, (REAL *)call->c_n + d * OTHERS * N * H, f.c, unit, end);
+        c_out(call, (REAL *)call->c_n + d * OTHERS * N * H, f.c, unit, end, e);
     /* The other direction takes the buffers over. */
     wait_for_all(me);
 }
@@ -988,23 +1290,27 @@ static void forward_work(void *data)
     }
 }
 
-/* 0, or 1 when there is no memory; then nothing that was written means anything. */
-EXPORT i64 forward(const Call *call)
+static i64 run_forward(const Call *call, const Extras *e)
 {
     Arena arena = {0};
     Forward f;
-    i64 *offsets;
-    plan_forward(call, &arena, &f);
+    i64 *offsets, *places;
+    plan_forward(call, e, &arena, &f);
     if (make_offsets(call, &offsets))
         return 1;
-    arena.base = aligned_alloc(VECTOR_BYTES, arena.used);
+    const int failed = make_places(call, offsets, e, &places);
+    arena.base = failed ? NULL : aligned_alloc(VECTOR_BYTES, arena.used);
     if (!arena.base) {
+        free(places);
         free(offsets);
         return 1;
     }
     arena.used = 0;
-    plan_forward(call, &arena, &f);
+    plan_forward(call, e, &arena, &f);
     f.saved = call->saved;
+    f.extras = e;
+    f.places = places;
+    f.clip_c = e ? (REAL)e->clip_c : 0;
     if (call->keep) {
         /* The vector at the end is read and not used; the same call shall save the same. */
         const i64 rows = first_row(call, offsets, call->steps);
@@ -1013,8 +1319,19 @@ EXPORT i64 forward(const Call *call)
     Team team = {call, offsets, &f, 0};
     work_together(call, forward_work, &team);
     free(arena.base);
+    free(places);
     free(offsets);
     return 0;
+}
+
+/* 0, or 1 when there is no memory; then nothing that was written means anything. */
+EXPORT i64 forward(const Call *call)
+{
+    return run_forward(call, NULL);
+}
+EXPORT i64 forward_extended(const Call *call, const Extras *extras)
+{
+    return run_forward(call, extras);
 }
 
 /* Private buffers of one direction, backward. */
@@ -1023,15 +1340,25 @@ typedef struct {
     REAL *own, *grad_own;
     const REAL *saved;
     i64 kept_row;
+    /* Where a row of what was kept has the h that GRU's update gate weighs; 0 but for masked calls. */
+    i64 before_at;
+    /* Of an extended call: gradients that go past the cell by a zoneout, those that the initial
+       state has from resets, rows of x one after the other for each member. */
+    const Extras *extras;
+    const i64 *places;
+    REAL *past_h, *past_c, *reset_h, *reset_c, *x_rows;
+    REAL clip_c;
 } Backward;
 
-static void plan_backward(const Call *call, i64 rows, Arena *arena, Backward *b)
+static void plan_backward(const Call *call, const Extras *e, i64 rows, Arena *arena, Backward *b)
 {
     const i64 G = GATES[call->cell], H = call->hidden_size, P = call->output_size, N = call->batch;
     const i64 Hp = padded(H), Pp = padded(P), I = call->input_size, number = sizeof(REAL);
     const i64 K = PRODUCTS[call->cell];
     const int is_projected = call->cell == LSTM_PROJECTED;
-    b->kept_row = Pp + KEPT[call->cell] * Hp;
+    const Kept kept = kept_by(call, e);
+    b->kept_row = kept.row;
+    b->before_at = kept.before;
     b->grads = take(arena, (size_t)(rows * GRADS[call->cell] * Hp * number));
     b->dh = take(arena, (size_t)(N * Pp * number));
     b->dc = take(arena, (size_t)(OTHERS * N * Hp * number));
@@ -1041,9 +1368,15 @@ static void plan_backward(const Call *call, i64 rows, Arena *arena, Backward *b)
     b->weight_ih = take(arena, (size_t)(panel_numbers(padded(I) / LANES, G * H, WIDTH) * number));
     b->weight_hh = take(arena, (size_t)(panel_numbers(Pp / LANES, K * H, WIDTH) * number));
     b->weight_hr = take(arena, (size_t)(projection * number));
-    b->x = take(arena, (size_t)(rows * padded(I) * number));
     b->own = take(arena, (size_t)(OWN_UNIT_WEIGHTS * Hp * number));
     b->grad_own = take(arena, (size_t)(OWN_UNIT_WEIGHTS * Hp * number));
+    const i64 gathered = e && e->order ? call->threads * ROWS_AT_ONCE : 0;
+    b->x = take(arena, (size_t)((gathered ? 0 : rows) * padded(I) * number));
+    b->x_rows = take(arena, (size_t)(gathered * padded(I) * number));
+    b->past_h = take(arena, (size_t)(e ? N * Pp * number : 0));
+    b->past_c = take(arena, (size_t)(e ? N * Hp * number : 0));
+    b->reset_h = take(arena, (size_t)(e ? N * Pp * number : 0));
+    b->reset_c = take(arena, (size_t)(e ? N * Hp * number : 0));
     /* From here on, zeroed at the start. */
     b->dm = take(arena, (size_t)(is_projected ? N * Hp * number : 0));
 }
@@ -1063,8 +1396,9 @@ INLINE void backward_step(int cell, const Call *call, const Backward *b, i64 row
                 if (k < kept_count)
                     kept[k] = load(kept_row + Pp + k * Hp + unit);
             if (cell == GRU)
-                before = load(kept_row + unit);
-            vec past = cell_backward(cell, relu, load(dh + row * Hp + unit), before, kept, &dc, grad);
+                before = load(kept_row + b->before_at + unit);
+            vec past = cell_backward(cell, relu, load(dh + row * Hp + unit), before, kept,
+                                     b->clip_c, &dc, grad);
             UNROLL for (int g = 0; g < 4; g++)
                 if (g < grad_count)
                     store(grads + row * grad_count * Hp + g * Hp + unit, grad[g]);
@@ -1161,6 +1495,39 @@ static const REAL *rows_of_x(const Call *call, const Member *me, const i64 *offs
     return copy;
 }
 
+/* The gradient of x where our rows are not in the caller's order; each member some rows. */
+static void give_grad_x(const Call *call, int d, const Backward *b, const Member *me, i64 total,
+                        Matrix weight_ih, REAL *x_rows)
+{
+    const int cell = (int)call->cell;
+    const i64 G = GATES[cell], H = call->hidden_size, I = call->input_size, N = call->batch;
+    const i64 Hp = padded(H), width = GRADS[cell] * Hp;
+    REAL *grad_x = call->grad_x;
+    i64 row, end;
+    Product p = {.columns = I, .parts = G, .count = H, .a_row = width, .a_step = 1, .b = weight_ih,
+                 .out = x_rows, .out_row = padded(I)};
+    for (int g = 0; g < G; g++)
+        p.part_at[g] = INPUT_SLOT[g] * Hp;
+    share(me, total, MOST_ROWS, &row, &end);
+    for (; row < end; row += p.rows) {
+        p.rows = end - row < ROWS_AT_ONCE ? end - row : ROWS_AT_ONCE;
+        p.a = b->grads + row * width;
+        product(&p);
+        for (i64 i = 0; i < p.rows; i++) {
+            REAL *to = grad_x + b->places[row + i] * I;
+            for (i64 k = 0; k < I; k += LANES) {
+                vec found = load(x_rows + i * p.out_row + k);
+                store_some(to + k, d ? load_some(to + k, I - k) + found : found, I - k);
+            }
+        }
+    }
+    /* Nothing comes to what lies beyond the ends. */
+    share(me, d ? 0 : call->steps, 1, &row, &end);
+    for (i64 t = row; t < end; t++)
+        for (i64 pos = call->batch_sizes[t]; pos < N; pos++)
+            memset(grad_x + (t * N + b->extras->order[pos]) * I, 0, (size_t)I * sizeof(REAL));
+}
+
 /* Gradients of the weights and of x, from those of all preactivations; each member some rows. */
 static void after_the_loop(const Call *call, int d, const Backward *b, const Member *me, i64 total,
                            const REAL *x, i64 x_row, Matrix weight_ih)
@@ -1172,11 +1539,14 @@ static void after_the_loop(const Call *call, int d, const Backward *b, const Mem
     void *const *grad_weights = call->grad_weights[d];
     i64 unit, end;
     share(me, H, MOST_ROWS, &unit, &end);
-    /* Some rows of x and h at a time, which stay in the first-level cache for all units. One gate
+    /* Some rows of x and h at a time, for all units. One gate
        after the other, for rows of a weight are units of a gate. */
-    enum { ROWS_AT_ONCE = 96 };
+    REAL *x_rows = b->x_rows + me->index * ROWS_AT_ONCE * padded(I);
     i64 row = 0;
     do { /* Once for no rows too: their gradients are zeros. */
+        if (b->places && grad_weights[0])
+            gather_x(call, b->places + row, total - row < ROWS_AT_ONCE ? total - row : ROWS_AT_ONCE,
+                     x_rows);
         for (int g = 0; g < most; g++) {
             const REAL *grads = b->grads + row * width;
             const i64 left = total - row;
@@ -1185,7 +1555,7 @@ static void after_the_loop(const Call *call, int d, const Backward *b, const Mem
             if (grad_weights[0] && g < G) {
                 p.columns = p.out_row = p.start_row = I;
                 p.a = grads + input_slot(g) * Hp;
-                p.b = plain(x + row * x_row, x_row);
+                p.b = b->places ? plain(x_rows, padded(I)) : plain(x + row * x_row, x_row);
                 p.out = (REAL *)grad_weights[0] + g * H * I;
                 p.start = row ? p.out : NULL;
                 product(&p);
@@ -1219,7 +1589,9 @@ static void after_the_loop(const Call *call, int d, const Backward *b, const Mem
         share(me, P, MOST_ROWS, &p.row, &p.rows);
         product(&p);
     }
-    if (call->grad_x) {
+    if (call->grad_x && b->places) {
+        give_grad_x(call, d, b, me, total, weight_ih, x_rows);
+    } else if (call->grad_x) {
         Product p = {.columns = I, .parts = G, .count = H, .a = b->grads, .a_row = width,
                      .a_step = 1, .b = weight_ih, .out = call->grad_x,
                      .out_row = I, .start = d ? call->grad_x : NULL, .start_row = I};
@@ -1230,14 +1602,114 @@ static void after_the_loop(const Call *call, int d, const Backward *b, const Mem
     }
 }
 
+static void add_columns(REAL *to, const REAL *from, i64 row, i64 rows, i64 begin, i64 end)
+{
+    for (i64 i = 0; i < rows; i++)
+        for (i64 k = begin; k < end; k += LANES)
+            store(to + i * row + k, load(to + i * row + k) + load(from + i * row + k));
+}
+
+/* Gradients of the states after step t become those of the cell's results; the rest is put by. */
+static void before_backward_step(const Call *call, const i64 *offsets, const Backward *b, int d,
+                                 i64 t, i64 rows, const REAL *kept_rows, Part own)
+{
+    const Extras *e = b->extras;
+    const i64 H = call->hidden_size, P = call->output_size, D = call->directions;
+    const i64 Hp = padded(H), Pp = padded(P);
+    const Kept kept = kept_by(call, e);
+    const REAL one = 1, clip_h = (REAL)e->clip_h, keep_h = (REAL)e->keep_h;
+    const REAL keep_c = (REAL)e->keep_c;
+    for (i64 pos = 0; pos < rows; pos++) {
+        const i64 place = callers_row(call, offsets, e, t, pos);
+        for (i64 i = own.column; i < own.last; i += LANES) {
+            REAL *at = b->dh + pos * Pp + i;
+            vec dh = load(at);
+            if (call->grad_output)
+                dh += load_some((const REAL *)call->grad_output + place * call->grad_output_row
+                                    + d * P + i, P - i);
+            if (e->zoneout_h || keep_h > 0) {
+                vec keep = e->zoneout_h
+                    ? load_mask(e->zoneout_h + (place * D + d) * P + i, P - i) : all(keep_h);
+                store(b->past_h + pos * Pp + i, dh * keep);
+                dh *= one - keep;
+            }
+            if (clip_h > 0) {
+                vec h = load(kept_rows + pos * b->kept_row + kept.unclipped + i);
+                dh = choose((h <= clip_h) & (h >= -clip_h), dh, (vec){0});
+            }
+            store(at, dh);
+        }
+        for (i64 i = own.unit; call->cell >= LSTM && i < own.end; i += LANES) {
+            REAL *at = b->dc + pos * Hp + i;
+            vec dc = load(at);
+            if (e->grad_cells)
+                dc += load_some((const REAL *)e->grad_cells + place * e->grad_cells_row + d * H + i,
+                                H - i);
+            if (e->zoneout_c || keep_c > 0) {
+                vec keep = e->zoneout_c
+                    ? load_mask(e->zoneout_c + (place * D + d) * H + i, H - i) : all(keep_c);
+                store(b->past_c + pos * Hp + i, dc * keep);
+                dc *= one - keep;
+            }
+            store(at, dc);
+        }
+    }
+}
+
+/* From the gradients of what the cell was given to those of the states before step t. */
+static void after_backward_step(const Call *call, const Backward *b, int d, i64 t, i64 rows,
+                                Part own)
+{
+    const Extras *e = b->extras;
+    const i64 P = call->output_size, N = call->batch, Hp = padded(call->hidden_size);
+    const i64 Pp = padded(P);
+    const int zoned_h = e->zoneout_h || e->keep_h > 0, zoned_c = e->zoneout_c || e->keep_c > 0;
+    /* As in after_step: a step that an episode begins with, the way the direction goes. */
+    const i64 marked = d ? t + 1 : t;
+    const i64 both = !e->reset_mask || marked >= call->steps ? 0 : rows_of(call, marked);
+    for (i64 pos = 0; pos < rows; pos++) {
+        const int reset = pos < both && is_reset(e, marked, pos);
+        const REAL *mask = e->recurrent_mask
+            ? (const REAL *)e->recurrent_mask + (d * N + sequence_of(e, pos)) * P : NULL;
+        for (i64 i = own.column; i < own.last; i += LANES) {
+            const i64 at = pos * Pp + i;
+            vec dh = load(b->dh + at);
+            if (mask) {
+                dh *= load_some(mask + i, P - i);
+                if (call->cell == GRU)
+                    dh += load(b->after + at);
+            }
+            if (zoned_h)
+                dh += load(b->past_h + at);
+            if (reset) {
+                store(b->reset_h + at, load(b->reset_h + at) + dh);
+                dh = (vec){0};
+            }
+            store(b->dh + at, dh);
+        }
+        for (i64 i = own.unit; call->cell >= LSTM && i < own.end; i += LANES) {
+            const i64 at = pos * Hp + i;
+            vec dc = load(b->dc + at);
+            if (zoned_c)
+                dc += load(b->past_c + at);
+            if (reset) {
+                store(b->reset_c + at, load(b->reset_c + at) + dc);
+                dc = (vec){0};
+            }
+            store(b->dc + at, dc);
+        }
+    }
+}
+
 static void backward_direction(const Call *call, const i64 *offsets, int d, const Backward *b,
                                const Member *me)
 {
+    const Extras *e = b->extras;
     const int cell = (int)call->cell;
     const i64 G = GATES[cell], H = call->hidden_size, P = call->output_size, N = call->batch;
     const i64 I = call->input_size, Hp = padded(H), Pp = padded(P), T = call->steps;
     const i64 width = GRADS[cell] * Hp, total = first_row(call, offsets, T), K = PRODUCTS[cell];
-    i64 unit, end, column, last, x_row;
+    i64 unit, end, column, last, x_row = 0;
     share_units(me, call, &unit, &end);
     copy_unit_weights(call, d, b->own, unit, end);
     for (i64 k = 0; k < OWN_UNIT_WEIGHTS && unit < end; k++)
@@ -1245,7 +1717,8 @@ static void backward_direction(const Call *call, const i64 *offsets, int d, cons
     column = unit, last = end;
     if (cell == LSTM_PROJECTED)
         share(me, Pp, LANES, &column, &last);
-    const REAL *x = rows_of_x(call, me, offsets, b->x, &x_row);
+    /* Rows in another order are read where they are needed, some at a time. */
+    const REAL *x = b->places ? NULL : rows_of_x(call, me, offsets, b->x, &x_row);
     const Matrix weight_ih = readable(call->weights[d][0], G * H, I, total, b->weight_ih, me);
     const Matrix weight_hh = readable(call->weights[d][1], K * H, P, total, b->weight_hh, me);
     Matrix weight_hr = {0};
@@ -1255,17 +1728,24 @@ static void backward_direction(const Call *call, const i64 *offsets, int d, cons
         memset(b->dh, 0, (size_t)(N * Pp) * sizeof(REAL));
         memset(b->dc, 0, (size_t)(OTHERS * N * Hp) * sizeof(REAL));
         if (call->grad_h_n)
-            copy_rows(b->dh, Pp, (const REAL *)call->grad_h_n + d * N * P, P, N, P);
+            take_states(b->dh, Pp, (const REAL *)call->grad_h_n + d * N * P, P, N, e);
         if (call->grad_c_n)
-            others_in(call, b->dc, (const REAL *)call->grad_c_n + d * OTHERS * N * H);
+            c_in(call, b->dc, (const REAL *)call->grad_c_n + d * OTHERS * N * H, e);
+        if (e) {
+            memset(b->reset_h, 0, (size_t)(N * Pp) * sizeof(REAL));
+            memset(b->reset_c, 0, (size_t)(N * Hp) * sizeof(REAL));
+        }
     }
+    const Part own = {column, last, unit, end};
     wait_for_all(me);
     for (i64 s = T - 1; s >= 0; s--) {
         const i64 t = d ? T - 1 - s : s, rows = rows_of(call, t);
         const i64 row = first_row(call, offsets, t);
         const REAL *kept = b->saved + row * b->kept_row, *dh = b->dh;
         REAL *grads = b->grads + row * width;
-        if (call->grad_output)
+        if (e)
+            before_backward_step(call, offsets, b, d, t, rows, kept, own);
+        else if (call->grad_output)
             for (i64 n = 0; n < rows; n++) {
                 const REAL *from = (const REAL *)call->grad_output
                                    + (row + n) * call->grad_output_row + d * P;
@@ -1290,18 +1770,24 @@ static void backward_direction(const Call *call, const i64 *offsets, int d, cons
         Product p = {.rows = rows, .column = column, .columns = last < P ? last : P, .parts = K,
                      .count = H, .a = grads, .a_row = width, .a_step = 1, .b = weight_hh,
                      .out = b->dh, .out_row = Pp,
-                     .start = cell == GRU || OWN_PAST ? b->after : NULL, .start_row = Pp};
+                     .start = (cell == GRU && !(e && e->recurrent_mask)) || OWN_PAST ? b->after : NULL,
+                     .start_row = Pp};
         for (int k = 0; k < K; k++)
             p.part_at[k] = state_slot(cell, k) * Hp;
         product(&p);
+        if (e)
+            after_backward_step(call, b, d, t, rows, own);
+    }
+    if (e && e->reset_to_initial) {
+        add_columns(b->dh, b->reset_h, Pp, N, column, last);
+        add_columns(b->dc, b->reset_c, Hp, N, unit, end);
     }
     if (!HAS_PRODUCT)
         wait_for_all(me);
     if (call->grad_h_0)
-        copy_columns((REAL *)call->grad_h_0 + d * N * P, P, b->dh, Pp, N, column,
-                     last < P ? last : P);
+        give_states((REAL *)call->grad_h_0 + d * N * P, b->dh, Pp, P, N, column, last, e);
     if (call->grad_c_0)
-        others_out(call, (REAL *)call->grad_c_0 + d * OTHERS * N * H, b->dc, unit, end);
+        c_out(call, (REAL *)call->grad_c_0 + d * OTHERS * N * H, b->dc, unit, end, e);
     for (i64 k = 0; k < OWN_UNIT_WEIGHTS && call->grad_weights[d][4]; k++)
         for (i64 u = unit; u < end; u += LANES)
             store_some((REAL *)call->grad_weights[d][4] + k * H + u,
@@ -1322,31 +1808,46 @@ static void backward_work(void *data)
     }
 }
 
-/* As forward. */
-EXPORT i64 backward(const Call *call)
+static i64 run_backward(const Call *call, const Extras *e)
 {
     Arena arena = {0};
     Backward b;
-    i64 *offsets;
+    i64 *offsets, *places;
     if (make_offsets(call, &offsets))
         return 1;
     const i64 total = first_row(call, offsets, call->steps);
-    plan_backward(call, total, &arena, &b);
-    arena.base = aligned_alloc(VECTOR_BYTES, arena.used);
+    plan_backward(call, e, total, &arena, &b);
+    const int failed = make_places(call, offsets, e, &places);
+    arena.base = failed ? NULL : aligned_alloc(VECTOR_BYTES, arena.used);
     if (!arena.base) {
+        free(places);
         free(offsets);
         return 1;
     }
     arena.used = 0;
-    plan_backward(call, total, &arena, &b);
+    plan_backward(call, e, total, &arena, &b);
+    b.extras = e;
+    b.places = places;
+    b.clip_c = e ? (REAL)e->clip_c : 0;
     /* Ends of rows that no product writes are read by whole vectors. */
     memset(b.dm, 0, arena.used - (size_t)((char *)b.dm - arena.base));
     b.saved = call->saved;
     Team team = {call, offsets, &b, 0};
     work_together(call, backward_work, &team);
     free(arena.base);
+    free(places);
     free(offsets);
     return 0;
+}
+
+/* As forward. */
+EXPORT i64 backward(const Call *call)
+{
+    return run_backward(call, NULL);
+}
+EXPORT i64 backward_extended(const Call *call, const Extras *extras)
+{
+    return run_backward(call, extras);
 }
 
 /* Numbers of Call.saved: for each direction its rows, each KEPT padded hidden sizes beside a padded
@@ -1354,6 +1855,12 @@ EXPORT i64 backward(const Call *call)
 EXPORT i64 saved_numbers(i64 cell, i64 rows, i64 hidden, i64 output, i64 directions)
 {
     return directions * rows * (KEPT[cell] * padded(hidden) + padded(output)) + LANES;
+}
+/* Likewise of an extended call, with a recurrent mask, with a largest |h|. */
+EXPORT i64 saved_numbers_extended(i64 cell, i64 rows, i64 hidden, i64 output, i64 directions,
+                                  i64 masks, i64 clips)
+{
+    return directions * rows * kept_of(cell, hidden, output, masks != 0, clips != 0).row + LANES;
 }
 
 /* Numbers in a vector. */

@@ -1,0 +1,485 @@
+"""Calls beyond torch.nn's: lengths, resets, all states, regularization and clipping.
+
+Compared with packing, with episodes run one by one, and with a loop of steps written here; the
+backends among themselves by the random calls of native_fuzz.py too.
+"""
+
+import copy
+import pickle
+
+import pytest
+import torch
+from tolerances import LAYERS, assert_close, assert_same_bits, leaf, random, random_state, twins
+from torch.autograd import gradcheck, gradgradcheck
+from torch.nn.functional import dropout, linear
+from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
+
+import triton_rnn
+
+STEPS, BATCH, INPUT, HIDDEN = 6, 4, 3, 5
+EVERYTHING = {
+    "input_dropout": 0.3,
+    "recurrent_dropout": 0.4,
+    "weight_dropout": 0.2,
+    "zoneout": 0.3,
+    "clip_hidden": 0.3,
+}
+LENGTHS = torch.tensor([3, 6, 1, 4])
+FORMS = [(1, False, False), (2, True, True), (2, True, False)]
+
+
+@pytest.fixture(params=["native", "reference"])
+def capable(request):
+    """A backend that takes extras."""
+    with triton_rnn.use_backend(request.param):
+        yield request.param
+
+
+def pair(kind, layers=1, bidirectional=False, batch_first=False, **options):
+    """(torch's module, ours with options and the same weights, an input, a state)."""
+    theirs, ours = twins(
+        kind,
+        INPUT,
+        HIDDEN,
+        num_layers=layers,
+        bidirectional=bidirectional,
+        batch_first=batch_first,
+    )
+    for name, value in options.items():
+        setattr(ours, name, value)
+    shape = (BATCH, STEPS) if batch_first else (STEPS, BATCH)
+    return theirs, ours, random(*shape, INPUT), random_state(ours, BATCH)
+
+
+def tensors_of(returned):
+    """All tensors in what a call returned, in order."""
+    if isinstance(returned, torch.Tensor):
+        return [returned]
+    if isinstance(returned, torch.nn.utils.rnn.PackedSequence):
+        return [returned.data]
+    return [tensor for part in returned for tensor in tensors_of(part)]
+
+
+def outcome(module, call, input, hx):
+    """Every result of `call(input, hx)` and every gradient, by a number."""
+    module.zero_grad()
+    input = leaf(input)
+    states = [leaf(state) for state in tensors_of(hx)]
+    results = tensors_of(call(input, tuple(states) if len(states) == 2 else states[0]))
+    grads = [random(*result.shape, seed=10 + i) for i, result in enumerate(results)]
+    torch.autograd.backward(results, grads)
+    found = [result.detach() for result in results]
+    found += [leaf_.grad for leaf_ in (input, *states, *module.parameters())]
+    return dict(enumerate(found))
+
+
+def assert_same(actual, expected):
+    assert actual.keys() == expected.keys()
+    for name, value in expected.items():
+        zeros = torch.zeros_like(value if value is not None else actual[name])
+        # A gradient of nothing may be none.
+        assert_close(
+            zeros if actual[name] is None else actual[name],
+            zeros if value is None else value,
+            str(name),
+            tolerance=1e-12,
+        )
+
+
+@pytest.mark.parametrize(("layers", "bidirectional", "batch_first"), FORMS)
+@pytest.mark.parametrize("kind", LAYERS)
+def test_lengths_give_what_packing_gives(capable, kind, layers, bidirectional, batch_first):
+    theirs, ours, input, hx = pair(kind, layers, bidirectional, batch_first)
+
+    def packed(input, hx):
+        rows = pack_padded_sequence(input, LENGTHS, batch_first, enforce_sorted=False)
+        output, states = theirs(rows, hx)
+        return pad_packed_sequence(output, batch_first, total_length=STEPS)[0], states
+
+    expected = outcome(theirs, packed, input, hx)
+    assert_same(outcome(ours, lambda x, h: ours(x, h, lengths=LENGTHS), input, hx), expected)
+
+
+@pytest.mark.parametrize("kind", LAYERS)
+def test_a_sequence_of_no_steps_keeps_its_state(capable, kind):
+    _, ours, input, hx = pair(kind, 2, True)
+    output, states = ours(input, hx, lengths=torch.tensor([2, 0, 0, 6]))
+    assert not output[:, 1:3].any()
+    for state, initial in zip(tensors_of(states), tensors_of(hx), strict=True):
+        assert torch.equal(state[:, 1:3], initial[:, 1:3])
+
+
+@pytest.mark.parametrize("kind", ["gru", "lstm"])
+def test_the_order_of_a_batch_does_not_matter(capable, kind):
+    _, ours, input, _ = pair(kind, 1, True)
+    order = torch.tensor([2, 0, 3, 1])
+    straight = ours(input, lengths=LENGTHS)
+    mixed = ours(input[:, order], lengths=LENGTHS[order])
+    for one, other in zip(tensors_of(straight), tensors_of(mixed), strict=True):
+        assert_close(one[:, order], other)
+
+
+def test_what_lies_beyond_the_ends_has_no_part_in_anything(capable):
+    _, ours, input, hx = pair("lstm", 2, True)
+    poisoned = input.clone()
+    for n, length in enumerate(LENGTHS):
+        poisoned[length:, n] = float("nan")
+    expected = outcome(ours, lambda x, h: ours(x, h, lengths=LENGTHS), input, hx)
+    if capable == "native":
+        found = outcome(ours, lambda x, h: ours(x, h, lengths=LENGTHS), poisoned, hx)
+        assert_same_bits(found, expected)
+    else:
+        # The plain loops make steps for all, and take those that count: only gradients mix them.
+        for ours_, theirs_ in zip(
+            tensors_of(ours(poisoned, hx, lengths=LENGTHS)),
+            tensors_of(ours(input, hx, lengths=LENGTHS)),
+            strict=True,
+        ):
+            assert torch.equal(ours_, theirs_)
+
+
+def by_episodes(theirs, mask, reset_to, lengths):
+    """A call that runs every episode by itself, with torch's module of one layer."""
+
+    def call(input, hx):
+        states = list(hx) if isinstance(hx, tuple) else [hx]
+        directions = 2 if theirs.bidirectional else 1
+        outputs, finals = [], []
+        for n in range(BATCH):
+            end = int(lengths[n])
+            cuts = [t for t in range(1, end) if mask[t, n]]
+            bounds = list(zip([0, *cuts], [*cuts, end], strict=True))
+            rows = torch.zeros(STEPS, 0)
+            own = [state[:, n : n + 1] for state in states]
+            fresh = own if reset_to == "initial" else [torch.zeros_like(state) for state in own]
+            parts, first, last = [], None, None
+            for index, (begin, stop) in enumerate(bounds):
+                start = []
+                for given, new in zip(own, fresh, strict=True):
+                    forward = given if index == 0 and not mask[0, n] else new
+                    reverse = given if index == len(bounds) - 1 else new
+                    start.append(torch.cat([forward[:1], reverse[1:]]))
+                hx_ = tuple(start) if len(start) == 2 else start[0]
+                output, final = theirs(input[begin:stop, n : n + 1], hx_)
+                final = list(final) if isinstance(final, tuple) else [final]
+                parts.append(output)
+                first = final if first is None else first
+                last = final
+            rows = torch.cat(parts)
+            rows = torch.cat([rows, rows.new_zeros(STEPS - end, 1, rows.size(-1))])
+            outputs.append(rows)
+            finals.append(
+                [
+                    torch.cat([b[:1], a[1:]] if directions == 2 else [b])
+                    for a, b in zip(first, last, strict=True)
+                ]
+            )
+        ends = [torch.cat(each, 1) for each in zip(*finals, strict=True)]
+        return torch.cat(outputs, 1), tuple(ends)
+
+    return call
+
+
+@pytest.mark.parametrize("lengths", [None, LENGTHS], ids=["whole", "lengths"])
+@pytest.mark.parametrize("bidirectional", [False, True], ids=["forward", "both_ways"])
+@pytest.mark.parametrize("reset_to", ["zeros", "initial"])
+@pytest.mark.parametrize("kind", LAYERS)
+def test_resets_give_what_each_episode_gives_by_itself(
+    capable, kind, reset_to, bidirectional, lengths
+):
+    theirs, ours, input, hx = pair(kind, 1, bidirectional)
+    mask = random(STEPS, BATCH, seed=4) > 0.5
+    mask[0] = torch.tensor([True, False, False, True])
+    ends = torch.full((BATCH,), STEPS) if lengths is None else lengths
+    expected = outcome(theirs, by_episodes(theirs, mask, reset_to, ends), input, hx)
+
+    def call(input, hx):
+        return ours(input, hx, lengths=lengths, reset_mask=mask, reset_to=reset_to)
+
+    assert_same(outcome(ours, call, input, hx), expected)
+
+
+def by_steps(module, options, masks, training):
+    """One layer, one direction, step by step: every option, with masks that were drawn before."""
+
+    def call(input, hx):
+        states = list(hx) if isinstance(hx, tuple) else [hx]
+        h, c = states[0][0], states[1][0] if len(states) == 2 else None
+        weights = [getattr(module, name) for name in module._flat_weights_names]
+        w_ih, w_hh, b_ih, b_hh, *w_hr = weights
+        outputs = []
+        for t in range(STEPS):
+            x, masked, w = input[t], h, w_hh
+            if training:
+                x, masked, w = x * masks["x"], h * masks["h"], w_hh * masks["w"]
+            a, b = linear(x, w_ih, b_ih), linear(masked, w, b_hh)
+            new_c = c
+            if module.mode == "GRU":
+                (ar, az, an), (br, bz, bn) = a.chunk(3, 1), b.chunk(3, 1)
+                r, z = torch.sigmoid(ar + br), torch.sigmoid(az + bz)
+                new = (1 - z) * torch.tanh(an + r * bn) + z * h
+            elif module.mode == "LSTM":
+                i, f, g, o = (a + b).chunk(4, 1)
+                new_c = torch.sigmoid(f) * c + torch.sigmoid(i) * torch.tanh(g)
+                new_c = new_c.clamp(-options["clip_cell"], options["clip_cell"])
+                new = torch.sigmoid(o) * torch.tanh(new_c)
+                new = linear(new, w_hr[0]) if w_hr else new
+            else:
+                new = torch.tanh(a + b) if module.mode == "RNN_TANH" else torch.relu(a + b)
+            new = new.clamp(-options["clip_hidden"], options["clip_hidden"])
+            if training:
+                kept = [masks["zh"][t], masks["zc"][t] if c is not None else None]
+            else:
+                kept = [options["zoneout"]] * 2
+            h = new * (1.0 - kept[0]) + h * kept[0]
+            if c is not None:
+                c = new_c * (1.0 - kept[1]) + c * kept[1]
+            outputs.append(h)
+        ends = [h.unsqueeze(0)] + ([] if c is None else [c.unsqueeze(0)])
+        return torch.stack(outputs), tuple(ends)
+
+    return call
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["training", "evaluation"])
+@pytest.mark.parametrize("kind", LAYERS)
+def test_options_are_those_of_a_loop_of_steps(capable, kind, training):
+    options = EVERYTHING | ({"clip_cell": 0.25} if "lstm" in kind else {})
+    _, ours, input, hx = pair(kind, **options)
+    ours.train(training)
+    size, double = ours.proj_size or HIDDEN, torch.float64
+    torch.manual_seed(5)
+    masks = {}
+    if training:
+        masks["x"] = dropout(torch.ones(BATCH, INPUT, dtype=double), 0.3)
+        masks["w"] = dropout(torch.ones_like(ours.weight_hh_l0), 0.2)
+        masks["h"] = dropout(torch.ones(1, BATCH, size, dtype=double), 0.4)[0]
+        masks["zh"] = torch.empty(STEPS, BATCH, size, dtype=torch.bool).bernoulli_(0.3).double()
+        if "lstm" in kind:
+            shape = (STEPS, BATCH, HIDDEN)
+            masks["zc"] = torch.empty(shape, dtype=torch.bool).bernoulli_(0.3).double()
+    expected = outcome(ours, by_steps(ours, options, masks, training), input, hx)
+    torch.manual_seed(5)
+    assert_same(outcome(ours, ours, input, hx), expected)
+
+
+@pytest.mark.parametrize(("layers", "bidirectional", "batch_first"), FORMS)
+@pytest.mark.parametrize("kind", LAYERS)
+def test_everything_at_once_is_one_on_both_backends(kind, layers, bidirectional, batch_first):
+    options = EVERYTHING | ({"clip_cell": 0.25, "zoneout": (0.3, 0.2)} if "lstm" in kind else {})
+    _, ours, input, hx = pair(kind, layers, bidirectional, batch_first, **options)
+    mask = random(*input.shape[:2], seed=4) > 0.5
+    found = []
+    for backend in ("native", "reference"):
+        torch.manual_seed(6)
+        with triton_rnn.use_backend(backend):
+            found.append(
+                outcome(
+                    ours,
+                    lambda x, h: ours(
+                        x,
+                        h,
+                        lengths=torch.tensor([3, 0, 6, 2]),
+                        reset_mask=mask,
+                        reset_to="initial",
+                        all_states=True,
+                    ),
+                    input,
+                    hx,
+                )
+            )
+    assert_same(*found)
+
+
+@pytest.mark.parametrize("kind", ["gru", "lstm", "lstm_proj"])
+def test_a_packed_batch_takes_options(kind):
+    _, ours, input, hx = pair(kind, 2, True, **EVERYTHING)
+    found = []
+    for backend in ("native", "reference"):
+        torch.manual_seed(6)
+
+        def call(input, hx):
+            rows = pack_padded_sequence(input, LENGTHS, enforce_sorted=False)
+            return ours(rows, hx, all_states=True)
+
+        with triton_rnn.use_backend(backend):
+            found.append(outcome(ours, call, input, hx))
+    assert_same(*found)
+
+
+@pytest.mark.parametrize("kind", ["gru", "lstm", "lstm_proj"])
+def test_all_states_are_those_after_each_step(capable, kind):
+    theirs, ours, input, hx = pair(kind, 2)
+    output, _, every = ours(input, hx, all_states=True)
+    assert torch.equal(every.outputs[-1], output)
+    assert len(every.outputs) == 2
+    assert len(every.cells) == (2 if "lstm" in kind else 0)
+    for t in range(STEPS):
+        _, states = theirs(input[: t + 1], hx)
+        h, *c = states if isinstance(states, tuple) else (states,)
+        for number in range(2):
+            assert_close(every.outputs[number][t], h[number])
+            if c:
+                assert_close(every.cells[number][t], c[0][number])
+
+
+@pytest.mark.parametrize("kind", LAYERS)
+def test_first_and_second_derivatives_are_those_of_finite_differences(capable, kind):
+    # Clipping has corners, which finite differences may step over.
+    _, ours, input, hx = pair(kind, **{**EVERYTHING, "clip_hidden": None})
+    mask = random(STEPS, BATCH, seed=4) > 0.7
+
+    def function(input, *states):
+        torch.manual_seed(7)
+        hx = states if len(states) == 2 else states[0]
+        extras = {"lengths": LENGTHS, "reset_mask": mask, "reset_to": "initial"}
+        return tuple(tensors_of(ours(input, hx, all_states=True, **extras)))
+
+    leaves = [leaf(input), *(leaf(state) for state in tensors_of(hx))]
+    assert gradcheck(function, leaves, fast_mode=True)
+    assert gradgradcheck(function, leaves, fast_mode=True)
+
+
+def test_a_seed_repeats_a_call_and_evaluation_draws_nothing(capable):
+    _, ours, input, _ = pair("lstm", 2, True, **EVERYTHING)
+    outputs = []
+    for seed in (1, 1, 2):
+        torch.manual_seed(seed)
+        outputs.append(ours(input)[0])
+    assert torch.equal(outputs[0], outputs[1])
+    assert not torch.equal(outputs[0], outputs[2])
+    ours.eval()
+    before = torch.get_rng_state()
+    ours(input)
+    assert torch.equal(before, torch.get_rng_state())
+
+
+REFUSED = {
+    "packed": ({"lengths": LENGTHS}, ValueError, "has lengths already"),
+    "a list": ({"lengths": [1, 2, 3, 4]}, TypeError, "should be a Tensor"),
+    "int32": ({"lengths": LENGTHS.int()}, ValueError, "int64"),
+    "too few": ({"lengths": LENGTHS[1:]}, ValueError, r"shape \(4,\)"),
+    "too long": ({"lengths": LENGTHS + 1}, ValueError, "from 0 to 6, got 2 to 7"),
+    "negative": ({"lengths": LENGTHS - 2}, ValueError, "from 0 to 6, got -1 to 4"),
+    "no bool": ({"reset_mask": torch.zeros(STEPS, BATCH)}, ValueError, "should be bool"),
+    "turned": ({"reset_mask": torch.zeros(BATCH, STEPS).bool()}, ValueError, r"shape \(6, 4\)"),
+    "no such start": (
+        {"reset_mask": torch.zeros(STEPS, BATCH).bool(), "reset_to": "ones"},
+        ValueError,
+        "reset_to should be",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_arguments_that_do_not_fit_are_refused(case):
+    _, ours, input, _ = pair("gru")
+    arguments, kind, message = REFUSED[case]
+    if case == "packed":
+        input = pack_padded_sequence(input, LENGTHS, enforce_sorted=False)
+    with pytest.raises(kind, match=message):
+        ours(input, **arguments)
+
+
+@pytest.mark.parametrize("backend_name", ["torchscript", "aten"])
+def test_a_backend_that_cannot_is_refused_with_the_reason(backend_name):
+    _, ours, input, _ = pair("gru")
+    with (
+        triton_rnn.use_backend(backend_name),
+        pytest.raises(triton_rnn.BackendError, match="know nothing of lengths"),
+    ):
+        ours(input, lengths=LENGTHS)
+
+
+def test_autocast_is_refused_with_the_reason():
+    _, ours, input, _ = pair("gru")
+    with (
+        torch.autocast("cpu"),
+        pytest.raises(triton_rnn.BackendError, match="lengths: autocast is on"),
+    ):
+        ours(input, lengths=LENGTHS)
+
+
+def test_a_malformed_input_has_torchs_own_error():
+    _, ours, input, _ = pair("gru")
+    with pytest.raises(RuntimeError, match=r"input\.size"):
+        ours(input[..., 1:], lengths=LENGTHS)
+
+
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [
+        ("gru", {"zoneout": 1.5}),
+        ("gru", {"zoneout": (0.1, 0.1)}),
+        ("gru", {"clip_cell": 1.0}),
+        ("lstm", {"clip_hidden": -1.0}),
+        ("lstm", {"input_dropout": [0.1, 0.2]}),
+        ("lstm", {"recurrent_dropout": True}),
+    ],
+)
+def test_options_that_a_module_cannot_have_are_refused(kind, options):
+    with pytest.raises(ValueError, match=next(iter(options))):
+        getattr(triton_rnn, LAYERS[kind][0])(INPUT, HIDDEN, **options)
+
+
+def test_options_are_no_state_and_are_carried_by_copies_and_pickles():
+    module = triton_rnn.LSTM(INPUT, HIDDEN, zoneout=(0.1, 0.2), weight_dropout=0.5)
+    assert module.state_dict().keys() == torch.nn.LSTM(INPUT, HIDDEN).state_dict().keys()
+    assert repr(module) == "LSTM(3, 5, weight_dropout=0.5, zoneout=(0.1, 0.2))"
+    for other in (copy.deepcopy(module), pickle.loads(pickle.dumps(module))):
+        assert other.zoneout == (0.1, 0.2)
+    module.zoneout, module.weight_dropout = 0.0, 0.0
+    assert repr(module) == "LSTM(3, 5)"
+    assert "_options" not in vars(module)
+
+
+def test_a_replaced_module_has_options_and_does_not_lose_them_silently():
+    module = triton_rnn.replace(torch.nn.GRU(INPUT, HIDDEN))
+    module.zoneout = 0.1
+    with pytest.raises(RuntimeError, match="no zoneout"):
+        triton_rnn.restore(module)
+    with pytest.raises(RuntimeError, match="no zoneout"):
+        torch.jit.script(module)
+    assert type(module) is triton_rnn.GRU
+    module.zoneout = 0.0
+    assert type(triton_rnn.restore(module)) is torch.nn.GRU
+
+
+def test_a_transform_takes_the_plain_loops():
+    _, ours, input, _ = pair("gru")
+
+    def loss(input):
+        return ours(input, lengths=LENGTHS)[0].square().sum()
+
+    found = torch.func.grad(loss)(input)
+    input = leaf(input)
+    loss(input).backward()
+    assert_close(found, input.grad)
+
+
+def test_a_compiled_model_breaks_its_graph_there_and_has_the_same_numbers():
+    _, ours, input, _ = pair("gru")
+    expected = ours(input, lengths=LENGTHS)
+    compiled = torch.compile(lambda x: ours(x * 1.0, lengths=LENGTHS), backend="eager")
+    for one, other in zip(compiled(input), expected, strict=True):
+        assert torch.equal(one, other)
+
+
+def test_nothing_of_the_callers_is_written_to(capable):
+    _, ours, input, hx = pair("lstm", 2, True, **EVERYTHING)
+    mask = random(STEPS, BATCH, seed=4) > 0.5
+    given = [input, *hx, LENGTHS, mask, *ours.parameters()]
+    before = [tensor.detach().clone() for tensor in given]
+    output, _ = ours(input, hx, lengths=LENGTHS, reset_mask=mask)
+    output.sum().backward()
+    assert all(map(torch.equal, given, before))
+
+
+@pytest.mark.parametrize("how", [{"residual": True, "num_layers": 2}, {"recompute": True}], ids=str)
+def test_layers_of_other_kinds_refuse_what_they_would_not_heed(how):
+    module = triton_rnn.GRU(4, 4, **how)
+    with pytest.raises(triton_rnn.BackendError, match="do not go together"):
+        module(torch.zeros(3, 2, 4), lengths=torch.tensor([3, 1]))
+    module.zoneout = 0.1
+    with pytest.raises(triton_rnn.BackendError, match="do not go together"):
+        module(torch.zeros(3, 2, 4))

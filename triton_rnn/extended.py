@@ -1,0 +1,331 @@
+"""A module's call with more than torch.nn's: lengths, resets, all states, regularization, clipping.
+
+A door of its own beside `functional.forward`, which knows nothing of it. Random masks are drawn
+here, from torch's generator and in one order for every backend, so that a seed gives the same
+numbers on each: for every layer the mask of its input, those of W_hh of each direction, that of h,
+those of a zoneout of h and of c, and after the layer that of `dropout`.
+"""
+
+import importlib
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn.functional import dropout
+from torch.nn.utils.rnn import PackedSequence
+
+from triton_rnn import compiled, dispatch, functional
+from triton_rnn.extras import Extras
+from triton_rnn.layer import layer
+from triton_rnn.options import OFF, Options
+from triton_rnn.profiling import ranges
+from triton_rnn.request import Request
+
+# Any, as a module's mode says which of their forwards it has.
+_TORCHS: dict[str, Any] = {"RNN_TANH": torch.nn.RNN, "RNN_RELU": torch.nn.RNN}
+_TORCHS |= {"GRU": torch.nn.GRU, "LSTM": torch.nn.LSTM}
+
+
+class AllStates(NamedTuple):
+    """The third result of a call with `all_states=True`: what every layer made at every step.
+
+    Attributes:
+        outputs: of each layer its output, before any dropout; of the shape and form of the output.
+        cells: of each layer of an LSTM c after every step, likewise, but of hidden_size for each
+            direction also where the output is projected; empty for a cell without c.
+    """
+
+    outputs: tuple[Any, ...]
+    cells: tuple[Any, ...]
+
+
+class _Drawn(NamedTuple):
+    """A module's options as they hold for a call: those of training are off in evaluation."""
+
+    input_dropout: tuple[float, ...]
+    recurrent_dropout: float
+    weight_dropout: float
+    zoneout: tuple[float, ...]
+    training: bool
+
+
+def _drawn(module: torch.nn.RNNBase, options: Options) -> _Drawn:
+    layers, states = module.num_layers, 2 if module.mode == "LSTM" else 1
+    each, zoneout = options.input_dropout, options.zoneout
+    inputs = each if isinstance(each, tuple) else (each,) * layers
+    zoneouts = zoneout if isinstance(zoneout, tuple) else (zoneout,) * states
+    if not module.training:
+        return _Drawn((0.0,) * layers, 0.0, 0.0, zoneouts, False)
+    return _Drawn(inputs, options.recurrent_dropout, options.weight_dropout, zoneouts, True)
+
+
+def _check_lengths(lengths: Any, input: Any, request: Request) -> Tensor:
+    """Lengths on the CPU, the caller's own left alone.
+
+    Raises:
+        TypeError, ValueError: if they are not those of this batch.
+    """
+    if not isinstance(lengths, Tensor):
+        raise TypeError(f"lengths should be a Tensor, got {type(lengths).__name__}")
+    if isinstance(input, PackedSequence):
+        raise ValueError("a PackedSequence has lengths already; lengths= is for a padded input")
+    if input.dim() != 3:
+        raise ValueError("lengths= is for a batch, the input is one sequence (2-D)")
+    if lengths.dtype != torch.int64:
+        raise ValueError(f"lengths should be int64, got {lengths.dtype}")
+    if lengths.shape != (request.batch,):
+        raise ValueError(
+            f"lengths should be of shape ({request.batch},), got {tuple(lengths.shape)}"
+        )
+    # A copy: the backward reads them again.
+    lengths = lengths.detach().to("cpu", copy=True)
+    if request.batch:
+        least, most = map(int, lengths.aminmax())
+        if least < 0 or most > request.seq_len:
+            raise ValueError(
+                f"lengths should be from 0 to {request.seq_len}, got {least} to {most}"
+            )
+    return lengths
+
+
+def _check_resets(module: Any, reset_mask: Any, input: Any, request: Request) -> Tensor:
+    """A mask (T, N) on the input's device, the caller's own left alone.
+
+    Raises:
+        TypeError, ValueError: if it is not one of this batch.
+    """
+    if not isinstance(reset_mask, Tensor):
+        raise TypeError(f"reset_mask should be a Tensor, got {type(reset_mask).__name__}")
+    if isinstance(input, PackedSequence):
+        raise ValueError("reset_mask= is for a padded input, with lengths= if need be")
+    if reset_mask.dtype != torch.bool:
+        raise ValueError(f"reset_mask should be bool, got {reset_mask.dtype}")
+    if input.dim() == 2:
+        expected: tuple[int, ...] = (request.seq_len,)
+    elif module.batch_first:
+        expected = (request.batch, request.seq_len)
+    else:
+        expected = (request.seq_len, request.batch)
+    if reset_mask.shape != expected:
+        raise ValueError(f"reset_mask should be of shape {expected}, got {tuple(reset_mask.shape)}")
+    if input.dim() == 2:
+        reset_mask = reset_mask.unsqueeze(1)
+    elif module.batch_first:
+        reset_mask = reset_mask.transpose(0, 1)
+    return reset_mask.detach().to(request.device, copy=True)
+
+
+def _backend(request: Request) -> str:
+    """The backend that runs an extended call here and now.
+
+    Raises:
+        BackendError: if the one that was asked for cannot, or none can.
+    """
+    wanted = dispatch.requested()
+    reason = functional.obstacle()
+    if reason is None:
+        return dispatch.choose(request, wanted).backend
+    what = ", ".join(request.extras)
+    if torch._C._is_any_autocast_enabled() or torch._C._get_tracing_state() is not None:
+        raise dispatch.BackendError(f"no backend can run a call with {what}: {reason}")
+    if wanted not in ("auto", "reference"):
+        raise dispatch.BackendError(f"backend {wanted!r} cannot run this call: {reason}")
+    # Plain torch code, which transforms and modes understand.
+    return "reference"
+
+
+def _locked(x: Tensor, p: float, request: Request, batch_sizes: Sequence[int]) -> Tensor:
+    """The input of a layer under one dropout mask for all steps of a sequence."""
+    mask = dropout(x.new_ones(request.batch, x.size(-1)), p, True)
+    if batch_sizes:
+        mask = mask[torch.cat([torch.arange(size) for size in batch_sizes]).to(x.device)]
+    return x * mask
+
+
+def _zoneout(x: Tensor, size: int, p: float, training: bool) -> Tensor | float:
+    if p == 0.0 or not training:
+        return p
+    return torch.empty((*x.shape[:-1], size), dtype=torch.bool, device=x.device).bernoulli_(p)
+
+
+def _stack(
+    call: functional.Call, name: str, layers: int, drop: float, drawn: _Drawn, extras: Extras
+) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+    """Run all layers: final states, every layer's output, every layer's cells; time-major."""
+    request, x, batch_sizes, h_0, c_0, weights = call
+    home = importlib.import_module(dispatch.backend_module(name).TAKES_EXTRAS)
+    walk = home.walk(request, batch_sizes, extras)
+    directions, count = request.directions, len(weights) // layers
+    per_direction = count // directions
+    finals: list[Sequence[Tensor]] = []
+    outputs: list[Tensor] = []
+    cells: list[Tensor] = []
+    for number in range(layers):
+        ranges.here.layer = number
+        if number == 1:
+            request = request._replace(input_size=directions * request.output_size)
+        if drawn.input_dropout[number]:
+            x = _locked(x, drawn.input_dropout[number], request, batch_sizes)
+        own = weights[number * count : (number + 1) * count]
+        if drawn.weight_dropout:
+            for at in range(1, count, per_direction):
+                own[at] = dropout(own[at], drawn.weight_dropout, True)
+        mask = None
+        if drawn.recurrent_dropout:
+            ones = x.new_ones(directions, request.batch, request.output_size)
+            mask = dropout(ones, drawn.recurrent_dropout, True)
+        zoneouts: list[Tensor | float] = [
+            _zoneout(x, directions * size, p, drawn.training)
+            for size, p in zip(
+                (request.output_size, request.hidden_size), drawn.zoneout, strict=False
+            )
+        ]
+        backend = home.ExtendedLayer(
+            extras._replace(
+                recurrent_mask=mask,
+                zoneout_h=zoneouts[0],
+                zoneout_c=zoneouts[1] if len(zoneouts) == 2 else 0.0,
+            ),
+            walk,
+        )
+        rows = slice(number * directions, (number + 1) * directions)
+        h = None if h_0 is None else h_0[rows]
+        c = None if c_0 is None else c_0[rows]
+        x, *states = layer(backend, request, batch_sizes, x, h, c, own)
+        if extras.all_cells:
+            cells.append(states.pop())
+        outputs.append(x)
+        finals.append(states)
+        if drop > 0 and number + 1 < layers:
+            x = dropout(x, drop, True)
+    states = [each[0] if layers == 1 else torch.cat(each) for each in zip(*finals, strict=True)]
+    return states, outputs, cells
+
+
+def _plain(module: torch.nn.RNNBase, input: Any, hx: Any) -> Any:
+    result = functional.forward(module, input, hx)
+    return _TORCHS[module.mode].forward(module, input, hx) if result is None else result
+
+
+def forward(
+    module: Any,
+    input: Any,
+    hx: Any,
+    lengths: Any,
+    reset_mask: Any,
+    reset_to: str,
+    all_states: bool,
+) -> Any:
+    """What `module(input, hx, ...)` returns when it is asked for more than torch.nn's can do.
+
+    Args:
+        input: padded (T, N, I), or (N, T, I) with batch_first, or one sequence (T, I), or packed.
+        lengths: (N,) int64 on any device, steps of each sequence of a padded batch in any order,
+            from 0 to T. The numbers are those of packing, running and unpacking: what is beyond a
+            sequence's end has no part in anything, outputs there are zero, h_n (and c_n) are its
+            last states, the reverse direction begins at its own end. A sequence of no steps keeps
+            the state it is given. (pytorch issues 4930, 7098.)
+        reset_mask: (T, N) bool, or (N, T) with batch_first, or (T,): a marked step begins an
+            episode. The state starts anew before it, and no gradient goes past it; the reverse
+            direction, coming from the end, starts anew after it. So the result is that of running
+            every episode by itself. Marks beyond a sequence's end count for nothing.
+        reset_to: what an episode starts with: "zeros", or "initial" for that sequence's part of hx
+            (of zeros without), which all its episodes then give gradients to. The first episode
+            starts with hx, unless its first step is marked.
+        all_states: return an `AllStates` third. States are those that the next step is given, but
+            for resets; differentiable as every result.
+
+    The options of the module (see `options.Options`) that are on:
+
+    * Masks are drawn from torch's generator at every call in training. In evaluation there are
+      none, and of a zoneout its expectation is taken: h = h' + p (h_before - h'), h' being the
+      cell's, and the same for c. h' of an LSTM is made of the c before its zoneout.
+    * The mask of h stands before W_hh only: what else the cell makes of h sees all of it (z h of a
+      GRU, what a zoneout keeps). It is one for all steps and gates of a sequence, as that of the
+      input is; that of W_hh is one for all steps and sequences.
+    * Clipping comes before zoneout, and a clipped element has a gradient of zero; h of an LSTM is
+      made of the clipped c. (As cuDNN's `cudnnRNNSetClip_v8`, and `cell_clip` of TensorFlow.)
+
+    Raises:
+        TypeError, ValueError: for arguments that are not those of this batch.
+        BackendError: if no backend, or not the one that was asked for, can run the call.
+        RuntimeError: torch.nn's own errors for a malformed input or state.
+    """
+    if torch.compiler.is_compiling():
+        # Dynamo cannot trace what follows; outside of a graph it runs as it does without Dynamo.
+        torch._dynamo.graph_break()
+    if reset_to not in ("zeros", "initial"):
+        raise ValueError(f"reset_to should be 'zeros' or 'initial', got {reset_to!r}")
+    if module._stacking:
+        raise dispatch.BackendError(
+            "hidden sizes per layer, residual and recompute do not go together with lengths, "
+            "reset_mask, all_states and the options of a module"
+        )
+    options: Options = module._options or OFF
+    drawn = _drawn(module, options)
+    used = {
+        "lengths": lengths is not None,
+        "reset_mask": reset_mask is not None,
+        "all_states": all_states,
+        "input_dropout": any(drawn.input_dropout),
+        "recurrent_dropout": drawn.recurrent_dropout,
+        "weight_dropout": drawn.weight_dropout,
+        "zoneout": any(drawn.zoneout),
+        "clip_hidden": options.clip_hidden,
+        "clip_cell": options.clip_cell,
+    }
+    names = tuple(name for name, value in used.items() if value)
+    if not names:
+        return _plain(module, input, hx)
+    packed = isinstance(input, PackedSequence)
+    if hx is not None and module.mode == "LSTM" and packed:
+        functional._check_packed_cell_state(module, input, hx)
+    call = functional.prepare(module, input, hx)
+    if call is None:
+        # Malformed, so that torch says how.
+        _TORCHS[module.mode].forward(module, input, hx)
+        raise dispatch.BackendError(
+            f"no backend can run a call with {', '.join(names)} on tensors out of the ordinary"
+        )
+    request = call.request._replace(extras=names)
+    extras = Extras(
+        None if lengths is None else _check_lengths(lengths, input, request),
+        None if reset_mask is None else _check_resets(module, reset_mask, input, request),
+        reset_to == "initial",
+        clip_hidden=options.clip_hidden or 0.0,
+        clip_cell=options.clip_cell or 0.0,
+        all_cells=all_states and request.cell.states == 2,
+    )
+    name = _backend(request)
+    drop = module.dropout if module.training else 0.0
+    with ranges.call(request.cell):
+        states, outputs, cells = _stack(
+            call._replace(request=request), name, module.num_layers, drop, drawn, extras
+        )
+
+    def shown(steps: Tensor) -> Any:
+        if packed:
+            rows = steps.reshape(-1, steps.size(-1))
+            return PackedSequence(
+                rows, input.batch_sizes, input.sorted_indices, input.unsorted_indices
+            )
+        if input.dim() == 2:
+            return steps.squeeze(1)
+        return steps.transpose(0, 1) if module.batch_first else steps
+
+    if packed and input.unsorted_indices is not None:
+        states = [state.index_select(1, input.unsorted_indices) for state in states]
+    elif not packed and input.dim() == 2:
+        states = [state.squeeze(1) for state in states]
+    hidden = states[0] if len(states) == 1 else tuple(states)
+    output = shown(outputs[-1])
+    if not all_states:
+        return output, hidden
+    every = AllStates(
+        (*(shown(steps) for steps in outputs[:-1]), output), tuple(shown(c) for c in cells)
+    )
+    return output, hidden, every
+
+
+compiled.leave_to_python(forward)
