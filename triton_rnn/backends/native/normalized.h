@@ -1,0 +1,319 @@
+/* Layer normalization of the preactivations of GRU and LSTM, and of LSTM's c: Ba, Kiros & Hinton
+   2016, arXiv:1607.06450. A part of recurrence.c, for -DNORMALIZED and one cell (-DONLY); the
+   products, the loop over time and the gradients of the weights are those of all cells.
+
+   A row's numbers x of some gates, H each, are normalized together:
+       n = (x - mean(x)) * scale,  scale = 1 / sqrt(mean((x - mean(x))^2) + EPSILON),  y = n * gain
+   and W_ih x for all steps of a chunk at once. Backward, d being the gradient of y:
+       the gain's: the sum of d * n over rows;  x's: scale * (g - mean(g) - n * mean(g * n)),
+       where g = d * gain.
+   So the gradients of a step's preactivations are made twice: d, which W_ih's side has after the
+   loop, and from it what W_hh is to be multiplied with.
+
+   A row's statistics are of all its units. Each member of a team makes all that it needs by itself,
+   in one order, after it has waited for the others' units. Numbers beyond H, which fill the last
+   vector, count for nothing: gains there are zeros. */
+
+/* Rows of the fifth weight, and so of f->own, b->own and b->grad_own: the gains of W_ih x and of
+   W_hh h, and LSTM's gain and shift of c. b->grad_own has the sums for the biases behind them: those
+   of the gates, and of b_hn, as in fold_bias. */
+#define CELL ((int)ONLY)
+enum {
+    CELL_GATES = CELL == GRU ? 3 : 4,
+    GAIN_HH = CELL_GATES,
+    GAIN_C = 2 * CELL_GATES,
+    SHIFT_C,
+    GRAD_BIAS = UNIT_WEIGHTS
+};
+/* What a row keeps behind what its cell keeps: n of W_hh h, of W_ih x, and of LSTM's c. */
+enum {
+    KEPT_HH = CELL == GRU ? 4 : 5,
+    KEPT_IH = KEPT_HH + CELL_GATES,
+    KEPT_C = KEPT_IH + CELL_GATES
+};
+/* And at its end the scales, of each group of gates: of W_ih x, of W_hh h, and of c. */
+enum { GROUPS = CELL == GRU ? 2 : 1, SCALE_IH = 0, SCALE_HH = GROUPS, SCALE_C = 2 * GROUPS };
+/* GRU's r and z are a group, and its n; all gates of LSTM are one. */
+#define GROUP_OF(gate) (CELL == GRU && (gate) == 2)
+#define GROUP_FIRST(group) (2 * (group))
+#define GROUP_GATES(group) (CELL == GRU ? 2 - (group) : 4)
+
+static const REAL EPSILON = (REAL)1e-5;
+
+/* The scales in a row of what is kept. */
+INLINE i64 scales_at(const Call *call)
+{
+    return (1 + KEPT[CELL]) * padded(call->hidden_size);
+}
+
+INLINE vec first_of(vec x, i64 count)
+{
+    bits in;
+    if (count >= LANES)
+        return x;
+    UNROLL for (int lane = 0; lane < LANES; lane++) in[lane] = lane < count ? -1 : 0;
+    return choose(in, x, (vec){0});
+}
+INLINE REAL total_of(vec x)
+{
+    REAL part[LANES];
+    UNROLL for (int lane = 0; lane < LANES; lane++) part[lane] = x[lane];
+    UNROLL for (int half = LANES / 2; half > 0; half /= 2)
+        UNROLL for (int lane = 0; lane < half; lane++) part[lane] += part[lane + half];
+    return part[0];
+}
+
+typedef struct {
+    REAL mean, scale;
+} Statistics;
+/* Of some gates of a row, H numbers each. */
+INLINE Statistics statistics(const REAL *from, int gates, i64 hidden)
+{
+    const i64 Hp = padded(hidden);
+    const REAL count = (REAL)(gates * hidden);
+    vec sum = {0}, squares = {0};
+    for (int g = 0; g < gates; g++)
+        for (i64 u = 0; u < Hp; u += LANES)
+            sum += first_of(load(from + g * Hp + u), hidden - u);
+    const REAL mean = total_of(sum) / count;
+    for (int g = 0; g < gates; g++)
+        for (i64 u = 0; u < Hp; u += LANES) {
+            vec x = first_of(load(from + g * Hp + u) - mean, hidden - u);
+            squares += x * x;
+        }
+    const REAL variance = total_of(squares) / count + EPSILON;
+    return (Statistics){mean, 1 / (IS_FLOAT ? __builtin_sqrtf((float)variance)
+                                            : (REAL)__builtin_sqrt((double)variance))};
+}
+
+typedef struct {
+    REAL mean, slope;
+} Slope;
+/* mean(g) and mean(g * n) of some gates of a row. */
+INLINE Slope slope(const REAL *grads, const REAL *normal, int gates, i64 hidden)
+{
+    const REAL count = (REAL)(gates * hidden);
+    vec sum = {0}, products = {0};
+    for (i64 at = 0; at < gates * padded(hidden); at += LANES) {
+        vec g = load(grads + at);
+        sum += g;
+        products += g * load(normal + at);
+    }
+    return (Slope){total_of(sum) / count, total_of(products) / count};
+}
+INLINE vec grad_of(vec grad, vec normal, Slope s, REAL scale)
+{
+    return scale * (grad - s.mean - normal * s.slope);
+}
+
+/* W_ih x of some rows, the first of which is `first`, becomes LN(W_ih x) and the biases. */
+static void normalize_input(const Call *call, const Forward *f, const Member *me, i64 first,
+                            i64 rows)
+{
+    const i64 H = call->hidden_size, Hp = padded(H);
+    i64 row, end;
+    share(me, rows, 1, &row, &end);
+    for (; row < end; row++) {
+        REAL *preact = f->preact + row * CELL_GATES * Hp;
+        REAL *kept = call->keep ? f->saved + (first + row) * f->kept_row : NULL;
+        UNROLL for (int group = 0; group < GROUPS; group++) {
+            const int g = GROUP_FIRST(group), gates = GROUP_GATES(group);
+            const Statistics s = statistics(preact + g * Hp, gates, H);
+            if (kept)
+                kept[scales_at(call) + SCALE_IH + group] = s.scale;
+            for (i64 at = g * Hp; at < (g + gates) * Hp; at += LANES) {
+                vec normal = (load(preact + at) - s.mean) * s.scale;
+                if (kept)
+                    store(kept + (1 + KEPT_IH) * Hp + at, normal);
+                store(preact + at, normal * load(f->own + at) + load(f->bias + at));
+            }
+        }
+    }
+}
+
+/* One step: f->after from f->before, the units [unit, end) of all rows. */
+static void normalized_step(const Call *call, const Forward *f, const Member *me, i64 rows,
+                            i64 unit, i64 end, const REAL *preact_rows, REAL *kept_rows)
+{
+    const i64 H = call->hidden_size, Hp = padded(H);
+    step(CELL, call, f, rows, unit, end, preact_rows, kept_rows);
+    wait_for_all(me);
+    for (i64 row = 0; row < rows; row++) {
+        const REAL *preact = preact_rows + row * CELL_GATES * Hp;
+        const REAL *sums = f->sums + row * CELL_GATES * Hp;
+        REAL *kept_row = call->keep ? kept_rows + row * f->kept_row : NULL;
+        Statistics s[GROUPS];
+        UNROLL for (int group = 0; group < GROUPS; group++) {
+            s[group] = statistics(sums + GROUP_FIRST(group) * Hp, GROUP_GATES(group), H);
+            if (kept_row && me->index == 0)
+                kept_row[scales_at(call) + SCALE_HH + group] = s[group].scale;
+        }
+        for (i64 u = unit; u < end; u += LANES) {
+            const i64 place = row * Hp + u;
+            vec gates[4], kept[6];
+            UNROLL for (int g = 0; g < CELL_GATES; g++) {
+                const Statistics own = s[GROUP_OF(g)];
+                vec normal = (load(sums + g * Hp + u) - own.mean) * own.scale;
+                if (kept_row)
+                    store(kept_row + (1 + KEPT_HH + g) * Hp + u, normal);
+                gates[g] = normal * load(f->own + (GAIN_HH + g) * Hp + u)
+                           + load(start_of(CELL, f, preact, g, Hp) + u);
+            }
+            if (CELL == GRU) {
+                vec h = cell_forward(GRU, 0, gates, load(preact + 2 * Hp + u),
+                                     load(f->before + place), NULL, 0, kept);
+                store(f->after + place, h);
+            } else {
+                store(f->c + place, lstm_c(gates, load(f->c + place), kept));
+                /* Until c of all units is there. */
+                store(f->after + place, kept[3]);
+            }
+            if (kept_row)
+                UNROLL for (int k = 0; k < KEPT_HH; k++)
+                    store(kept_row + (1 + k) * Hp + u, kept[k]);
+        }
+    }
+    if (CELL == GRU)
+        return;
+    wait_for_all(me);
+    for (i64 row = 0; row < rows; row++) {
+        const Statistics s = statistics(f->c + row * Hp, 1, H);
+        REAL *kept_row = call->keep ? kept_rows + row * f->kept_row : NULL;
+        if (kept_row && me->index == 0)
+            kept_row[scales_at(call) + SCALE_C] = s.scale;
+        for (i64 u = unit; u < end; u += LANES) {
+            const i64 place = row * Hp + u;
+            vec normal = (load(f->c + place) - s.mean) * s.scale;
+            vec shown = normal * load(f->own + GAIN_C * Hp + u) + load(f->own + SHIFT_C * Hp + u);
+            if (kept_row)
+                store(kept_row + (1 + KEPT_C) * Hp + u, normal);
+            store(f->after + place, load(f->after + place) * hyperbolic_tangent(shown));
+        }
+    }
+}
+
+INLINE void add_to(REAL *sum, vec value)
+{
+    store(sum, load(sum) + value);
+}
+
+/* LSTM: from the gradient of h to that of the normalized c, of all rows, in b->dm. What comes to o
+   waits in its place among the gradients. */
+static void backward_of_shown_c(const Call *call, const Backward *b, i64 rows, i64 unit, i64 end,
+                                const REAL *dh, const REAL *kept_rows, REAL *grads)
+{
+    const i64 Hp = padded(call->hidden_size);
+    for (i64 row = 0; row < rows; row++)
+        for (i64 u = unit; u < end; u += LANES) {
+            const REAL *kept = kept_rows + row * b->kept_row + Hp + u;
+            vec normal = load(kept + KEPT_C * Hp), gain = load(b->own + GAIN_C * Hp + u);
+            vec t = hyperbolic_tangent(normal * gain + load(b->own + SHIFT_C * Hp + u));
+            vec grad_h = load(dh + row * Hp + u);
+            vec grad = grad_h * load(kept + 3 * Hp) * ((REAL)1 - t * t);
+            add_to(b->grad_own + GAIN_C * Hp + u, grad * normal);
+            add_to(b->grad_own + SHIFT_C * Hp + u, grad);
+            store(b->dm + row * Hp + u, grad * gain);
+            store(grads + (row * GRADS[CELL] + 3) * Hp + u, grad_h * t);
+        }
+}
+
+/* The pointwise half of a backward step, as backward_step; and what gains and biases get of it. */
+static void normalized_backward_step(const Call *call, const Backward *b, const Member *me,
+                                     i64 rows, i64 unit, i64 end, const REAL *dh,
+                                     const REAL *kept_rows, REAL *grad_rows)
+{
+    const i64 H = call->hidden_size, Hp = padded(H);
+    if (CELL == LSTM) {
+        backward_of_shown_c(call, b, rows, unit, end, dh, kept_rows, grad_rows);
+        wait_for_all(me);
+    }
+    for (i64 row = 0; row < rows; row++) {
+        const REAL *kept_row = kept_rows + row * b->kept_row;
+        REAL *grads = grad_rows + row * GRADS[CELL] * Hp;
+        const REAL *normal_c = kept_row + (1 + KEPT_C) * Hp;
+        Slope s = {0, 0};
+        if (CELL == LSTM)
+            s = slope(b->dm + row * Hp, normal_c, 1, H);
+        for (i64 u = unit; u < end; u += LANES) {
+            const i64 place = row * Hp + u;
+            vec kept[5], input[4], state[4];
+            UNROLL for (int k = 0; k < KEPT_HH; k++) kept[k] = load(kept_row + (1 + k) * Hp + u);
+            if (CELL == GRU) {
+                vec past = cell_backward(GRU, 0, load(dh + place), load(kept_row + u), kept, 0,
+                                         NULL, input);
+                store(b->after + place, past);
+                state[0] = input[0], state[1] = input[1], state[2] = input[3];
+                add_to(b->grad_own + (GRAD_BIAS + 3) * Hp + u, input[3]);
+            } else {
+                vec dc = load(b->dc + place)
+                         + grad_of(load(b->dm + place), load(normal_c + u), s,
+                                   kept_row[scales_at(call) + SCALE_C]);
+                lstm_grads(kept, dc, load(grads + 3 * Hp + u), &dc, input);
+                store(b->dc + place, dc);
+                UNROLL for (int g = 0; g < 4; g++) state[g] = input[g];
+            }
+            UNROLL for (int g = 0; g < CELL_GATES; g++) {
+                const i64 at = g * Hp + u;
+                store(grads + at, input[g]);
+                store(b->sums + row * CELL_GATES * Hp + at,
+                      state[g] * load(b->own + GAIN_HH * Hp + at));
+                add_to(b->grad_own + at, input[g] * load(kept_row + (1 + KEPT_IH) * Hp + at));
+                add_to(b->grad_own + GAIN_HH * Hp + at,
+                       state[g] * load(kept_row + (1 + KEPT_HH) * Hp + at));
+                add_to(b->grad_own + GRAD_BIAS * Hp + at, input[g]);
+            }
+        }
+    }
+    wait_for_all(me);
+    for (i64 row = 0; row < rows; row++) {
+        const REAL *kept_row = kept_rows + row * b->kept_row;
+        const REAL *normal = kept_row + (1 + KEPT_HH) * Hp;
+        const REAL *sums = b->sums + row * CELL_GATES * Hp;
+        REAL *grads = grad_rows + row * GRADS[CELL] * Hp + state_slot(CELL, 0) * Hp;
+        UNROLL for (int group = 0; group < GROUPS; group++) {
+            const int first = GROUP_FIRST(group), gates = GROUP_GATES(group);
+            const Slope s = slope(sums + first * Hp, normal + first * Hp, gates, H);
+            const REAL scale = kept_row[scales_at(call) + SCALE_HH + group];
+            for (i64 g = first; g < first + gates; g++)
+                for (i64 at = g * Hp + unit; at < g * Hp + end; at += LANES)
+                    store(grads + at, grad_of(load(sums + at), load(normal + at), s, scale));
+        }
+    }
+}
+
+/* After the loop: the gradients of LN(W_ih x) become those of W_ih x, each member some rows; and
+   the biases have theirs. */
+static void normalized_after_the_loop(const Call *call, int d, const Backward *b, const Member *me,
+                                      i64 total)
+{
+    const i64 H = call->hidden_size, Hp = padded(H);
+    REAL *grad_bias_ih = call->grad_weights[d][2], *grad_bias_hh = call->grad_weights[d][3];
+    i64 row, end;
+    share(me, total, 1, &row, &end);
+    for (; row < end; row++) {
+        const REAL *kept_row = b->saved + row * b->kept_row;
+        const REAL *normal = kept_row + (1 + KEPT_IH) * Hp;
+        REAL *grads = b->grads + row * GRADS[CELL] * Hp;
+        UNROLL for (int group = 0; group < GROUPS; group++) {
+            const i64 from = GROUP_FIRST(group) * Hp, to = from + GROUP_GATES(group) * Hp;
+            for (i64 at = from; at < to; at += LANES)
+                store(grads + at, load(grads + at) * load(b->own + at));
+            const Slope s = slope(grads + from, normal + from, GROUP_GATES(group), H);
+            const REAL scale = kept_row[scales_at(call) + SCALE_IH + group];
+            for (i64 at = from; at < to; at += LANES)
+                store(grads + at, grad_of(load(grads + at), load(normal + at), s, scale));
+        }
+    }
+    i64 unit, last;
+    share_units(me, call, &unit, &last);
+    for (i64 g = 0; g < CELL_GATES; g++)
+        for (i64 u = unit; u < last; u += LANES) {
+            const REAL *sums = b->grad_own + GRAD_BIAS * Hp + u;
+            const i64 apart = CELL == GRU && g == 2;
+            if (grad_bias_ih)
+                store_some(grad_bias_ih + g * H + u, load(sums + g * Hp), H - u);
+            if (grad_bias_hh)
+                store_some(grad_bias_hh + g * H + u, load(sums + (g + apart) * Hp), H - u);
+        }
+    wait_for_all(me);
+}
