@@ -724,8 +724,6 @@ INLINE void share_units(const Member *me, const Call *call, i64 *from, i64 *to)
 /* Private buffers of one direction, forward. */
 typedef struct {
     REAL *weight_ih, *weight_hh, *weight_hr, *bias, *preact, *before, *after, *inner, *c, *own;
-    /* W_hh h, where it is normalized. */
-    REAL *sums;
     /* What W_hh is multiplied with: `before`, or that and a mask. */
     const REAL *operand;
     REAL *saved;
@@ -737,14 +735,14 @@ typedef struct {
     const i64 *places;
     REAL *masked, *next_masked, *c_before, *x_rows;
     REAL clip_c;
+    /* W_hh h, where it is normalized. */
+    REAL *sums;
 } Forward;
 
 /* Private buffers of one direction, backward. */
 typedef struct {
     REAL *grads, *dh, *dc, *dm, *grad_states, *weight_ih, *weight_hh, *weight_hr, *x, *after;
     REAL *own, *grad_own;
-    /* Where preactivations are normalized, the gradients of W_hh's part of them times their gains. */
-    REAL *sums;
     const REAL *saved;
     i64 kept_row;
     /* Where a row of what was kept has the h that GRU's update gate weighs; 0 but for masked calls. */
@@ -755,6 +753,8 @@ typedef struct {
     const i64 *places;
     REAL *past_h, *past_c, *reset_h, *reset_c, *x_rows;
     REAL clip_c;
+    /* Where preactivations are normalized, the gradients of W_hh's part of them times their gains. */
+    REAL *sums;
 } Backward;
 
 /* Vectors of a panel of W_hh: the gates of a unit-vector, or two unit-vectors of an RNN. */
