@@ -10,8 +10,9 @@
    So the gradients of a step's preactivations are made twice: d, which W_ih's side has after the
    loop, and from it what W_hh is to be multiplied with.
 
-   A row's statistics are of all its units. Each member of a team makes all that it needs by itself,
-   in one order, after it has waited for the others' units. Numbers beyond H, which fill the last
+   A row's means are of all its units. So that no member of a team has to read the others' units, each
+   unit-vector leaves two numbers, its part, and from the parts of all, after it has waited for them,
+   each member makes the means of every row, in one order. Numbers beyond H, which fill the last
    vector, count for nothing: gains there are zeros. */
 
 /* Rows of the fifth weight, and so of f->own, b->own and b->grad_own: the gains of W_ih x and of
@@ -63,34 +64,136 @@ INLINE REAL total_of(vec x)
     return part[0];
 }
 
+INLINE vec square_root(vec x)
+{
+    vec root;
+    for (int lane = 0; lane < LANES; lane++)
+        root[lane] = IS_FLOAT ? __builtin_sqrtf((float)x[lane])
+                              : (REAL)__builtin_sqrt((double)x[lane]);
+    return root;
+}
+
+/* Parts of what is normalized together, of all unit-vectors and rows; then of the next: groups of
+   gates, and c. Rows stand beside each other, so that a vector is one number of many rows. */
+INLINE i64 numbers_of_parts(const Call *call)
+{
+    return (GROUPS + 1) * (padded(call->hidden_size) / LANES) * 2 * padded(call->batch);
+}
+INLINE REAL *parts_of(const Call *call, REAL *parts, int which)
+{
+    return parts + which * (padded(call->hidden_size) / LANES) * 2 * padded(call->batch);
+}
+/* What a member has found of each row, two numbers for each of these. */
+INLINE i64 numbers_found(const Call *call)
+{
+    return (GROUPS + 1) * 2 * padded(call->batch);
+}
+
+/* Of a unit-vector of some gates: the sum, and the sum of squares about its own mean. */
+INLINE void put_part(const Call *call, REAL *parts, int which, i64 row, i64 unit, int gates,
+                     const vec *x)
+{
+    const i64 left = call->hidden_size - unit, Np = padded(call->batch);
+    REAL *at = parts_of(call, parts, which) + unit / LANES * 2 * Np + row;
+    vec sum = x[0], squares = {0};
+    UNROLL for (int g = 1; g < gates; g++) sum += x[g];
+    const REAL total = total_of(sum);
+    const REAL mean = total / (REAL)(gates * (left < LANES ? left : LANES));
+    UNROLL for (int g = 0; g < gates; g++) {
+        vec off = first_of(x[g] - mean, left);
+        squares += off * off;
+    }
+    at[0] = total;
+    at[Np] = total_of(squares);
+}
+/* All rows' mean and scale, from the parts: Chan, Golub & LeVeque 1979. */
+static void find_statistics(const Call *call, REAL *parts, int which, int gates, i64 rows,
+                            REAL *found)
+{
+    const i64 H = call->hidden_size, Np = padded(call->batch);
+    const REAL count = (REAL)(gates * H);
+    parts = parts_of(call, parts, which);
+    found += which * 2 * Np;
+    for (i64 row = 0; row < rows; row += LANES) {
+        vec sum = {0}, squares = {0};
+        for (i64 unit = 0; unit < H; unit += LANES)
+            sum += load(parts + unit / LANES * 2 * Np + row);
+        const vec mean = sum / count;
+        for (i64 unit = 0; unit < H; unit += LANES) {
+            const REAL *part = parts + unit / LANES * 2 * Np + row;
+            const REAL size = (REAL)(gates * (H - unit < LANES ? H - unit : LANES));
+            vec off = load(part) / size - mean;
+            squares += load(part + Np) + off * off * size;
+        }
+        store(found + row, mean);
+        store(found + Np + row, (REAL)1 / square_root(squares / count + EPSILON));
+    }
+}
+
+/* Of a unit-vector of some gates: the sums of g and of g * n. */
+INLINE void put_slope(const Call *call, REAL *parts, int which, i64 row, i64 unit, int gates,
+                      const vec *grads, const vec *normals)
+{
+    const i64 Np = padded(call->batch);
+    REAL *at = parts_of(call, parts, which) + unit / LANES * 2 * Np + row;
+    vec sum = grads[0], products = grads[0] * normals[0];
+    UNROLL for (int g = 1; g < gates; g++) {
+        sum += grads[g];
+        products += grads[g] * normals[g];
+    }
+    at[0] = total_of(sum);
+    at[Np] = total_of(products);
+}
+/* All rows' mean(g) and mean(g * n). */
+static void find_slopes(const Call *call, REAL *parts, int which, int gates, i64 rows, REAL *found)
+{
+    const i64 H = call->hidden_size, Np = padded(call->batch);
+    const REAL count = (REAL)(gates * H);
+    parts = parts_of(call, parts, which);
+    found += which * 2 * Np;
+    for (i64 row = 0; row < rows; row += LANES) {
+        vec sum = {0}, products = {0};
+        for (i64 unit = 0; unit < H; unit += LANES) {
+            sum += load(parts + unit / LANES * 2 * Np + row);
+            products += load(parts + unit / LANES * 2 * Np + Np + row);
+        }
+        store(found + row, sum / count);
+        store(found + Np + row, products / count);
+    }
+}
+
+/* Two numbers of a row: mean and scale, or mean(g) and mean(g * n). */
 typedef struct {
-    REAL mean, scale;
-} Statistics;
-/* Of some gates of a row, H numbers each. */
-INLINE Statistics statistics(const REAL *from, int gates, i64 hidden)
+    REAL mean, other;
+} Pair;
+INLINE Pair pair_of(const Call *call, const REAL *found, int which, i64 row)
+{
+    const i64 Np = padded(call->batch);
+    return (Pair){found[which * 2 * Np + row], found[(which * 2 + 1) * Np + row]};
+}
+
+INLINE vec grad_of(vec grad, vec normal, Pair means, REAL scale)
+{
+    return scale * (grad - means.mean - normal * means.other);
+}
+
+/* The same of a whole row at once, H numbers of some gates after each other. */
+INLINE Pair statistics(const REAL *from, int gates, i64 hidden)
 {
     const i64 Hp = padded(hidden);
     const REAL count = (REAL)(gates * hidden);
     vec sum = {0}, squares = {0};
-    for (int g = 0; g < gates; g++)
-        for (i64 u = 0; u < Hp; u += LANES)
-            sum += first_of(load(from + g * Hp + u), hidden - u);
+    for (i64 at = 0; at < gates * Hp; at += LANES)
+        sum += load(from + at);
     const REAL mean = total_of(sum) / count;
     for (int g = 0; g < gates; g++)
         for (i64 u = 0; u < Hp; u += LANES) {
-            vec x = first_of(load(from + g * Hp + u) - mean, hidden - u);
-            squares += x * x;
+            vec off = first_of(load(from + g * Hp + u) - mean, hidden - u);
+            squares += off * off;
         }
-    const REAL variance = total_of(squares) / count + EPSILON;
-    return (Statistics){mean, 1 / (IS_FLOAT ? __builtin_sqrtf((float)variance)
-                                            : (REAL)__builtin_sqrt((double)variance))};
+    return (Pair){mean, ((REAL)1 / square_root(all(total_of(squares) / count + EPSILON)))[0]};
 }
-
-typedef struct {
-    REAL mean, slope;
-} Slope;
-/* mean(g) and mean(g * n) of some gates of a row. */
-INLINE Slope slope(const REAL *grads, const REAL *normal, int gates, i64 hidden)
+INLINE Pair slope(const REAL *grads, const REAL *normal, int gates, i64 hidden)
 {
     const REAL count = (REAL)(gates * hidden);
     vec sum = {0}, products = {0};
@@ -99,11 +202,7 @@ INLINE Slope slope(const REAL *grads, const REAL *normal, int gates, i64 hidden)
         sum += g;
         products += g * load(normal + at);
     }
-    return (Slope){total_of(sum) / count, total_of(products) / count};
-}
-INLINE vec grad_of(vec grad, vec normal, Slope s, REAL scale)
-{
-    return scale * (grad - s.mean - normal * s.slope);
+    return (Pair){total_of(sum) / count, total_of(products) / count};
 }
 
 /* W_ih x of some rows, the first of which is `first`, becomes LN(W_ih x) and the biases. */
@@ -118,11 +217,11 @@ static void normalize_input(const Call *call, const Forward *f, const Member *me
         REAL *kept = call->keep ? f->saved + (first + row) * f->kept_row : NULL;
         UNROLL for (int group = 0; group < GROUPS; group++) {
             const int g = GROUP_FIRST(group), gates = GROUP_GATES(group);
-            const Statistics s = statistics(preact + g * Hp, gates, H);
+            const Pair s = statistics(preact + g * Hp, gates, H);
             if (kept)
-                kept[scales_at(call) + SCALE_IH + group] = s.scale;
+                kept[scales_at(call) + SCALE_IH + group] = s.other;
             for (i64 at = g * Hp; at < (g + gates) * Hp; at += LANES) {
-                vec normal = (load(preact + at) - s.mean) * s.scale;
+                vec normal = (load(preact + at) - s.mean) * s.other;
                 if (kept)
                     store(kept + (1 + KEPT_IH) * Hp + at, normal);
                 store(preact + at, normal * load(f->own + at) + load(f->bias + at));
@@ -131,29 +230,41 @@ static void normalize_input(const Call *call, const Forward *f, const Member *me
     }
 }
 
-/* One step: f->after from f->before, the units [unit, end) of all rows. */
+/* W_hh h of a unit-vector of one row, for when that of all units is there. */
+INLINE void put_sums(const Call *call, const Forward *f, i64 row, i64 unit, const vec *sums)
+{
+    UNROLL for (int g = 0; g < CELL_GATES; g++)
+        store(f->sums + (row * CELL_GATES + g) * padded(call->hidden_size) + unit, sums[g]);
+    UNROLL for (int group = 0; group < GROUPS; group++)
+        put_part(call, f->parts, group, row, unit, GROUP_GATES(group), sums + GROUP_FIRST(group));
+}
+
+/* What a step has to do besides its product: f->after from f->sums, the units [unit, end) of all
+   rows. */
 static void normalized_step(const Call *call, const Forward *f, const Member *me, i64 rows,
                             i64 unit, i64 end, const REAL *preact_rows, REAL *kept_rows)
 {
-    const i64 H = call->hidden_size, Hp = padded(H);
-    step(CELL, call, f, rows, unit, end, preact_rows, kept_rows);
+    const i64 Hp = padded(call->hidden_size);
+    REAL *found = f->found + me->index * numbers_found(call);
     wait_for_all(me);
+    UNROLL for (int group = 0; group < GROUPS; group++)
+        find_statistics(call, f->parts, group, GROUP_GATES(group), rows, found);
     for (i64 row = 0; row < rows; row++) {
         const REAL *preact = preact_rows + row * CELL_GATES * Hp;
         const REAL *sums = f->sums + row * CELL_GATES * Hp;
         REAL *kept_row = call->keep ? kept_rows + row * f->kept_row : NULL;
-        Statistics s[GROUPS];
+        Pair s[GROUPS];
         UNROLL for (int group = 0; group < GROUPS; group++) {
-            s[group] = statistics(sums + GROUP_FIRST(group) * Hp, GROUP_GATES(group), H);
+            s[group] = pair_of(call, found, group, row);
             if (kept_row && me->index == 0)
-                kept_row[scales_at(call) + SCALE_HH + group] = s[group].scale;
+                kept_row[scales_at(call) + SCALE_HH + group] = s[group].other;
         }
         for (i64 u = unit; u < end; u += LANES) {
             const i64 place = row * Hp + u;
             vec gates[4], kept[6];
             UNROLL for (int g = 0; g < CELL_GATES; g++) {
-                const Statistics own = s[GROUP_OF(g)];
-                vec normal = (load(sums + g * Hp + u) - own.mean) * own.scale;
+                vec normal =
+                    (load(sums + g * Hp + u) - s[GROUP_OF(g)].mean) * s[GROUP_OF(g)].other;
                 if (kept_row)
                     store(kept_row + (1 + KEPT_HH + g) * Hp + u, normal);
                 gates[g] = normal * load(f->own + (GAIN_HH + g) * Hp + u)
@@ -164,7 +275,9 @@ static void normalized_step(const Call *call, const Forward *f, const Member *me
                                      load(f->before + place), NULL, 0, kept);
                 store(f->after + place, h);
             } else {
-                store(f->c + place, lstm_c(gates, load(f->c + place), kept));
+                vec c = lstm_c(gates, load(f->c + place), kept);
+                put_part(call, f->parts, GROUPS, row, u, 1, &c);
+                store(f->c + place, c);
                 /* Until c of all units is there. */
                 store(f->after + place, kept[3]);
             }
@@ -176,14 +289,15 @@ static void normalized_step(const Call *call, const Forward *f, const Member *me
     if (CELL == GRU)
         return;
     wait_for_all(me);
+    find_statistics(call, f->parts, GROUPS, 1, rows, found);
     for (i64 row = 0; row < rows; row++) {
-        const Statistics s = statistics(f->c + row * Hp, 1, H);
+        const Pair s = pair_of(call, found, GROUPS, row);
         REAL *kept_row = call->keep ? kept_rows + row * f->kept_row : NULL;
         if (kept_row && me->index == 0)
-            kept_row[scales_at(call) + SCALE_C] = s.scale;
+            kept_row[scales_at(call) + SCALE_C] = s.other;
         for (i64 u = unit; u < end; u += LANES) {
             const i64 place = row * Hp + u;
-            vec normal = (load(f->c + place) - s.mean) * s.scale;
+            vec normal = (load(f->c + place) - s.mean) * s.other;
             vec shown = normal * load(f->own + GAIN_C * Hp + u) + load(f->own + SHIFT_C * Hp + u);
             if (kept_row)
                 store(kept_row + (1 + KEPT_C) * Hp + u, normal);
@@ -212,7 +326,9 @@ static void backward_of_shown_c(const Call *call, const Backward *b, i64 rows, i
             vec grad = grad_h * load(kept + 3 * Hp) * ((REAL)1 - t * t);
             add_to(b->grad_own + GAIN_C * Hp + u, grad * normal);
             add_to(b->grad_own + SHIFT_C * Hp + u, grad);
-            store(b->dm + row * Hp + u, grad * gain);
+            vec scaled = grad * gain;
+            put_slope(call, b->parts, GROUPS, row, u, 1, &scaled, &normal);
+            store(b->dm + row * Hp + u, scaled);
             store(grads + (row * GRADS[CELL] + 3) * Hp + u, grad_h * t);
         }
 }
@@ -222,21 +338,21 @@ static void normalized_backward_step(const Call *call, const Backward *b, const 
                                      i64 rows, i64 unit, i64 end, const REAL *dh,
                                      const REAL *kept_rows, REAL *grad_rows)
 {
-    const i64 H = call->hidden_size, Hp = padded(H);
+    const i64 Hp = padded(call->hidden_size);
+    REAL *found = b->found + me->index * numbers_found(call);
     if (CELL == LSTM) {
         backward_of_shown_c(call, b, rows, unit, end, dh, kept_rows, grad_rows);
         wait_for_all(me);
+        find_slopes(call, b->parts, GROUPS, 1, rows, found);
     }
     for (i64 row = 0; row < rows; row++) {
         const REAL *kept_row = kept_rows + row * b->kept_row;
         REAL *grads = grad_rows + row * GRADS[CELL] * Hp;
         const REAL *normal_c = kept_row + (1 + KEPT_C) * Hp;
-        Slope s = {0, 0};
-        if (CELL == LSTM)
-            s = slope(b->dm + row * Hp, normal_c, 1, H);
+        const Pair means = pair_of(call, found, GROUPS, row);
         for (i64 u = unit; u < end; u += LANES) {
             const i64 place = row * Hp + u;
-            vec kept[5], input[4], state[4];
+            vec kept[5], input[4], state[4], normals[4];
             UNROLL for (int k = 0; k < KEPT_HH; k++) kept[k] = load(kept_row + (1 + k) * Hp + u);
             if (CELL == GRU) {
                 vec past = cell_backward(GRU, 0, load(dh + place), load(kept_row + u), kept, 0,
@@ -246,7 +362,7 @@ static void normalized_backward_step(const Call *call, const Backward *b, const 
                 add_to(b->grad_own + (GRAD_BIAS + 3) * Hp + u, input[3]);
             } else {
                 vec dc = load(b->dc + place)
-                         + grad_of(load(b->dm + place), load(normal_c + u), s,
+                         + grad_of(load(b->dm + place), load(normal_c + u), means,
                                    kept_row[scales_at(call) + SCALE_C]);
                 lstm_grads(kept, dc, load(grads + 3 * Hp + u), &dc, input);
                 store(b->dc + place, dc);
@@ -255,16 +371,21 @@ static void normalized_backward_step(const Call *call, const Backward *b, const 
             UNROLL for (int g = 0; g < CELL_GATES; g++) {
                 const i64 at = g * Hp + u;
                 store(grads + at, input[g]);
-                store(b->sums + row * CELL_GATES * Hp + at,
-                      state[g] * load(b->own + GAIN_HH * Hp + at));
+                normals[g] = load(kept_row + (1 + KEPT_HH) * Hp + at);
                 add_to(b->grad_own + at, input[g] * load(kept_row + (1 + KEPT_IH) * Hp + at));
-                add_to(b->grad_own + GAIN_HH * Hp + at,
-                       state[g] * load(kept_row + (1 + KEPT_HH) * Hp + at));
+                add_to(b->grad_own + GAIN_HH * Hp + at, state[g] * normals[g]);
                 add_to(b->grad_own + GRAD_BIAS * Hp + at, input[g]);
+                state[g] *= load(b->own + GAIN_HH * Hp + at);
+                store(b->sums + row * CELL_GATES * Hp + at, state[g]);
             }
+            UNROLL for (int group = 0; group < GROUPS; group++)
+                put_slope(call, b->parts, group, row, u, GROUP_GATES(group),
+                          state + GROUP_FIRST(group), normals + GROUP_FIRST(group));
         }
     }
     wait_for_all(me);
+    UNROLL for (int group = 0; group < GROUPS; group++)
+        find_slopes(call, b->parts, group, GROUP_GATES(group), rows, found);
     for (i64 row = 0; row < rows; row++) {
         const REAL *kept_row = kept_rows + row * b->kept_row;
         const REAL *normal = kept_row + (1 + KEPT_HH) * Hp;
@@ -272,7 +393,7 @@ static void normalized_backward_step(const Call *call, const Backward *b, const 
         REAL *grads = grad_rows + row * GRADS[CELL] * Hp + state_slot(CELL, 0) * Hp;
         UNROLL for (int group = 0; group < GROUPS; group++) {
             const int first = GROUP_FIRST(group), gates = GROUP_GATES(group);
-            const Slope s = slope(sums + first * Hp, normal + first * Hp, gates, H);
+            const Pair s = pair_of(call, found, group, row);
             const REAL scale = kept_row[scales_at(call) + SCALE_HH + group];
             for (i64 g = first; g < first + gates; g++)
                 for (i64 at = g * Hp + unit; at < g * Hp + end; at += LANES)
@@ -298,7 +419,7 @@ static void normalized_after_the_loop(const Call *call, int d, const Backward *b
             const i64 from = GROUP_FIRST(group) * Hp, to = from + GROUP_GATES(group) * Hp;
             for (i64 at = from; at < to; at += LANES)
                 store(grads + at, load(grads + at) * load(b->own + at));
-            const Slope s = slope(grads + from, normal + from, GROUP_GATES(group), H);
+            const Pair s = slope(grads + from, normal + from, GROUP_GATES(group), H);
             const REAL scale = kept_row[scales_at(call) + SCALE_IH + group];
             for (i64 at = from; at < to; at += LANES)
                 store(grads + at, grad_of(load(grads + at), load(normal + at), s, scale));

@@ -27,6 +27,7 @@
    beside it. A team shares the hidden units of every step, and each member only writes what belongs
    to its units. */
 
+#include <sched.h>
 #include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
@@ -56,6 +57,13 @@
 #define IN_REGISTER(vector) __asm__("" : "+v"(vector))
 #else
 #define IN_REGISTER(vector) ((void)0)
+#endif
+
+/* What a processor wants to be told between two looks at memory that another one is to write. */
+#if defined(__x86_64__)
+#define PAUSE __builtin_ia32_pause()
+#else
+#define PAUSE ((void)0)
 #endif
 
 typedef int64_t i64;
@@ -170,17 +178,47 @@ typedef struct {
     double clip_h, clip_c;
 } Extras;
 
+/* Where members wait for each other: how many have come, and how often all had. */
+typedef struct {
+    _Alignas(64) i64 here;
+    _Alignas(64) i64 rounds;
+} Meeting;
+
 /* A member of the team that works on a call. */
 typedef struct {
     i64 index, count;
     void (*wait)(void);
+    Meeting *meeting;
 } Member;
+
+/* libgomp's barrier asks the kernel to wake sleepers every time, which takes longer than a step's
+   share of work where there are three waits in a step. */
+static void meet(Meeting *m, i64 count)
+{
+    enum { SPINS = 4000 };
+    const i64 round = __atomic_load_n(&m->rounds, __ATOMIC_RELAXED);
+    if (__atomic_add_fetch(&m->here, 1, __ATOMIC_ACQ_REL) == count) {
+        __atomic_store_n(&m->here, 0, __ATOMIC_RELAXED);
+        __atomic_store_n(&m->rounds, round + 1, __ATOMIC_RELEASE);
+        return;
+    }
+    for (int spins = 0; __atomic_load_n(&m->rounds, __ATOMIC_ACQUIRE) == round;)
+        /* More threads than processors: the one that is waited for may need this one's. */
+        if (spins < SPINS)
+            spins++, PAUSE;
+        else
+            sched_yield();
+}
 
 /* Everything that was written by any member before is there for all after. */
 INLINE void wait_for_all(const Member *me)
 {
-    if (me->count > 1)
-        me->wait();
+    if (me->count > 1) {
+        if (HAS_NORM)
+            meet(me->meeting, me->count);
+        else
+            me->wait();
+    }
 }
 /* A member's part of `total` things, cut between groups of `group`. */
 INLINE void share(const Member *me, i64 total, i64 group, i64 *from, i64 *to)
@@ -735,8 +773,8 @@ typedef struct {
     const i64 *places;
     REAL *masked, *next_masked, *c_before, *x_rows;
     REAL clip_c;
-    /* W_hh h, where it is normalized. */
-    REAL *sums;
+    /* Of normalized.h: W_hh h, and its statistics. */
+    REAL *sums, *parts, *found;
 } Forward;
 
 /* Private buffers of one direction, backward. */
@@ -753,8 +791,8 @@ typedef struct {
     const i64 *places;
     REAL *past_h, *past_c, *reset_h, *reset_c, *x_rows;
     REAL clip_c;
-    /* Where preactivations are normalized, the gradients of W_hh's part of them times their gains. */
-    REAL *sums;
+    /* Of normalized.h: the gradients of LN(W_hh h) times their gains, and their means. */
+    REAL *sums, *parts, *found;
 } Backward;
 
 /* Vectors of a panel of W_hh: the gates of a unit-vector, or two unit-vectors of an RNN. */
@@ -775,6 +813,10 @@ INLINE const REAL *start_of(int cell, const Forward *f, const REAL *preact, int 
     /* The state's part of GRU's new gate begins with b_hn. */
     return cell == GRU && product == 2 ? f->bias + 3 * Hp : preact + product * Hp;
 }
+
+#if defined(NORMALIZED)
+#include "normalized.h"
+#endif
 
 #if HAS_OWN
 /* A user's cell: one unit-vector of one row, forward. hidden: its products' sums. */
@@ -815,14 +857,12 @@ INLINE void step_block(int cell, int R, int U, const Call *call, const Forward *
         multiply(R, K * U, W, sum, f->operand + row * Pp, Pp, 1, call->output_size,
                  column_of(&f->state_weight, unit / LANES * K, W), W * LANES,
                  f->state_weight.panel);
-    if (HAS_NORM) {
-        UNROLL for (int r = 0; r < R; r++)
-            UNROLL for (int u = 0; u < U; u++)
-                UNROLL for (int k = 0; k < K; k++)
-                    store(f->sums + ((row + r) * K + k) * Hp + unit + u * LANES,
-                          sum[(r * U + u) * K + k]);
-        return;
-    }
+#if defined(NORMALIZED)
+    UNROLL for (int r = 0; r < R; r++)
+        UNROLL for (int u = 0; u < U; u++)
+            put_sums(call, f, row + r, unit + u * LANES, sum + (r * U + u) * K);
+    return;
+#endif
 #if HAS_OWN
     UNROLL for (int r = 0; r < R; r++)
         UNROLL for (int u = 0; u < U; u++)
@@ -876,10 +916,6 @@ INLINE void step(int cell, const Call *call, const Forward *f, i64 rows, i64 uni
             step_block(cell, 1, 1, call, f, row, unit, preact, kept_rows);
 }
 
-#if defined(NORMALIZED)
-#include "normalized.h"
-#endif
-
 /* One step: f->after from f->before, this member's units of all rows. */
 static void any_step(const Call *call, const Forward *f, const Member *me, i64 rows,
                      const REAL *preact, REAL *kept_rows)
@@ -891,6 +927,7 @@ static void any_step(const Call *call, const Forward *f, const Member *me, i64 r
     return;
 #endif
 #if defined(NORMALIZED)
+    step(CELL, call, f, rows, unit, end, preact, kept_rows);
     normalized_step(call, f, me, rows, unit, end, preact, kept_rows);
     return;
 #endif
@@ -1024,7 +1061,11 @@ static void plan_forward(const Call *call, const Extras *e, Arena *arena, Forwar
     f->inner = take(arena, (size_t)(call->cell == LSTM_PROJECTED ? N * Hp * number : 0));
     f->c = take(arena, (size_t)(OTHERS * N * Hp * number));
     f->own = take(arena, (size_t)(UNIT_WEIGHTS * Hp * number));
-    f->sums = take(arena, (size_t)(HAS_NORM ? N * G * Hp * number : 0));
+#if defined(NORMALIZED)
+    f->sums = take(arena, (size_t)(N * G * Hp * number));
+    f->parts = take(arena, (size_t)(numbers_of_parts(call) * number));
+    f->found = take(arena, (size_t)(call->threads * numbers_found(call) * number));
+#endif
     const i64 masked = e && e->recurrent_mask ? N * Pp : 0;
     f->masked = take(arena, (size_t)(masked * number));
     f->next_masked = take(arena, (size_t)(masked * number));
@@ -1328,6 +1369,7 @@ typedef struct {
     const i64 *offsets;
     const void *buffers;
     i64 arrived;
+    Meeting meeting;
 } Team;
 
 /* A member by its turn of arrival: which thread it is does not matter. */
@@ -1336,7 +1378,7 @@ static Member arrive(Team *team)
     const Call *call = team->call;
     /* A team may be smaller than was asked for: inside another one, or by OMP_THREAD_LIMIT. */
     Member me = {__atomic_fetch_add(&team->arrived, 1, __ATOMIC_RELAXED),
-                 call->threads > 1 ? call->team_size() : 1, call->wait_for_team};
+                 call->threads > 1 ? call->team_size() : 1, call->wait_for_team, &team->meeting};
     return me;
 }
 static void work_together(const Call *call, void (*work)(void *), Team *team)
@@ -1384,7 +1426,7 @@ static i64 run_forward(const Call *call, const Extras *e)
         const i64 rows = first_row(call, offsets, call->steps);
         memset(f.saved + call->directions * rows * f.kept_row, 0, LANES * sizeof(REAL));
     }
-    Team team = {call, offsets, &f, 0};
+    Team team = {call, offsets, &f, 0, {0}};
     work_together(call, forward_work, &team);
     free(arena.base);
     free(places);
@@ -1422,7 +1464,11 @@ static void plan_backward(const Call *call, const Extras *e, i64 rows, Arena *ar
     b->weight_hr = take(arena, (size_t)(projection * number));
     b->own = take(arena, (size_t)(UNIT_WEIGHTS * Hp * number));
     b->grad_own = take(arena, (size_t)((UNIT_WEIGHTS + UNIT_BIASES) * Hp * number));
-    b->sums = take(arena, (size_t)(HAS_NORM ? N * G * Hp * number : 0));
+#if defined(NORMALIZED)
+    b->sums = take(arena, (size_t)(N * G * Hp * number));
+    b->parts = take(arena, (size_t)(numbers_of_parts(call) * number));
+    b->found = take(arena, (size_t)(call->threads * numbers_found(call) * number));
+#endif
     const i64 gathered = e && e->order ? call->threads * ROWS_AT_ONCE : 0;
     b->x = take(arena, (size_t)((gathered ? 0 : rows) * padded(I) * number));
     b->x_rows = take(arena, (size_t)(gathered * padded(I) * number));
@@ -1892,7 +1938,7 @@ static i64 run_backward(const Call *call, const Extras *e)
     /* Ends of rows that no product writes are read by whole vectors. */
     memset(b.dm, 0, arena.used - (size_t)((char *)b.dm - arena.base));
     b.saved = call->saved;
-    Team team = {call, offsets, &b, 0};
+    Team team = {call, offsets, &b, 0, {0}};
     work_together(call, backward_work, &team);
     free(arena.base);
     free(places);
