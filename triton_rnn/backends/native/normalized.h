@@ -215,6 +215,9 @@ static void normalize_input(const Call *call, const Forward *f, const Member *me
     for (; row < end; row++) {
         REAL *preact = f->preact + row * CELL_GATES * Hp;
         REAL *kept = call->keep ? f->saved + (first + row) * f->kept_row : NULL;
+        /* Not all of a vector is used; the same call shall save the same. */
+        if (kept)
+            memset(kept + scales_at(call), 0, (size_t)padded(SCALES) * sizeof(REAL));
         UNROLL for (int group = 0; group < GROUPS; group++) {
             const int g = GROUP_FIRST(group), gates = GROUP_GATES(group);
             const Pair s = statistics(preact + g * Hp, gates, H);
