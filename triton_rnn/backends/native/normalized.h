@@ -178,7 +178,7 @@ INLINE vec grad_of(vec grad, vec normal, Pair means, REAL scale)
 }
 
 /* The same of a whole row at once, H numbers of some gates after each other. */
-INLINE Pair statistics(const REAL *from, int gates, i64 hidden)
+static Pair statistics(const REAL *from, int gates, i64 hidden)
 {
     const i64 Hp = padded(hidden);
     const REAL count = (REAL)(gates * hidden);
@@ -193,7 +193,7 @@ INLINE Pair statistics(const REAL *from, int gates, i64 hidden)
         }
     return (Pair){mean, ((REAL)1 / square_root(all(total_of(squares) / count + EPSILON)))[0]};
 }
-INLINE Pair slope(const REAL *grads, const REAL *normal, int gates, i64 hidden)
+static Pair slope(const REAL *grads, const REAL *normal, int gates, i64 hidden)
 {
     const REAL count = (REAL)(gates * hidden);
     vec sum = {0}, products = {0};
@@ -233,8 +233,9 @@ static void normalize_input(const Call *call, const Forward *f, const Member *me
     }
 }
 
-/* W_hh h of a unit-vector of one row, for when that of all units is there. */
-INLINE void put_sums(const Call *call, const Forward *f, i64 row, i64 unit, const vec *sums)
+/* W_hh h of a unit-vector of one row, for when that of all units is there. Not inlined into each kind
+   of block, which would take the compiler longer and a step no less. */
+static __attribute__((noinline)) void put_sums(const Call *call, const Forward *f, i64 row, i64 unit, const vec *sums)
 {
     UNROLL for (int g = 0; g < CELL_GATES; g++)
         store(f->sums + (row * CELL_GATES + g) * padded(call->hidden_size) + unit, sums[g]);
