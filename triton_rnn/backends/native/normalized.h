@@ -49,11 +49,9 @@ INLINE i64 scales_at(const Call *call)
 
 INLINE vec first_of(vec x, i64 count)
 {
-    bits in;
-    if (count >= LANES)
-        return x;
-    UNROLL for (int lane = 0; lane < LANES; lane++) in[lane] = lane < count ? -1 : 0;
-    return choose(in, x, (vec){0});
+    vec number;
+    UNROLL for (int lane = 0; lane < LANES; lane++) number[lane] = (REAL)lane;
+    return choose(number < (REAL)count, x, (vec){0});
 }
 INLINE REAL total_of(vec x)
 {
@@ -177,32 +175,42 @@ INLINE vec grad_of(vec grad, vec normal, Pair means, REAL scale)
     return scale * (grad - means.mean - normal * means.other);
 }
 
-/* The same of a whole row at once, H numbers of some gates after each other. */
-static Pair statistics(const REAL *from, int gates, i64 hidden)
+/* The same of a whole row at once, H numbers of some gates after each other. A sum of each gate, so
+   that they do not wait for each other. */
+INLINE Pair statistics(const REAL *from, int gates, i64 hidden)
 {
     const i64 Hp = padded(hidden);
     const REAL count = (REAL)(gates * hidden);
-    vec sum = {0}, squares = {0};
-    for (i64 at = 0; at < gates * Hp; at += LANES)
-        sum += load(from + at);
-    const REAL mean = total_of(sum) / count;
-    for (int g = 0; g < gates; g++)
-        for (i64 u = 0; u < Hp; u += LANES) {
+    vec sum[4] = {{0}}, squares[4] = {{0}};
+    for (i64 u = 0; u < Hp; u += LANES)
+        UNROLL for (int g = 0; g < gates; g++) sum[g] += load(from + g * Hp + u);
+    UNROLL for (int g = 1; g < gates; g++) sum[0] += sum[g];
+    const REAL mean = total_of(sum[0]) / count;
+    for (i64 u = 0; u < Hp; u += LANES)
+        UNROLL for (int g = 0; g < gates; g++) {
             vec off = first_of(load(from + g * Hp + u) - mean, hidden - u);
-            squares += off * off;
+            squares[g] += off * off;
         }
-    return (Pair){mean, ((REAL)1 / square_root(all(total_of(squares) / count + EPSILON)))[0]};
+    UNROLL for (int g = 1; g < gates; g++) squares[0] += squares[g];
+    const vec variance = all(total_of(squares[0]) / count + EPSILON);
+    return (Pair){mean, ((REAL)1 / square_root(variance))[0]};
 }
-static Pair slope(const REAL *grads, const REAL *normal, int gates, i64 hidden)
+INLINE Pair slope(const REAL *grads, const REAL *normal, int gates, i64 hidden)
 {
+    const i64 Hp = padded(hidden);
     const REAL count = (REAL)(gates * hidden);
-    vec sum = {0}, products = {0};
-    for (i64 at = 0; at < gates * padded(hidden); at += LANES) {
-        vec g = load(grads + at);
-        sum += g;
-        products += g * load(normal + at);
+    vec sum[4] = {{0}}, products[4] = {{0}};
+    for (i64 u = 0; u < Hp; u += LANES)
+        UNROLL for (int g = 0; g < gates; g++) {
+            vec grad = load(grads + g * Hp + u);
+            sum[g] += grad;
+            products[g] += grad * load(normal + g * Hp + u);
+        }
+    UNROLL for (int g = 1; g < gates; g++) {
+        sum[0] += sum[g];
+        products[0] += products[g];
     }
-    return (Pair){total_of(sum) / count, total_of(products) / count};
+    return (Pair){total_of(sum[0]) / count, total_of(products[0]) / count};
 }
 
 /* W_ih x of some rows, the first of which is `first`, becomes LN(W_ih x) and the biases. */
