@@ -58,11 +58,11 @@ def explain(module: torch.nn.Module, input: Any, hx: Any = None) -> Explanation:
     """
     if isinstance(module, Recurrent):
         prepared = own.prepare(module, input, hx)
-        choice = own.choose(prepared)
+        own_choice = own.choose(prepared)
         return Explanation(
-            choice.backend,
-            choice.reasons,
-            tuple(_plan(prepared, choice.backend, module.num_layers)),
+            own_choice.backend,
+            own_choice.reasons,
+            tuple(_plan(prepared, own_choice.backend, module.num_layers)),
             prepared.request,
         )
     if not isinstance(module, (torch.nn.RNNBase, torch.nn.RNNCellBase)):
@@ -89,10 +89,14 @@ def explain(module: torch.nn.Module, input: Any, hx: Any = None) -> Explanation:
         call = functional.prepare_cell(module, input, hx)
     if call is None:
         return _left_to_torch("malformed or out of the ordinary: torch.nn's own forward answers it")
-    if isinstance(module, torch.nn.RNNCellBase) and wanted == "auto":
-        return _left_to_torch("auto leaves single steps to torch's own cells")
     recomputed = call.request.needs_grad and recomputed
-    choice = (recompute if recomputed else dispatch).choose(call.request, wanted)
+    choice: dispatch.Choice | None
+    if isinstance(module, torch.nn.RNNCellBase):
+        choice = functional.choose_for_cell(call.request, wanted)
+        if choice is None:
+            return _left_to_torch("auto leaves this step to torch's own cells")
+    else:
+        choice = (recompute if recomputed else dispatch).choose(call.request, wanted)
     plan = _plan(call, choice.backend, layers)
     if recomputed:
         given = 0 if recomputed is True else recomputed
