@@ -19,6 +19,7 @@ from rich.console import Console
 from rich.table import Table
 
 from bench import beyond_cells, beyond_loop, beyond_norm, beyond_stream
+from bench.children import RETURN_FREED, run_child
 from bench.machine import CommandError, describe_machine, write
 from bench.turns import QUICK_BUDGET, Budget, Rounds, measure
 
@@ -30,6 +31,7 @@ SOURCES: tuple[Callable[[], Iterator[Pair]], ...] = (
     beyond_norm.pairs,
 )
 HEADER = ("case", "ours", "theirs", "theirs over ours")
+MEMORY_HEADER = ("peak of ours", "of theirs")
 
 
 @dataclass(frozen=True)
@@ -42,6 +44,9 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--case", metavar="TEXT", default="", help="only cases with it in the name")
     parser.add_argument("--threads", type=int, metavar="N", help="torch.set_num_threads(N)")
     parser.add_argument("--quick", action="store_true", help="short budgets")
+    parser.add_argument(
+        "--memory", action="store_true", help="peak memory too, in processes of their own"
+    )
     parser.add_argument("--save", type=Path, metavar="FILE.md", help="write the table too")
 
 
@@ -52,10 +57,20 @@ def _row(name: str, rounds: Rounds) -> tuple[str, ...]:
     return name, f"{mine:,.0f} us", f"{other:,.0f} us", ratio
 
 
-def _markdown(rows: list[tuple[str, ...]]) -> str:
+def _peaks(name: str) -> tuple[str, ...]:
+    """Most memory during a step of either side, beyond what was there before."""
+    found = []
+    for side in ("ours", "theirs"):
+        printed = run_child("beyond", name, side, environment=RETURN_FREED)
+        assert isinstance(printed["bytes"], int)
+        found.append(f"{printed['bytes'] / 2**20:.1f} MiB")
+    return tuple(found)
+
+
+def _markdown(header: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
     facts = ", ".join(f"{name}: {value}" for name, value in describe_machine().items())
     lines = ["# Beyond torch.nn", "", facts, f"{torch.get_num_threads()} threads", ""]
-    lines += ["| " + " | ".join(row) + " |" for row in (HEADER, ("---",) * len(HEADER), *rows)]
+    lines += ["| " + " | ".join(row) + " |" for row in (header, ("---",) * len(header), *rows)]
     return "\n".join(lines) + "\n"
 
 
@@ -78,15 +93,17 @@ def run(options: argparse.Namespace) -> int:
             print(name, file=sys.stderr)
             ours()
             theirs()
-            rows.append(_row(name, measure({"ours": _Side(ours), "theirs": _Side(theirs)}, budget)))
+            row = _row(name, measure({"ours": _Side(ours), "theirs": _Side(theirs)}, budget))
+            rows.append(row + (_peaks(name) if options.memory else ()))
     if not rows:
         raise CommandError(f"--case {options.case}: there is none")
     table = Table(title=f"{torch.get_num_threads()} threads")
-    for number, title in enumerate(HEADER):
+    header = HEADER + (MEMORY_HEADER if options.memory else ())
+    for number, title in enumerate(header):
         table.add_column(title, justify="right" if number else "left")
     for row in rows:
         table.add_row(*row)
     Console().print(table)
     if path is not None:
-        write(path, _markdown(rows))
+        write(path, _markdown(header, rows))
     return 0

@@ -1,4 +1,4 @@
-"""Lengths, resets, all states and regularization beside loops of torch.nn's cells.
+"""Lengths, resets, all states, clipping and regularization beside loops of torch.nn's cells.
 
 Pairs for a table of cases: a name, a training step of ours, one of the plain loop.
 """
@@ -15,6 +15,7 @@ import triton_rnn
 
 STEPS, BATCH, SIZE = 100, 8, 128
 P = 0.2
+CLIP = 0.3
 Pair = tuple[str, Callable[[], object], Callable[[], object]]
 
 
@@ -49,6 +50,31 @@ def _by_resets(kind: str, cell: torch.nn.Module, x: Tensor, keeps: Tensor) -> Te
     for t in range(STEPS):
         states = tuple(state * keeps[t] for state in states)
         states = _next(kind, cell, x[t], states)
+        outputs.append(states[0])
+    return torch.stack(outputs)
+
+
+def _all_states(kind: str, cell: torch.nn.Module, x: Tensor) -> Tensor:
+    """Outputs beside every step's c."""
+    states, steps = _states(kind, x.new_zeros(BATCH, SIZE)), []
+    for t in range(STEPS):
+        states = _next(kind, cell, x[t], states)
+        steps.append(torch.cat(states, 1))
+    return torch.stack(steps)
+
+
+def _clipped(kind: str, cell: torch.nn.Module, x: Tensor) -> Tensor:
+    """h bounded after every step, and an LSTM's c, of which h is made."""
+    states, outputs = _states(kind, x.new_zeros(BATCH, SIZE)), []
+    for t in range(STEPS):
+        if kind == "LSTM":
+            a = linear(x[t], cell.weight_ih, cell.bias_ih)
+            i, f, g, o = (a + linear(states[0], cell.weight_hh, cell.bias_hh)).chunk(4, 1)
+            c = torch.sigmoid(f) * states[1] + torch.sigmoid(i) * torch.tanh(g)
+            c = c.clamp(-CLIP, CLIP)
+            states = ((torch.sigmoid(o) * torch.tanh(c)).clamp(-CLIP, CLIP), c)
+        else:
+            states = (_next(kind, cell, x[t], states)[0].clamp(-CLIP, CLIP),)
         outputs.append(states[0])
     return torch.stack(outputs)
 
@@ -89,15 +115,23 @@ def pairs() -> Iterator[Pair]:
         layer = getattr(triton_rnn, kind)(SIZE, SIZE)
         options = {"recurrent_dropout": P, "weight_dropout": P, "zoneout": P, "input_dropout": P}
         regular = getattr(triton_rnn, kind)(SIZE, SIZE, **options)
-        cell, other = _cell(kind, layer), _cell(kind, regular)
+        clips = {"clip_hidden": CLIP} | ({"clip_cell": CLIP} if kind == "LSTM" else {})
+        clipped = getattr(triton_rnn, kind)(SIZE, SIZE, **clips)
+        cell, other, third = (_cell(kind, each) for each in (layer, regular, clipped))
+
+        def states_of(layer: torch.nn.Module = layer) -> Tensor:
+            _, _, every = layer(x, all_states=True)
+            return torch.cat([*every.outputs, *every.cells], 2)
 
         def step(
             run: Callable[[], Tensor], module: torch.nn.Module = layer
         ) -> Callable[[], object]:
-            def once() -> None:
+            def once() -> Tensor:
                 x.grad = None
                 module.zero_grad()
-                run().sum().backward()
+                output = run()
+                output.sum().backward()
+                return output.detach()
 
             return once
 
@@ -110,6 +144,16 @@ def pairs() -> Iterator[Pair]:
             f"{kind} resets",
             step(lambda layer=layer: layer(x, reset_mask=resets)[0]),
             step(lambda kind=kind, cell=cell: _by_resets(kind, cell, x, keeps)),
+        )
+        yield (
+            f"{kind} all states",
+            step(states_of),
+            step(lambda kind=kind, cell=cell: _all_states(kind, cell, x)),
+        )
+        yield (
+            f"{kind} clipping",
+            step(lambda clipped=clipped: clipped(x)[0], clipped),
+            step(lambda kind=kind, third=third: _clipped(kind, third, x), clipped),
         )
         yield (
             f"{kind} locked dropout, weight dropout, zoneout",

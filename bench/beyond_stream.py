@@ -30,7 +30,7 @@ def one_step(kind: str, size: int = 128, batch: int = 1) -> Pair:
             output, state = theirs(chunk, state)
             return output
 
-    return f"stream_step_{kind.lower()}_{size}_{batch}", step_of_ours, step_of_theirs
+    return f"{kind} stream, one step, H={size}", step_of_ours, step_of_theirs
 
 
 def recomputing(kind: str, steps: int = 1000, batch: int = 32, size: int = 256) -> Pair:
@@ -46,7 +46,7 @@ def recomputing(kind: str, steps: int = 1000, batch: int = 32, size: int = 256) 
         return run
 
     ours, plain = (trains(module) for module in modules)
-    return f"recompute_{kind.lower()}", ours, plain
+    return f"{kind} recomputing, T={steps} N={batch} H={size}", ours, plain
 
 
 def pyramid(kind: str = "LSTM", sizes: tuple[int, ...] = (128, 128, 64)) -> Pair:
@@ -63,7 +63,7 @@ def pyramid(kind: str = "LSTM", sizes: tuple[int, ...] = (128, 128, 64)) -> Pair
             x = output + x if number and output.shape == x.shape else output
         return x.sum().backward()
 
-    return f"pyramid_{kind.lower()}", lambda: ours(input)[0].sum().backward(), theirs
+    return f"{kind} of several sizes, residual", lambda: ours(input)[0].sum().backward(), theirs
 
 
 def pairs() -> Iterator[Pair]:

@@ -1,6 +1,7 @@
 """Measurements that need a process of their own; each prints one JSON object.
 
     python -m bench.children memory PROVIDER CASE_ID
+    python -m bench.children beyond NAME ours|theirs
     python -m bench.children import
     python -m bench.children first-call PROVIDER CELL MODE
 
@@ -85,6 +86,20 @@ def memory(provider: str, case_id: str) -> dict[str, object]:
     return {"bytes": peak_bytes(lambda: step() and None)}
 
 
+def beyond(name: str, side: str) -> dict[str, object]:
+    """Peak of a step of one side of a pair of `bench.beyond`."""
+    from bench.beyond import SOURCES
+
+    for source in SOURCES:
+        for pair in source():
+            if pair[0] == name:
+                step = pair[1 if side == "ours" else 2]
+                # What a first call sets up once belongs to no step.
+                step()
+                return {"bytes": peak_bytes(step)}
+    raise LookupError(name)
+
+
 def import_cost() -> dict[str, object]:
     """Seconds of ``import triton_rnn`` after ``import torch``, and what it should not have done."""
     import torch
@@ -129,6 +144,7 @@ def main(arguments: list[str]) -> None:
     what, *rest = arguments
     measurements: dict[str, Callable[..., dict[str, object]]] = {
         "memory": memory,
+        "beyond": beyond,
         "import": import_cost,
         "first-call": first_call,
     }

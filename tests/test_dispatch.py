@@ -246,6 +246,21 @@ def test_cells_run_on_the_backend_that_is_asked_for():
                 torch.testing.assert_close(found, expected)
 
 
+@needs_native
+def test_a_small_gru_cell_is_the_only_one_that_auto_takes_and_only_in_training():
+    small, input = triton_rnn.GRUCell(3, 4), torch.randn(5, 3)
+    assert _backend(small, input) == "native"
+    assert "LayerFunction" in type(small(input).grad_fn).__name__
+    with torch.no_grad():
+        assert _backend(small, input) == "aten"
+        assert small(input).grad_fn is None
+    for other in (triton_rnn.GRUCell(3, 200), triton_rnn.RNNCell(3, 4), triton_rnn.LSTMCell(3, 4)):
+        assert _backend(other, input) == "aten"
+        found = other(input)
+        first = found[0] if isinstance(found, tuple) else found
+        assert "LayerFunction" not in type(first.grad_fn).__name__
+
+
 # torch says this whenever the flags are set, whatever they are set to.
 @pytest.mark.filterwarnings("ignore:TF32 acceleration on top of oneDNN:UserWarning")
 def test_the_onednn_switch_takes_effect_between_calls():

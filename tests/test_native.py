@@ -3,6 +3,7 @@
 That they compute what the other backends do is in the tests that run under every backend.
 """
 
+import ctypes
 import os
 import re
 import subprocess
@@ -111,8 +112,10 @@ def test_every_number_of_threads_gives_the_same_bits(monkeypatch, kind, packed):
     results = []
     for threads in (1, 2, 3, 5, 16):
         monkeypatch.setattr(rules, "threads", lambda request, rows, n=threads: n)
+        native._frame.cache_clear()
         with triton_rnn.use_backend("native"):
             results.append(run(ours, input, hx, **prepare))
+    native._frame.cache_clear()
     for found in results[1:]:
         for name, value in results[0].items():
             assert value is None or torch.equal(found[name], value), name
@@ -263,9 +266,12 @@ def test_only_what_is_wanted_is_computed():
     assert ours.weight_hh_l0.grad is not None
 
 
-def test_no_memory_raises(monkeypatch):
+@pytest.mark.parametrize("quick", [native._quick(), None], ids=["c", "python"])
+def test_no_memory_raises(monkeypatch, quick):
     functions = native.library(torch.float64, "gru")
-    monkeypatch.setattr(functions, "forward", lambda call: 1)
+    failing = ctypes.CFUNCTYPE(ctypes.c_int64, ctypes.c_char_p)(lambda call: 1)
+    monkeypatch.setattr(functions, "forward", native._Function.of(failing, 1))
+    monkeypatch.setattr(native, "_quick", lambda: quick)
     _, ours = twins("gru", 3, 4)
     with triton_rnn.use_backend("native"), pytest.raises(MemoryError, match="recurrent layer"):
         ours(random(5, 2, 3))
@@ -328,7 +334,62 @@ def test_the_struct_of_the_c_file_is_what_python_packs():
             for length in re.findall(r"\[(\d+)\]", name):
                 count *= int(length)
             fields += count
-    assert native._SHARED.size + native._OWN.size + native._BACKWARD.size == 8 * fields
+    packed = (native._SHARED, native._OWN, native._TEAM, native._BACKWARD)
+    assert sum(one.size for one in packed) == 8 * fields
+
+
+def twisted(tensor):
+    """The same numbers with gaps between them."""
+    wide = torch.zeros(*tensor.shape[:-1], 2 * tensor.size(-1), dtype=tensor.dtype)
+    wide[..., ::2] = tensor
+    return wide[..., ::2]
+
+
+def lazily_negative(tensor):
+    """The same numbers, as a minus that is still to be done."""
+    return torch.complex(torch.zeros_like(tensor), -tensor).conj().imag
+
+
+@pytest.mark.skipif(native._quick() is None, reason="torch has no exchange API, or C no such file")
+@pytest.mark.parametrize("change", [None, twisted, lazily_negative], ids=str)
+@pytest.mark.parametrize("form", ["padded", "batch_first", "packed", "unbatched", "one step"])
+@pytest.mark.parametrize("kind", LAYERS)
+def test_arguments_are_put_together_alike_in_c_and_in_python(monkeypatch, kind, form, change):
+    _, ours = twins(kind, 7, 9, bidirectional=True, batch_first=form == "batch_first")
+    shape = {"unbatched": (6, 7), "one step": (1, 3, 7)}.get(form, (6, 3, 7))
+    batch = {"unbatched": None, "batch_first": 6}.get(form, 3)
+    input, hx = random(*shape), random_state(ours, batch)
+
+    def prepare(x):
+        x = x if change is None else change(x)
+        return pack_padded_sequence(x, [6, 4, 1]) if form == "packed" else x
+
+    if change is not None:
+        ours.weight_hh_l0.data = change(ours.weight_hh_l0.data)
+    quick, outcomes = native._quick(), []
+
+    def counted(*arguments):
+        outcomes.append(quick(*arguments))
+        return outcomes[-1]
+
+    found = []
+    for function in (counted, None):
+        monkeypatch.setattr(native, "_quick", lambda function=function: function)
+        with triton_rnn.use_backend("native"):
+            found.append(run(ours, input, hx, prepare=prepare))
+    assert outcomes == [0 if change is None else native._UNUSUAL] * 2
+    for name, value in found[0].items():
+        assert value is None or torch.equal(found[1][name], value), name
+
+
+def test_tensors_that_a_transform_has_left_behind_are_tensors():
+    left = []
+    torch.func.grad(lambda x: (left.append(2 * x), x.sum())[1])(torch.randn(9, 2, 5))
+    theirs, ours = twins("gru", 5, 6, dtype=torch.float32)
+    with triton_rnn.use_backend("native"):
+        for grad in (True, False):
+            with torch.set_grad_enabled(grad):
+                assert torch.allclose(ours(left[0])[0], theirs(left[0])[0], atol=1e-6)
 
 
 def sanitizers():

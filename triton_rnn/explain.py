@@ -60,11 +60,11 @@ def explain(module: torch.nn.Module, input: Any, hx: Any = None) -> Explanation:
     """
     if isinstance(module, Recurrent):
         prepared = own.prepare(module, input, hx)
-        choice = own.choose(prepared)
+        own_choice = own.choose(prepared)
         return Explanation(
-            choice.backend,
-            choice.reasons,
-            tuple(_plan(prepared, choice.backend, module.num_layers)),
+            own_choice.backend,
+            own_choice.reasons,
+            tuple(_plan(prepared, own_choice.backend, module.num_layers)),
             prepared.request,
         )
     if not isinstance(module, (torch.nn.RNNBase, torch.nn.RNNCellBase)):
@@ -77,9 +77,9 @@ def explain(module: torch.nn.Module, input: Any, hx: Any = None) -> Explanation:
         call = normalized.prepare(module, input, hx)  # type: ignore[arg-type]
         if call is None:
             return _left_to_torch(_MALFORMED)
-        choice = extended.choose(call.request)
-        plan = _plan(call, choice.backend, module.num_layers)  # type: ignore[arg-type]
-        return Explanation(choice.backend, choice.reasons, tuple(plan), call.request)
+        taken = extended.choose(call.request)
+        steps_of = tuple(_plan(call, taken.backend, module.num_layers))  # type: ignore[arg-type]
+        return Explanation(taken.backend, taken.reasons, steps_of, call.request)
     wanted = dispatch.requested()
     recomputed = getattr(module, "_recompute", False)
     if recomputed and torch.is_grad_enabled():
@@ -98,10 +98,14 @@ def explain(module: torch.nn.Module, input: Any, hx: Any = None) -> Explanation:
         call = functional.prepare_cell(module, input, hx)
     if call is None:
         return _left_to_torch(_MALFORMED)
-    if isinstance(module, torch.nn.RNNCellBase) and wanted == "auto":
-        return _left_to_torch("auto leaves single steps to torch's own cells")
     recomputed = call.request.needs_grad and recomputed
-    choice = (recompute if recomputed else dispatch).choose(call.request, wanted)
+    choice: dispatch.Choice | None
+    if isinstance(module, torch.nn.RNNCellBase):
+        choice = functional.choose_for_cell(call.request, wanted)
+        if choice is None:
+            return _left_to_torch("auto leaves this step to torch's own cells")
+    else:
+        choice = (recompute if recomputed else dispatch).choose(call.request, wanted)
     plan = _plan(call, choice.backend, layers)
     if recomputed:
         given = 0 if recomputed is True else recomputed

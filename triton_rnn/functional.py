@@ -10,7 +10,7 @@ from torch.nn.functional import dropout
 from torch.nn.utils.rnn import PackedSequence
 
 from triton_rnn import compiled, dispatch
-from triton_rnn.cells import LSTM_PROJECTED, MODES
+from triton_rnn.cells import GRU, LSTM_PROJECTED, MODES
 from triton_rnn.layer import layer
 from triton_rnn.profiling import ranges
 from triton_rnn.request import Request, weight_shapes, zero_states
@@ -474,11 +474,23 @@ def _check_unbatched_state(module: torch.nn.RNNCellBase, hx: Any) -> None:
         raise RuntimeError(f"{name}: Expected hx to be 1D for a 1D input, got 2D instead")
 
 
+def choose_for_cell(request: Request, wanted: str) -> dispatch.Choice | None:
+    """The backend of a cell's call; None where `auto` leaves it to torch's own cells.
+
+    A step of these is a few operators in one C++ call, which costs less than what is around ours;
+    but for a GRU in training, which has the most operators, each of which costs again in the
+    backward.
+    """
+    choice = dispatch.choose(request, wanted)
+    if wanted == "auto" and not (
+        request.cell is GRU and request.needs_grad and choice.backend == "native"
+    ):
+        return None
+    return choice
+
+
 def cell_forward(module: torch.nn.RNNCellBase, input: Any, hx: Any) -> tuple[Tensor, ...] | None:
     """The next state, as a tuple; None if torch.nn's own forward is to be called.
-
-    A step of torch's cells is a few operators in one C++ call, which costs less than what is around
-    ours, so `auto` does not even look.
 
     Raises:
         RuntimeError: for a state that ends the process in torch's own cells.
@@ -486,13 +498,19 @@ def cell_forward(module: torch.nn.RNNCellBase, input: Any, hx: Any) -> tuple[Ten
     if hx is not None and isinstance(input, Tensor) and input.dim() == 1:
         _check_unbatched_state(module, hx)
     wanted = _route()
-    if wanted is None or wanted in ("auto", "aten"):
+    if wanted is None or wanted == "aten":
+        return None
+    if wanted == "auto" and not (isinstance(module, torch.nn.GRUCell) and _is_grad_enabled()):
+        # As `choose_for_cell` would say in the end.
         return None
     call = prepare_cell(module, input, hx)
     if call is None:
         return None
     request = call.request
-    backend = dispatch.backend_module(dispatch.choose(request, wanted).backend)
+    choice = choose_for_cell(request, wanted)
+    if choice is None:
+        return None
+    backend = dispatch.backend_module(choice.backend)
     if ranges.on():
         with ranges.call(request.cell):
             h, *states = stack(call, backend, 1, 0.0)

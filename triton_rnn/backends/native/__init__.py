@@ -1,8 +1,8 @@
 """The CPU backend: one C file, compiled by the machine's compiler at first use.
 
 `recurrence.c` does one layer, all its directions, the whole sequence, in one call, forward or
-backward; here its arguments are put together. The call lets go of the GIL. No compiler, or one that
-fails: `supports` says why, and TorchScript runs instead.
+backward; here its arguments are put together, by `arguments.c` where that can be. The call lets go
+of the GIL. No compiler, or one that fails: `supports` says why, and TorchScript runs instead.
 
 `rules.py` says how many of torch's threads share the work, and where others are faster.
 """
@@ -10,14 +10,14 @@ fails: `supports` says why, and TorchScript runs instead.
 import ctypes
 import functools
 import importlib
-import operator
 import struct
+import sys
 import threading
 from array import array
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType, ModuleType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -36,6 +36,10 @@ TAKES_EXTRAS = f"{__name__}.extended"
 
 _SOURCE = Path(__file__).with_name("recurrence.c")
 _NORMALIZED = Path(__file__).with_name("normalized.h")
+_ARGUMENTS = Path(__file__).with_name("arguments.c")
+# What `call` of arguments.c answers where it leaves a call to `_pack`; no place, among `places`.
+_UNUSUAL = 2
+_NOWHERE = 127
 _CELLS = {"rnn_tanh": 0, "rnn_relu": 1, "gru": 2, "lstm": 3, "lstm_projected": 4}
 _CELLS |= {"gru_normalized": 2, "lstm_normalized": 3}
 _USERS = 5
@@ -54,9 +58,24 @@ _KINDS = {
 # `struct Call` of recurrence.c, field by field; a pointer is a number of eight bytes. What all
 # calls of one request share comes first, and is packed once; what only a backward has comes last.
 _SHARED = struct.Struct("9q")
-_OWN = struct.Struct("24q")
+_OWN = struct.Struct("20q")
+_TEAM = struct.Struct("4q")
 _BACKWARD = struct.Struct("17q")
 _NO_BACKWARD = bytes(_BACKWARD.size)
+
+
+class _Function(NamedTuple):
+    """A function of `recurrence.c`'s: to be called with bytes, and where it lies."""
+
+    run: Callable[..., int]
+    address: int
+
+    @classmethod
+    def of(cls, function: Any, records: int) -> "_Function":
+        # ctypes lets go of the GIL while a CDLL's function runs.
+        function.argtypes = (ctypes.c_char_p,) * records
+        function.restype = ctypes.c_int64
+        return cls(function, ctypes.cast(function, ctypes.c_void_p).value or 0)
 
 
 class Library:
@@ -75,18 +94,12 @@ class Library:
     ) -> None:
         flags = (f"-DREAL={_TYPES[dtype]}", f"-DONLY={kind}", *extra)
         found = build.library(_SOURCE, flags, headers)
-        # Each takes the bytes of a Call. ctypes lets go of the GIL while a CDLL's function runs.
-        self.forward = found.forward
-        self.backward = found.backward
-        for function in (self.forward, self.backward):
-            function.argtypes = (ctypes.c_char_p,)
-            function.restype = ctypes.c_int64
+        # Each takes the bytes of a Call.
+        self.forward = _Function.of(found.forward, 1)
+        self.backward = _Function.of(found.backward, 1)
         # And these those of an Extras too.
-        self.forward_extended = found.forward_extended
-        self.backward_extended = found.backward_extended
-        for function in (self.forward_extended, self.backward_extended):
-            function.argtypes = (ctypes.c_char_p, ctypes.c_char_p)
-            function.restype = ctypes.c_int64
+        self.forward_extended = _Function.of(found.forward_extended, 2)
+        self.backward_extended = _Function.of(found.backward_extended, 2)
         self.saved_numbers_extended = found.saved_numbers_extended
         self.saved_numbers_extended.argtypes = (ctypes.c_int64,) * 7
         self.saved_numbers_extended.restype = ctypes.c_int64
@@ -119,11 +132,44 @@ def _team_functions() -> tuple[int, ...]:
     )
 
 
-def _threads(request: Request, rows: int) -> tuple[int, ...]:
-    """The last fields of a Call: how many threads, and by what they are had."""
-    threads = rules.threads(request, rows)
-    functions = _team_functions() if threads > 1 else ()
-    return (threads, *functions) if functions else (1, 0, 0, 0)
+_ALONE = _TEAM.pack(1, 0, 0, 0)
+
+
+def _team(request: Request, teams: dict[tuple[int, int], bytes], rows: int) -> bytes:
+    """The fields of a Call that say how many threads, and by what they are had."""
+    # What the rule reads.
+    key = (rules.available(), rows // request.seq_len)
+    found = teams.get(key)
+    if found is None:
+        threads = rules.threads(request, rows)
+        functions = _team_functions() if threads > 1 else ()
+        found = teams[key] = _TEAM.pack(threads, *functions) if functions else _ALONE
+    return found
+
+
+@functools.cache
+def _quick() -> Callable[..., int] | None:
+    """`call` of `arguments.c`, or None where there is none: `_pack` does the same."""
+    name = b"dlpack_exchange_api"
+    capsule = getattr(Tensor, "__dlpack_c_exchange_api__", None)
+    if capsule is None:
+        return None
+    pointer_of = ctypes.pythonapi.PyCapsule_GetPointer
+    pointer_of.argtypes, pointer_of.restype = (ctypes.py_object, ctypes.c_char_p), ctypes.c_void_p
+    exchange = pointer_of(capsule, name)
+    # The record begins with its version; another major one is another record.
+    if ctypes.c_uint32.from_address(exchange).value != 1:
+        return None
+    flags = ("-Wl,-undefined,dynamic_lookup",) if sys.platform == "darwin" else ()
+    try:
+        found = build.library(_ARGUMENTS, flags)
+    except build.BuildError:
+        return None
+    # Which, unlike a CDLL, keeps the GIL.
+    function = ctypes.PyDLL(found._name, handle=found._handle).function
+    function.argtypes, function.restype = (ctypes.c_void_p,), ctypes.py_object
+    made: Callable[..., int] = function(exchange)
+    return made
 
 
 _building = threading.Lock()
@@ -219,13 +265,6 @@ def _dense(tensor: Tensor) -> Tensor:
     return tensor.resolve_neg().contiguous()
 
 
-def _all_dense(weights: Sequence[Tensor]) -> Sequence[Tensor]:
-    for weight in weights:
-        if not weight.is_contiguous() or weight.is_neg():
-            return [_dense(one) for one in weights]
-    return weights
-
-
 def _by_rows(tensor: Tensor) -> Tensor:
     """A tensor whose last dimension is dense; the others may have any stride."""
     if (tensor.stride(-1) == 1 or tensor.size(-1) == 1) and not tensor.is_neg():
@@ -248,15 +287,16 @@ class _Frame(NamedTuple):
 
     Attributes:
         shared: the first bytes of a Call.
-        in_slots: from the pointers of all weights and a 0 at their end to the five places that each
-            direction has in a Call.
+        places: which weight is at each of the five places that each direction has in a Call.
+        teams: bytes of a Call that were made already; see `_team`.
         per_row: numbers saved for every row; at_end: numbers saved beyond them.
         others: how wide a row of all states besides h is.
     """
 
     functions: Library
     shared: bytes
-    in_slots: Callable[[Sequence[int]], tuple[int, ...]]
+    places: bytes
+    teams: dict[tuple[int, int], bytes]
     per_row: int
     at_end: int
     others: int
@@ -273,13 +313,11 @@ def _frame(request: Request) -> _Frame:
     if request.biased:
         places += [2, 3]
         count = 4
-    none = -1
-    places += [none] * (4 - count)
-    places += [count] if request.cell.fifth else [none]
+    places += [_NOWHERE] * (4 - count)
+    places += [count] if request.cell.fifth else [_NOWHERE]
     count += request.cell.fifth
-    slots = [none if at == none else at + d * count for d in range(2) for at in places]
-    if request.directions == 1:
-        slots[5:] = [none] * 5
+    second = [at if at == _NOWHERE else at + count for at in places]
+    places += second if request.directions == 2 else [_NOWHERE] * 5
     at_end = functions.saved_numbers(cell, 0, hidden, output, request.directions)
     saved = functions.saved_numbers(cell, 1, hidden, output, request.directions)
     shared = _SHARED.pack(
@@ -293,8 +331,7 @@ def _frame(request: Request) -> _Frame:
         request.biased,
         request.needs_grad,
     )
-    in_slots = operator.itemgetter(*slots)
-    return _Frame(functions, shared, in_slots, saved - at_end, at_end, others)
+    return _Frame(functions, shared, bytes(places), {}, saved - at_end, at_end, others)
 
 
 def _functions(request: Request) -> Library:
@@ -311,21 +348,166 @@ def _pointer(tensor: Tensor | None) -> int:
     return 0 if tensor is None else tensor.data_ptr()
 
 
-def _pointers(tensors: Sequence[Tensor | None]) -> list[int]:
-    """Of tensors, and a 0 at the end, which stands for what is not there."""
-    pointers = [0 if tensor is None else tensor.data_ptr() for tensor in tensors]
-    pointers.append(0)
-    return pointers
+def _in_places(tensors: Sequence[Tensor | None], places: bytes) -> list[int]:
+    """The pointers of weights, or of their gradients, at the places that they have in a Call."""
+    pointers = list(map(_pointer, tensors))
+    return [pointers[at] if at < len(pointers) else 0 for at in places]
 
 
-def _run(function: "ctypes._NamedFuncPointer", request: Request, phase: str, call: bytes) -> None:
+def _pack(
+    request: Request,
+    frame: _Frame,
+    team: bytes,
+    sizes: int,
+    input: Tensor,
+    h_0: Tensor | None,
+    c_0: Tensor | None,
+    weights: Sequence[Tensor],
+    results: Sequence[Tensor | None],
+    grads: Sequence[Tensor | None],
+    found: Sequence[Tensor | None] | None,
+) -> bytes:
+    """The bytes of a Call; dense tensors, but for the input and the gradient of the output."""
+    call = (
+        frame.shared
+        + _OWN.pack(
+            sizes,
+            input.data_ptr(),
+            *_strides(request, input),
+            _pointer(h_0),
+            _pointer(c_0),
+            *_in_places(weights, frame.places),
+            *map(_pointer, results),
+        )
+        + team
+    )
+    if found is None:
+        return call + _NO_BACKWARD
+    return call + _BACKWARD.pack(
+        *map(_pointer, grads),
+        0 if grads[0] is None else grads[0].stride(0),
+        *map(_pointer, found[:3]),
+        *_in_places(found[3:], frame.places),
+    )
+
+
+def _call(
+    function: _Function,
+    request: Request,
+    sizes: "array[int] | None",
+    rows: int,
+    tensors: Sequence[Tensor | None],
+    weights: Sequence[Tensor],
+    results: Sequence[Tensor | None],
+    grads: Sequence[Tensor | None],
+    found: Sequence[Tensor | None] | None,
+    extras: bytes | None,
+) -> int:
+    frame = _frame(request)
+    team = _team(request, frame.teams, rows)
+    at = 0 if sizes is None else sizes.buffer_info()[0]
+    quick = _quick()
+    if quick is not None:
+        outcome = quick(
+            function.address,
+            frame.shared,
+            frame.places,
+            team,
+            at,
+            *tensors,
+            weights,
+            *results,
+            *grads,
+            found,
+            extras,
+        )
+        if outcome != _UNUSUAL:
+            return outcome
+    # Names keep alive what the pointers point to.
+    input, h_0, c_0 = tensors
+    assert input is not None
+    input = _by_rows(input)
+    h_0 = None if h_0 is None else _dense(h_0)
+    c_0 = None if c_0 is None else _dense(c_0)
+    weights = [_dense(weight) for weight in weights]
+    grad_output, *grad_states = grads
+    grad_output = None if grad_output is None else _by_rows(grad_output)
+    grad_states = [None if grad is None else _dense(grad) for grad in grad_states]
+    call = _pack(
+        request,
+        frame,
+        team,
+        at,
+        input,
+        h_0,
+        c_0,
+        weights,
+        results,
+        (grad_output, *grad_states),
+        found,
+    )
+    return function.run(call) if extras is None else function.run(call, extras)
+
+
+def run(
+    function: _Function,
+    phase: str,
+    request: Request,
+    sizes: "array[int] | None",
+    rows: int,
+    tensors: Sequence[Tensor | None],
+    weights: Sequence[Tensor],
+    results: Sequence[Tensor | None],
+    grads: Sequence[Tensor | None] = (None, None, None),
+    found: Sequence[Tensor | None] | None = None,
+    extras: bytes | None = None,
+) -> None:
+    """Call a function of `recurrence.c`'s.
+
+    Args:
+        phase: its name in profiles.
+        sizes: rows of every step of a packed batch.
+        rows: of all steps together.
+        tensors: input, h_0 and c_0.
+        results: output, h_n, c_n and saved, which a forward writes; a backward reads the last.
+        grads: of output, as rows, of h_n and of c_n.
+        found: what a backward writes, dense: gradients of input, h_0, c_0 and the weights.
+        extras: the bytes of an Extras, for a function that takes them.
+
+    Raises:
+        MemoryError: there is no memory for the call's buffers.
+    """
+    arguments = (function, request, sizes, rows, tensors, weights, results, grads, found, extras)
     if ranges.on():
         with ranges.phase(request.cell, phase, "both"):
-            failed = function(call)
+            failed = _call(*arguments)
     else:
-        failed = function(call)
+        failed = _call(*arguments)
     if failed:
         raise MemoryError("triton_rnn: no memory for the buffers of a recurrent layer")
+
+
+def wanted(
+    request: Request,
+    rows: int,
+    input: Tensor,
+    h_0: Tensor | None,
+    c_0: Tensor | None,
+    weights: Sequence[Tensor],
+    needs: Sequence[bool],
+) -> list[Tensor | None]:
+    """Room for the gradients of input, h_0, c_0 and every weight, as far as `needs` says, dense."""
+    found: list[Tensor | None] = [
+        # Sizes one by one: a tuple of them takes torch longer.
+        input.new_empty(rows, request.input_size) if needs[0] else None,
+        input.new_empty(h_0.shape) if h_0 is not None and needs[1] else None,
+        input.new_empty(c_0.shape) if c_0 is not None and needs[2] else None,
+    ]
+    found += [
+        torch.empty_like(weight, memory_format=torch.contiguous_format) if need else None
+        for weight, need in zip(weights, needs[3:], strict=True)
+    ]
+    return found
 
 
 def forward(
@@ -346,15 +528,7 @@ def forward(
     """
     frame = _frame(request)
     directions, batch, size = request.directions, request.batch, request.output_size
-    # Names keep alive what the pointers point to.
-    input = _by_rows(input)
-    weights = _all_dense(weights)
-    if h_0 is not None:
-        h_0 = _dense(h_0)
-    if c_0 is not None:
-        c_0 = _dense(c_0)
     sizes = None
-    # Sizes one by one: a tuple of them takes torch longer.
     if request.packed:
         sizes = array("q", batch_sizes)
         rows = len(input)
@@ -368,24 +542,16 @@ def forward(
         c_n = input.new_empty(directions, batch, frame.others)
     if request.needs_grad:
         saved = input.new_empty(rows * frame.per_row + frame.at_end)
-    call = (
-        frame.shared
-        + _OWN.pack(
-            0 if sizes is None else sizes.buffer_info()[0],
-            input.data_ptr(),
-            *_strides(request, input),
-            _pointer(h_0),
-            _pointer(c_0),
-            *frame.in_slots(_pointers(weights)),
-            output.data_ptr(),
-            h_n.data_ptr(),
-            _pointer(c_n),
-            _pointer(saved),
-            *_threads(request, rows),
-        )
-        + _NO_BACKWARD
+    run(
+        frame.functions.forward,
+        WHOLE,
+        request,
+        sizes,
+        rows,
+        (input, h_0, c_0),
+        weights,
+        (output, h_n, c_n, saved),
     )
-    _run(frame.functions.forward, request, WHOLE, call)
     results = (output, h_n) if c_n is None else (output, h_n, c_n)
     return results, [] if saved is None else [saved]
 
@@ -406,49 +572,19 @@ def backward(
     Raises:
         MemoryError: there is no memory for the call's buffers.
     """
-    frame = _frame(request)
-    input = _by_rows(input)
-    weights = _all_dense(weights)
-    sizes = array("q", batch_sizes) if batch_sizes else None
-    grad_output = None if grads[0] is None else _by_rows(grads[0])
-    grad_h_n = None if grads[1] is None else _dense(grads[1])
-    grad_c_n = None if len(grads) < 3 or grads[2] is None else _dense(grads[2])
     rows = len(input) if request.packed else request.seq_len * request.batch
-    found: list[Tensor | None] = [
-        input.new_empty(rows, request.input_size) if needs[0] else None,
-        # Dense, whatever the strides of the states.
-        input.new_empty(h_0.shape) if h_0 is not None and needs[1] else None,
-        input.new_empty(c_0.shape) if c_0 is not None and needs[2] else None,
-    ]
-    found += [
-        torch.empty_like(weight) if need else None
-        for weight, need in zip(weights, needs[3:], strict=True)
-    ]
-    pointers = _pointers(found)
-    call = (
-        frame.shared
-        + _OWN.pack(
-            0 if sizes is None else sizes.buffer_info()[0],
-            input.data_ptr(),
-            *_strides(request, input),
-            # The states before the first step are among what the forward saved.
-            0,
-            0,
-            *frame.in_slots(_pointers(weights)),
-            0,
-            0,
-            0,
-            saved[0].data_ptr(),
-            *_threads(request, rows),
-        )
-        + _BACKWARD.pack(
-            _pointer(grad_output),
-            _pointer(grad_h_n),
-            _pointer(grad_c_n),
-            0 if grad_output is None else grad_output.stride(0),
-            *pointers[:3],
-            *frame.in_slots(pointers[3:]),
-        )
+    found = wanted(request, rows, input, h_0, c_0, weights, needs)
+    run(
+        _frame(request).functions.backward,
+        f"backward.{WHOLE}",
+        request,
+        array("q", batch_sizes) if batch_sizes else None,
+        rows,
+        # The states before the first step are among what the forward saved.
+        (input, None, None),
+        weights,
+        (None, None, None, saved[0]),
+        grads if len(grads) == 3 else (*grads, None),
+        found,
     )
-    _run(frame.functions.backward, request, f"backward.{WHOLE}", call)
     return found

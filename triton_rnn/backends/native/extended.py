@@ -7,14 +7,12 @@ they are: the loops are told which is which.
 import struct
 from array import array
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
 from triton_rnn.backends import native, reference
 from triton_rnn.extras import Extras
-from triton_rnn.profiling import ranges
 from triton_rnn.request import Request
 
 # `struct Extras` of recurrence.c, field by field.
@@ -87,13 +85,6 @@ def _record(extras: Extras, walk: Walk, cells: Tensor | None, grad_cells: Tensor
     )
 
 
-def _run(function: Any, request: Request, phase: str, call: bytes, extras: bytes) -> None:
-    with ranges.phase(request.cell, phase, "both"):
-        failed = function(call, extras)
-    if failed:
-        raise MemoryError("triton_rnn: no memory for the buffers of a recurrent layer")
-
-
 class ExtendedLayer(reference.ExtendedLayer):
     """A layer with extras, in the place of this backend's module."""
 
@@ -119,11 +110,6 @@ class ExtendedLayer(reference.ExtendedLayer):
         """
         frame = native._frame(request)
         directions, hidden, size = request.directions, request.hidden_size, request.output_size
-        # Names keep alive what the pointers point to.
-        input = native._by_rows(input)
-        h_0 = None if h_0 is None else native._dense(h_0)
-        c_0 = None if c_0 is None else native._dense(c_0)
-        weights = native._all_dense(weights)
         output = input.new_empty((*input.shape[:-1], directions * size))
         h_n = input.new_empty((directions, request.batch, size))
         c_n = cells = saved = None
@@ -142,25 +128,17 @@ class ExtendedLayer(reference.ExtendedLayer):
                 self.extras.clip_hidden > 0,
             )
             saved = input.new_empty(count)
-        call = (
-            frame.shared
-            + native._OWN.pack(
-                0 if self.walk.sizes is None else self.walk.sizes.buffer_info()[0],
-                input.data_ptr(),
-                *native._strides(request, input),
-                native._pointer(h_0),
-                native._pointer(c_0),
-                *frame.in_slots(native._pointers(weights)),
-                output.data_ptr(),
-                h_n.data_ptr(),
-                native._pointer(c_n),
-                native._pointer(saved),
-                *native._threads(request, self.walk.rows),
-            )
-            + native._NO_BACKWARD
+        native.run(
+            frame.functions.forward_extended,
+            native.WHOLE,
+            request,
+            self.walk.sizes,
+            self.walk.rows,
+            (input, h_0, c_0),
+            weights,
+            (output, h_n, c_n, saved),
+            extras=_record(self.extras, self.walk, cells, None),
         )
-        record = _record(self.extras, self.walk, cells, None)
-        _run(frame.functions.forward_extended, request, native.WHOLE, call, record)
         results = tuple(tensor for tensor in (output, h_n, c_n, cells) if tensor is not None)
         return results, [] if saved is None else [saved]
 
@@ -181,51 +159,23 @@ class ExtendedLayer(reference.ExtendedLayer):
         Raises:
             MemoryError: there is no memory for the call's buffers.
         """
-        frame = native._frame(request)
-        input = native._by_rows(input)
-        weights = native._all_dense(weights)
-        grad_output = None if grads[0] is None else native._by_rows(grads[0])
-        grad_h_n = None if grads[1] is None else native._dense(grads[1])
-        grad_c_n = grad_cells = None
-        if request.cell.states == 2 and grads[2] is not None:
-            grad_c_n = native._dense(grads[2])
+        grad_cells = None
         if self.extras.all_cells and grads[-1] is not None:
             # As rows, which a padded batch's output has been made already.
             grad_cells = native._by_rows(grads[-1].reshape(-1, grads[-1].size(-1)))
-        found: list[Tensor | None] = [
-            input.new_empty((input[..., 0].numel(), request.input_size)) if needs[0] else None,
-            input.new_empty(h_0.shape) if h_0 is not None and needs[1] else None,
-            input.new_empty(c_0.shape) if c_0 is not None and needs[2] else None,
-        ]
-        found += [
-            torch.empty_like(weight) if need else None
-            for weight, need in zip(weights, needs[3:], strict=True)
-        ]
-        pointers = native._pointers(found)
-        call = (
-            frame.shared
-            + native._OWN.pack(
-                0 if self.walk.sizes is None else self.walk.sizes.buffer_info()[0],
-                input.data_ptr(),
-                *native._strides(request, input),
-                0,
-                0,
-                *frame.in_slots(native._pointers(weights)),
-                0,
-                0,
-                0,
-                saved[0].data_ptr(),
-                *native._threads(request, self.walk.rows),
-            )
-            + native._BACKWARD.pack(
-                native._pointer(grad_output),
-                native._pointer(grad_h_n),
-                native._pointer(grad_c_n),
-                0 if grad_output is None else grad_output.stride(0),
-                *pointers[:3],
-                *frame.in_slots(pointers[3:]),
-            )
+        all_rows = input[..., 0].numel()
+        found = native.wanted(request, all_rows, input, h_0, c_0, weights, needs)
+        native.run(
+            native._frame(request).functions.backward_extended,
+            f"backward.{native.WHOLE}",
+            request,
+            self.walk.sizes,
+            self.walk.rows,
+            (input, None, None),
+            weights,
+            (None, None, None, saved[0]),
+            (grads[0], grads[1], grads[2] if request.cell.states == 2 else None),
+            found,
+            _record(self.extras, self.walk, None, grad_cells),
         )
-        record = _record(self.extras, self.walk, None, grad_cells)
-        _run(frame.functions.backward_extended, request, f"backward.{native.WHOLE}", call, record)
         return found

@@ -37,7 +37,7 @@
 #define MOST_ROWS 4
 #elif defined(__AVX__)
 #define VECTOR_BYTES 32
-#define MOST_ROWS 2 /* sixteen registers */
+#define MOST_ROWS 3 /* sixteen registers */
 #else
 #define VECTOR_BYTES 16
 #define MOST_ROWS 4
@@ -493,14 +493,14 @@ INLINE void multiply(int R, int V, int W, vec *sum, const REAL *a, i64 a_row, i6
     vec s[MOST_VECTORS];
     UNROLL for (int i = 0; i < R * V; i++) s[i] = sum[i];
     for (i64 k = 0; k < count; k++) {
-        vec w[MOST_VECTORS];
+        vec x[MOST_ROWS];
+        UNROLL for (int r = 0; r < R; r++) x[r] = all(a[r * a_row]);
         UNROLL for (int v = 0; v < V; v++) {
-            w[v] = load(b + v / W * panel + v % W * LANES);
+            vec w = load(b + v / W * panel + v % W * LANES);
             if (R > 1)
-                IN_REGISTER(w[v]);
+                IN_REGISTER(w);
+            UNROLL for (int r = 0; r < R; r++) s[r * V + v] += x[r] * w;
         }
-        UNROLL for (int r = 0; r < R; r++)
-            UNROLL for (int v = 0; v < V; v++) s[r * V + v] += a[r * a_row] * w[v];
         /* GCC, tuning for some processors, rounds the product of a single running sum by itself, and
            fuses it where there are more. A row's numbers shall not depend on how many rows there
            are, so that a sequence may be cut anywhere. */
@@ -534,47 +534,69 @@ typedef struct {
     i64 start_row;
 } Product;
 
-INLINE void product_block(int R, int V, const Product *p, i64 i, i64 j)
+/* Rows of b, of one panel, that stay in the second-level cache while rows of a pass by. */
+enum { DEPTH = (64 << 10) / (WIDTH * VECTOR_BYTES) };
+
+/* R rows and V vectors of out: the parts [part, parts), of each the numbers [k, k + count). */
+INLINE void product_block(int R, int V, const Product *p, i64 i, i64 j, i64 part, i64 parts, i64 k,
+                          i64 count)
 {
     vec sum[MOST_VECTORS];
-    i64 left = p->columns - j;
+    const i64 left = p->columns - j;
+    const int begun = part > 0 || k > 0;
+    const REAL *start = begun ? p->out : p->start;
+    const i64 start_row = begun ? p->out_row : p->start_row;
     UNROLL for (int r = 0; r < R; r++)
         UNROLL for (int v = 0; v < V; v++)
-            sum[r * V + v] = p->start
-                ? load_some(p->start + (i + r) * p->start_row + j + v * LANES, left - v * LANES)
+            sum[r * V + v] = start
+                ? load_some(start + (i + r) * start_row + j + v * LANES, left - v * LANES)
                 : (vec){0};
     const REAL *b = column_of(&p->b, j / LANES, WIDTH);
-    for (i64 part = 0; part < p->parts; part++)
-        multiply(R, V, WIDTH, sum, p->a + i * p->a_row + p->part_at[part], p->a_row, p->a_step,
-                 p->count, b + part * p->count * p->b.row, p->b.row, 0);
+    for (; part < parts; part++)
+        multiply(R, V, WIDTH, sum, p->a + i * p->a_row + p->part_at[part] + k * p->a_step, p->a_row,
+                 p->a_step, count, b + (part * p->count + k) * p->b.row, p->b.row, 0);
     UNROLL for (int r = 0; r < R; r++)
         UNROLL for (int v = 0; v < V; v++)
             store_some(p->out + (i + r) * p->out_row + j + v * LANES, sum[r * V + v],
                        left - v * LANES);
 }
-static void product(const Product *p)
+/* All rows of out, and of its columns a panel, or a vector of one. */
+static void product_panel(const Product *p, i64 j, int whole, i64 part, i64 parts, i64 k, i64 count)
 {
-    i64 j = p->column;
-    while (j < p->columns) {
-        i64 i = p->row;
-        /* A whole panel, or a vector of one. */
-        if (j % (WIDTH * LANES) == 0 && j + WIDTH * LANES <= p->columns) {
-            for (; i + MOST_ROWS <= p->rows; i += MOST_ROWS)
-                product_block(MOST_ROWS, WIDTH, p, i, j);
-            for (; i + 2 <= p->rows; i += 2)
-                product_block(2, WIDTH, p, i, j);
-            for (; i < p->rows; i++)
-                product_block(1, WIDTH, p, i, j);
-            j += WIDTH * LANES;
-        } else {
-            for (; i + MOST_ROWS <= p->rows; i += MOST_ROWS)
-                product_block(MOST_ROWS, 1, p, i, j);
-            for (; i < p->rows; i++)
-                product_block(1, 1, p, i, j);
-            j += LANES;
-        }
+    i64 i = p->row;
+    if (whole) {
+        for (; i + MOST_ROWS <= p->rows; i += MOST_ROWS)
+            product_block(MOST_ROWS, WIDTH, p, i, j, part, parts, k, count);
+        for (; MOST_ROWS > 2 && i + 2 <= p->rows; i += 2)
+            product_block(2, WIDTH, p, i, j, part, parts, k, count);
+        for (; i < p->rows; i++)
+            product_block(1, WIDTH, p, i, j, part, parts, k, count);
+    } else {
+        for (; i + MOST_ROWS <= p->rows; i += MOST_ROWS)
+            product_block(MOST_ROWS, 1, p, i, j, part, parts, k, count);
+        for (; i < p->rows; i++)
+            product_block(1, 1, p, i, j, part, parts, k, count);
     }
 }
+static void product(const Product *p)
+{
+    const int pieces = p->rows - p->row > MOST_ROWS && p->parts * p->count > DEPTH;
+    i64 j = p->column;
+    while (j < p->columns) {
+        const int whole = j % (WIDTH * LANES) == 0 && j + WIDTH * LANES <= p->columns;
+        if (pieces)
+            for (i64 part = 0; part < p->parts; part++)
+                for (i64 k = 0; k < p->count; k += DEPTH)
+                    product_panel(p, j, whole, part, part + 1, k,
+                                  p->count - k < DEPTH ? p->count - k : DEPTH);
+        else
+            product_panel(p, j, whole, 0, p->parts, 0, p->count);
+        j += whole ? WIDTH * LANES : LANES;
+    }
+}
+
+/* Rows of x, h and gradients that are worked on at once: they stay in the second-level cache. */
+enum { ROWS_AT_ONCE = 192 };
 
 /* LANES rows with LANES numbers each, transposed; to_row apart. Each round interleaves the first half
    of the vectors with the second, number by number: as many rounds as LANES has bits. */
@@ -606,6 +628,24 @@ INLINE void transpose_square(const REAL *from, i64 from_row, REAL *to, i64 to_ro
 }
 #endif
 
+/* Rows, transposed: column by column, each with room for ROWS_AT_ONCE numbers. Whole vectors are
+   read. */
+static void in_columns(const REAL *from, i64 from_row, i64 rows, i64 columns, REAL *to)
+{
+    for (i64 j = 0; j < columns; j += LANES) {
+        i64 i = 0;
+        if (HAS_SHUFFLE)
+            for (; i + LANES <= rows; i += LANES)
+                transpose_square(from + i * from_row + j, from_row, to + j * ROWS_AT_ONCE + i,
+                                 ROWS_AT_ONCE);
+        for (; i < rows; i++) {
+            const vec row = load(from + i * from_row + j);
+            for (i64 lane = 0; lane < LANES; lane++)
+                to[(j + lane) * ROWS_AT_ONCE + i] = row[lane];
+        }
+    }
+}
+
 /* A weight (G*H, K), transposed, in panels: of all gates the units [begin, end), whole vectors.
    Either the gates of a unit-vector stand together, as a step wants them, or all units of a gate. */
 static Matrix transpose(const REAL *from, i64 gates, i64 hidden, i64 columns, i64 width,
@@ -632,6 +672,16 @@ static Matrix transpose(const REAL *from, i64 gates, i64 hidden, i64 columns, i6
     return m;
 }
 
+/* A row of a matrix into its panels, of so many numbers each. */
+INLINE void into_panels(const REAL *from, i64 columns, i64 panel, REAL *to)
+{
+    i64 j = 0;
+    for (; j + WIDTH * LANES <= columns; j += WIDTH * LANES, to += panel)
+        UNROLL for (int v = 0; v < WIDTH; v++) store(to + v * LANES, load(from + j + v * LANES));
+    if (j < columns)
+        memcpy(to, from + j, (size_t)(columns - j) * sizeof(REAL));
+}
+
 /* A weight (rows, columns) as it lies, as long as whole vectors may be read from it and few products
    will; else in panels, of which each member makes some rows. */
 static Matrix readable(const REAL *from, i64 rows, i64 columns, i64 products, REAL *to,
@@ -644,11 +694,7 @@ static Matrix readable(const REAL *from, i64 rows, i64 columns, i64 products, RE
     i64 i, end;
     share(me, rows, 1, &i, &end);
     for (; i < end; i++)
-        for (i64 j = 0; j < columns; j += WIDTH * LANES) {
-            i64 count = columns - j < WIDTH * LANES ? columns - j : WIDTH * LANES;
-            memcpy(to + j / (WIDTH * LANES) * m.panel + i * m.row, from + i * columns + j,
-                   (size_t)count * sizeof(REAL));
-        }
+        into_panels(from + i * columns, columns, m.panel, to + i * m.row);
     return m;
 }
 
@@ -780,17 +826,21 @@ typedef struct {
 
 /* Private buffers of one direction, backward. */
 typedef struct {
-    REAL *grads, *dh, *dc, *dm, *grad_states, *weight_ih, *weight_hh, *weight_hr, *x, *after;
+    REAL *grads, *dh, *dc, *dm, *grad_states, *weight_ih, *weight_hh, *weight_hr, *after;
     REAL *own, *grad_own;
+    /* Some rows at a time: gradients column by column; of each member x and h in panels, `room`
+       numbers each. */
+    REAL *columns, *rows;
+    i64 room;
     const REAL *saved;
     i64 kept_row;
     /* Where a row of what was kept has the h that GRU's update gate weighs; 0 but for masked calls. */
     i64 before_at;
     /* Of an extended call: gradients that go past the cell by a zoneout, those that the initial
-       state has from resets, rows of x one after the other for each member. */
+       state has from resets. */
     const Extras *extras;
     const i64 *places;
-    REAL *past_h, *past_c, *reset_h, *reset_c, *x_rows;
+    REAL *past_h, *past_c, *reset_h, *reset_c;
     REAL clip_c;
     /* Of normalized.h: the gradients of LN(W_hh h) times their gains, and their means. */
     REAL *sums, *parts, *found;
@@ -970,9 +1020,6 @@ static void copy_rows(REAL *to, i64 to_row, const REAL *from, i64 from_row, i64 
     copy_columns(to, to_row, from, from_row, rows, 0, count);
 }
 
-/* Rows of x, and of gradients, that are worked on at once: they stay in the first-level cache. */
-enum { ROWS_AT_ONCE = 96 };
-
 /* Where each of our rows lies among the caller's: the two differ where sequences of a padded batch
    have lengths, and then x is read some rows at a time. */
 static int make_places(const Call *call, const i64 *offsets, const Extras *e, i64 **places)
@@ -988,13 +1035,13 @@ static int make_places(const Call *call, const i64 *offsets, const Extras *e, i6
             (*places)[offsets[t] + pos] = callers_row(call, offsets, e, t, pos);
     return 0;
 }
-static void gather_x(const Call *call, const i64 *places, i64 rows, REAL *to)
+/* Where x has our row i. */
+INLINE const REAL *row_of_x(const Call *call, const i64 *offsets, const i64 *places, i64 i)
 {
-    const i64 I = call->input_size, N = call->batch;
-    for (i64 i = 0; i < rows; i++)
-        memcpy(to + i * padded(I),
-               (const REAL *)call->x + places[i] / N * call->x_step + places[i] % N * call->x_row,
-               (size_t)I * sizeof(REAL));
+    const REAL *x = call->x;
+    const i64 N = call->batch, place = places ? places[i] : i;
+    return offsets && !places ? x + i * call->x_row
+                              : x + place / N * call->x_step + place % N * call->x_row;
 }
 
 /* x of the steps [first, last), times W_ih, plus biases, into f->preact; this member's rows. */
@@ -1014,7 +1061,9 @@ static void project(const Call *call, const Forward *f, const Member *me, const 
         p.out_row = width;
         for (; row < end; row += p.rows) {
             p.rows = end - row < ROWS_AT_ONCE ? end - row : ROWS_AT_ONCE;
-            gather_x(call, f->places + begin + row, p.rows, rows);
+            for (i64 i = 0; i < p.rows; i++)
+                memcpy(rows + i * p.a_row, row_of_x(call, offsets, f->places, begin + row + i),
+                       (size_t)call->input_size * sizeof(REAL));
             p.out = f->preact + row * width;
             product(&p);
         }
@@ -1470,9 +1519,9 @@ static void plan_backward(const Call *call, const Extras *e, i64 rows, Arena *ar
     b->parts = take(arena, (size_t)(numbers_of_parts(call) * number));
     b->found = take(arena, (size_t)(call->threads * numbers_found(call) * number));
 #endif
-    const i64 gathered = e && e->order ? call->threads * ROWS_AT_ONCE : 0;
-    b->x = take(arena, (size_t)((gathered ? 0 : rows) * padded(I) * number));
-    b->x_rows = take(arena, (size_t)(gathered * padded(I) * number));
+    b->columns = take(arena, (size_t)(Hp * ROWS_AT_ONCE * number));
+    b->room = panel_numbers(padded(I > P ? I : P) / LANES, ROWS_AT_ONCE, WIDTH);
+    b->rows = take(arena, (size_t)(2 * call->threads * b->room * number));
     b->past_h = take(arena, (size_t)(e ? N * Pp * number : 0));
     b->past_c = take(arena, (size_t)(e ? N * Hp * number : 0));
     b->reset_h = take(arena, (size_t)(e ? N * Pp * number : 0));
@@ -1576,29 +1625,6 @@ static void any_backward_step(const Call *call, const Backward *b, const Member 
     }
 }
 
-/* Rows of x one after the other, in whole vectors: themselves, or a copy that member 0 makes. */
-static const REAL *rows_of_x(const Call *call, const Member *me, const i64 *offsets, REAL *copy,
-                             i64 *row)
-{
-    const i64 I = call->input_size;
-    const REAL *x = call->x;
-    if (I % LANES == 0 && (offsets || call->x_step == call->batch * call->x_row)) {
-        *row = call->x_row;
-        return x;
-    }
-    *row = padded(I);
-    if (me->index > 0)
-        return copy;
-    if (offsets) {
-        copy_rows(copy, *row, x, call->x_row, offsets[call->steps], I);
-        return copy;
-    }
-    for (i64 t = 0; t < call->steps; t++)
-        copy_rows(copy + t * call->batch * *row, *row, x + t * call->x_step, call->x_row,
-                  call->batch, I);
-    return copy;
-}
-
 /* The gradient of x where our rows are not in the caller's order; each member some rows. */
 static void give_grad_x(const Call *call, int d, const Backward *b, const Member *me, i64 total,
                         Matrix weight_ih, REAL *x_rows)
@@ -1634,7 +1660,7 @@ static void give_grad_x(const Call *call, int d, const Backward *b, const Member
 
 /* Gradients of the weights and of x, from those of all preactivations; each member some rows. */
 static void after_the_loop(const Call *call, int d, const Backward *b, const Member *me, i64 total,
-                           const REAL *x, i64 x_row, Matrix weight_ih)
+                           const i64 *offsets, Matrix weight_ih)
 {
     const int cell = (int)call->cell;
     const i64 G = GATES[cell], H = call->hidden_size, P = call->output_size, I = call->input_size;
@@ -1642,37 +1668,42 @@ static void after_the_loop(const Call *call, int d, const Backward *b, const Mem
     const i64 K = PRODUCTS[cell], most = G > K ? G : K;
     void *const *grad_weights = call->grad_weights[d];
     i64 unit, end;
-    share(me, H, MOST_ROWS, &unit, &end);
-    /* Some rows of x and h at a time, for all units. One gate
-       after the other, for rows of a weight are units of a gate. */
-    REAL *x_rows = b->x_rows + me->index * ROWS_AT_ONCE * padded(I);
+    share(me, H, LANES, &unit, &end);
+    /* Some rows of x and h at a time, for all units. One gate after the other, for rows of a weight
+       are units of a gate. */
+    REAL *columns = b->columns + unit * ROWS_AT_ONCE;
+    Matrix rows_of[2];
+    for (int which = 0; which < 2; which++)
+        rows_of[which] = (Matrix){b->rows + (2 * me->index + which) * b->room, WIDTH * LANES,
+                                  WIDTH * LANES * ROWS_AT_ONCE};
     i64 row = 0;
     do { /* Once for no rows too: their gradients are zeros. */
-        if (b->places && grad_weights[0])
-            gather_x(call, b->places + row, total - row < ROWS_AT_ONCE ? total - row : ROWS_AT_ONCE,
-                     x_rows);
-        for (int g = 0; g < most; g++) {
-            const REAL *grads = b->grads + row * width;
-            const i64 left = total - row;
-            Product p = {.row = unit, .rows = end, .parts = 1, .a_row = 1, .a_step = width,
-                         .count = left < ROWS_AT_ONCE ? left : ROWS_AT_ONCE};
-            if (grad_weights[0] && g < G) {
-                p.columns = p.out_row = p.start_row = I;
-                p.a = grads + input_slot(g) * Hp;
-                p.b = b->places ? plain(x_rows, padded(I)) : plain(x + row * x_row, x_row);
-                p.out = (REAL *)grad_weights[0] + g * H * I;
+        const i64 count = total - row < ROWS_AT_ONCE ? total - row : ROWS_AT_ONCE;
+        for (i64 i = 0; i < count && grad_weights[0]; i++)
+            into_panels(row_of_x(call, offsets, b->places, row + i), I, rows_of[0].panel,
+                        (REAL *)rows_of[0].first + i * WIDTH * LANES);
+        for (i64 i = 0; i < count && grad_weights[1]; i++)
+            into_panels(b->saved + (row + i) * b->kept_row, P, rows_of[1].panel,
+                        (REAL *)rows_of[1].first + i * WIDTH * LANES);
+        int there = -1;
+        for (int g = 0; g < most; g++)
+            for (int which = 0; which < 2; which++) {
+                if (!grad_weights[which] || g >= (which ? K : G))
+                    continue;
+                const int slot = which ? state_slot(cell, g) : input_slot(g);
+                if (slot != there)
+                    in_columns(b->grads + row * width + slot * Hp + unit, width, count,
+                               end - unit, columns);
+                there = slot;
+                const i64 size = which ? P : I;
+                Product p = {.rows = end - unit, .columns = size, .parts = 1, .count = count,
+                             .a = columns, .a_row = ROWS_AT_ONCE, .a_step = 1,
+                             .b = rows_of[which],
+                             .out = (REAL *)grad_weights[which] + (g * H + unit) * size,
+                             .out_row = size, .start_row = size};
                 p.start = row ? p.out : NULL;
                 product(&p);
             }
-            if (grad_weights[1] && g < K) {
-                p.columns = p.out_row = p.start_row = P;
-                p.a = grads + state_slot(cell, g) * Hp;
-                p.b = plain(b->saved + row * b->kept_row, b->kept_row);
-                p.out = (REAL *)grad_weights[1] + g * H * P;
-                p.start = row ? p.out : NULL;
-                product(&p);
-            }
-        }
         row += ROWS_AT_ONCE;
     } while (row < total);
     share(me, Hp, LANES, &unit, &end);
@@ -1694,7 +1725,7 @@ static void after_the_loop(const Call *call, int d, const Backward *b, const Mem
         product(&p);
     }
     if (call->grad_x && b->places) {
-        give_grad_x(call, d, b, me, total, weight_ih, x_rows);
+        give_grad_x(call, d, b, me, total, weight_ih, (REAL *)rows_of[0].first);
     } else if (call->grad_x) {
         Product p = {.columns = I, .parts = G, .count = H, .a = b->grads, .a_row = width,
                      .a_step = 1, .b = weight_ih, .out = call->grad_x,
@@ -1813,7 +1844,7 @@ static void backward_direction(const Call *call, const i64 *offsets, int d, cons
     const i64 G = GATES[cell], H = call->hidden_size, P = call->output_size, N = call->batch;
     const i64 I = call->input_size, Hp = padded(H), Pp = padded(P), T = call->steps;
     const i64 width = GRADS[cell] * Hp, total = first_row(call, offsets, T), K = PRODUCTS[cell];
-    i64 unit, end, column, last, x_row = 0;
+    i64 unit, end, column, last;
     share_units(me, call, &unit, &end);
     copy_unit_weights(call, d, b->own, unit, end);
     for (i64 k = 0; k < UNIT_WEIGHTS + UNIT_BIASES && unit < end; k++)
@@ -1821,8 +1852,6 @@ static void backward_direction(const Call *call, const i64 *offsets, int d, cons
     column = unit, last = end;
     if (cell == LSTM_PROJECTED)
         share(me, Pp, LANES, &column, &last);
-    /* Rows in another order are read where they are needed, some at a time. */
-    const REAL *x = b->places ? NULL : rows_of_x(call, me, offsets, b->x, &x_row);
     const Matrix weight_ih = readable(call->weights[d][0], G * H, I, total, b->weight_ih, me);
     const Matrix weight_hh = readable(call->weights[d][1], K * H, P, total, b->weight_hh, me);
     Matrix weight_hr = {0};
@@ -1899,7 +1928,7 @@ static void backward_direction(const Call *call, const i64 *offsets, int d, cons
 #if defined(NORMALIZED)
     normalized_after_the_loop(call, d, b, me, total);
 #endif
-    after_the_loop(call, d, b, me, total, x, x_row, weight_ih);
+    after_the_loop(call, d, b, me, total, offsets, weight_ih);
     /* The other direction takes the buffers over. */
     wait_for_all(me);
 }

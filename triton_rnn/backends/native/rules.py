@@ -39,6 +39,11 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_note_fork)
 
 
+def available() -> int:
+    """How many threads there are."""
+    return 1 if _forked else torch.get_num_threads()
+
+
 def slower(request: Request) -> str | None:
     """Why `auto` leaves a request to others; None where C is fastest."""
     inputs = request.input_size + request.output_size
@@ -62,8 +67,8 @@ def slower(request: Request) -> str | None:
 
 def threads(request: Request, rows: int) -> int:
     """How many threads share a step."""
-    available = torch.get_num_threads()
-    if available == 1 or _forked:
+    most = available()
+    if most == 1:
         return 1
     outputs = request.cell.gates * request.hidden_size
     inner = request.output_size
@@ -73,4 +78,4 @@ def threads(request: Request, rows: int) -> int:
             # Nobody waits at a step, so what counts is the input's product, a step's share of it.
             outputs, inner = request.cell.gates * request.hidden_size, request.input_size
     work = rows // request.seq_len * outputs * inner
-    return min(available, 1 + work // STEP_WORK_PER_THREAD)
+    return min(most, 1 + work // STEP_WORK_PER_THREAD)
