@@ -65,6 +65,8 @@ def pairs() -> Iterator[Pair]:
     for kind, loop in LOOPS.items():
         torch.manual_seed(0)
         module = kind(SIZE, SIZE, layer_norm=True)  # type: ignore[call-arg]
+        # With gains of 1 a hundred steps are chaotic: what is rounded differently ends up apart.
+        torch.nn.init.constant_(module.weight_norm_hh_l0, 0.2)
         x = torch.randn(STEPS, BATCH, SIZE, requires_grad=True)
         grad = torch.randn(STEPS, BATCH, SIZE)
         inputs = [x, *module.parameters()]

@@ -47,6 +47,7 @@ INLINE i64 scales_at(const Call *call)
     return (1 + KEPT[CELL]) * padded(call->hidden_size);
 }
 
+/* The first `count` numbers, zeros behind them; all where there are more. */
 INLINE vec first_of(vec x, i64 count)
 {
     vec number;
