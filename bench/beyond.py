@@ -18,7 +18,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from bench import beyond_cells, beyond_loop, beyond_stream
+from bench import beyond_cells, beyond_loop, beyond_norm, beyond_stream
 from bench.children import RETURN_FREED, run_child
 from bench.machine import CommandError, describe_machine, write
 from bench.turns import QUICK_BUDGET, Budget, Rounds, measure
@@ -28,6 +28,7 @@ SOURCES: tuple[Callable[[], Iterator[Pair]], ...] = (
     beyond_stream.pairs,
     beyond_cells.pairs,
     beyond_loop.pairs,
+    beyond_norm.pairs,
 )
 HEADER = ("case", "ours", "theirs", "theirs over ours")
 MEMORY_HEADER = ("peak of ours", "of theirs")

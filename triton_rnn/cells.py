@@ -17,6 +17,9 @@ class Cell:
         states: 1 when the state is h, 2 when it is (h, c).
         projected: True when h is ``weight_hr`` times the cell's output (LSTM with ``proj_size``).
         fifth: True when a direction has a weight behind its two matrices and two biases.
+        together: of a cell with layer normalization, how many gates after each other are normalized
+            as one. Its fifth weight is (2 G + 2, H), or (2 G, H) for a cell without c: the gains of
+            ``weight_ih @ x`` and of ``weight_hh @ h``, the gain and the shift of c.
     """
 
     name: str
@@ -24,6 +27,7 @@ class Cell:
     states: int = 1
     projected: bool = False
     fifth: bool = False
+    together: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, eq=False)
@@ -55,6 +59,13 @@ LSTM = Cell("lstm", gates=4, states=2)
 LSTM_PROJECTED = Cell("lstm_projected", gates=4, states=2, projected=True, fifth=True)
 
 CELLS = {cell.name: cell for cell in (RNN_TANH, RNN_RELU, GRU, LSTM, LSTM_PROJECTED)}
+
+# With layer normalization (`triton_rnn.normalized`), by torch's mode. torch has none of them, so
+# they are in no other table.
+NORMALIZED = {
+    "GRU": Cell("gru_normalized", gates=3, fifth=True, together=(2, 1)),
+    "LSTM": Cell("lstm_normalized", gates=4, states=2, fifth=True, together=(4,)),
+}
 
 # torch.nn calls a cell by its `mode`; a projected LSTM has the mode of the plain one.
 MODES = {"RNN_TANH": RNN_TANH, "RNN_RELU": RNN_RELU, "GRU": GRU, "LSTM": LSTM}

@@ -5,10 +5,12 @@ from typing import Any
 
 import torch
 
-from triton_rnn import dispatch, functional, recompute, stacking
+from triton_rnn import dispatch, extended, functional, normalized, recompute, stacking
 from triton_rnn.own import call as own
 from triton_rnn.own.module import Recurrent
 from triton_rnn.request import Request
+
+_MALFORMED = "malformed or out of the ordinary: torch.nn's own forward answers it"
 
 
 @dataclass(frozen=True)
@@ -71,6 +73,13 @@ def explain(module: torch.nn.Module, input: Any, hx: Any = None) -> Explanation:
         raise TypeError(
             f"{type(module).__qualname__} is torch.nn's; triton_rnn.replace(module) makes it ours"
         )
+    if getattr(module, "_normalized", False):
+        call = normalized.prepare(module, input, hx)  # type: ignore[arg-type]
+        if call is None:
+            return _left_to_torch(_MALFORMED)
+        taken = extended.choose(call.request)
+        steps_of = tuple(_plan(call, taken.backend, module.num_layers))  # type: ignore[arg-type]
+        return Explanation(taken.backend, taken.reasons, steps_of, call.request)
     wanted = dispatch.requested()
     recomputed = getattr(module, "_recompute", False)
     if recomputed and torch.is_grad_enabled():
@@ -88,7 +97,7 @@ def explain(module: torch.nn.Module, input: Any, hx: Any = None) -> Explanation:
         layers = 1
         call = functional.prepare_cell(module, input, hx)
     if call is None:
-        return _left_to_torch("malformed or out of the ordinary: torch.nn's own forward answers it")
+        return _left_to_torch(_MALFORMED)
     recomputed = call.request.needs_grad and recomputed
     choice: dispatch.Choice | None
     if isinstance(module, torch.nn.RNNCellBase):

@@ -8,7 +8,7 @@ those of a zoneout of h and of c, and after the layer that of `dropout`.
 
 import importlib
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 from torch import Tensor
@@ -116,8 +116,8 @@ def _check_resets(module: Any, reset_mask: Any, input: Any, request: Request) ->
     return reset_mask.detach().to(request.device, copy=True)
 
 
-def _backend(request: Request) -> str:
-    """The backend that runs an extended call here and now.
+def choose(request: Request) -> dispatch.Choice:
+    """The backend that runs an extended call here and now, and why each other one does not.
 
     Raises:
         BackendError: if the one that was asked for cannot, or none can.
@@ -125,14 +125,28 @@ def _backend(request: Request) -> str:
     wanted = dispatch.requested()
     reason = functional.obstacle()
     if reason is None:
-        return dispatch.choose(request, wanted).backend
+        return dispatch.choose(request, wanted)
     what = ", ".join(request.extras)
     if torch._C._is_any_autocast_enabled() or torch._C._get_tracing_state() is not None:
         raise dispatch.BackendError(f"no backend can run a call with {what}: {reason}")
     if wanted not in ("auto", "reference"):
         raise dispatch.BackendError(f"backend {wanted!r} cannot run this call: {reason}")
     # Plain torch code, which transforms and modes understand.
-    return "reference"
+    others = {name: reason for name in dispatch.BACKENDS if name != "reference"}
+    return dispatch.Choice("reference", others)
+
+
+def refuse_malformed(module: Any, input: Any, hx: Any, names: Sequence[str]) -> NoReturn:
+    """Raise what is wrong with a call that cannot be taken apart.
+
+    Raises:
+        RuntimeError: what torch.nn's own forward says.
+        BackendError: if it has nothing to say.
+    """
+    _TORCHS[module.mode].forward(module, input, hx)
+    raise dispatch.BackendError(
+        f"no backend can run a call with {', '.join(names)} on tensors out of the ordinary"
+    )
 
 
 def _locked(x: Tensor, p: float, request: Request, batch_sizes: Sequence[int]) -> Tensor:
@@ -259,8 +273,8 @@ def forward(
         raise ValueError(f"reset_to should be 'zeros' or 'initial', got {reset_to!r}")
     if module._stacking:
         raise dispatch.BackendError(
-            "hidden sizes per layer, residual and recompute do not go together with lengths, "
-            "reset_mask, all_states and the options of a module"
+            "hidden sizes per layer, residual, recompute and layer_norm do not go together with "
+            "lengths, reset_mask, all_states and the options of a module"
         )
     options: Options = module._options or OFF
     drawn = _drawn(module, options)
@@ -283,11 +297,7 @@ def forward(
         functional._check_packed_cell_state(module, input, hx)
     call = functional.prepare(module, input, hx)
     if call is None:
-        # Malformed, so that torch says how.
-        _TORCHS[module.mode].forward(module, input, hx)
-        raise dispatch.BackendError(
-            f"no backend can run a call with {', '.join(names)} on tensors out of the ordinary"
-        )
+        refuse_malformed(module, input, hx, names)
     request = call.request._replace(extras=names)
     extras = Extras(
         None if lengths is None else _check_lengths(lengths, input, request),
@@ -297,7 +307,7 @@ def forward(
         clip_cell=options.clip_cell or 0.0,
         all_cells=all_states and request.cell.states == 2,
     )
-    name = _backend(request)
+    name = choose(request).backend
     drop = module.dropout if module.training else 0.0
     with ranges.call(request.cell):
         states, outputs, cells = _stack(

@@ -198,7 +198,8 @@ def layer(
         batch_sizes: rows of every step of a packed batch, empty for a padded one.
         h_0: (D, N, H_out). c_0: (D, N, H), or None for a cell without one. Both None for zeros,
             if the backend says that it `TAKES_NO_STATE`.
-        weights: weight_ih, weight_hh[, bias_ih, bias_hh][, weight_hr] of each direction in turn.
+        weights: weight_ih, weight_hh[, bias_ih, bias_hh][, a fifth] of each direction in turn; see
+            `Cell`.
 
     Returns:
         output (T, N, D * H_out) or (sum of lengths, D * H_out), h_n and, if the cell has it, c_n.

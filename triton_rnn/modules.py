@@ -5,13 +5,14 @@ Where `triton_rnn.functional` returns None, torch.nn's own forward is called: fo
 malformed, so that the error is torch's, and for calls that only torch.nn can serve.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from triton_rnn import extended, functional, options, stacking
+from triton_rnn import extended, functional, normalized, options, stacking
+from triton_rnn.normalized import LayerNormalized
 from triton_rnn.options import Option
 from triton_rnn.stacking import Stacking
 
@@ -26,6 +27,7 @@ def _torch_twin(module: torch.nn.Module, ours: type, theirs: type) -> torch.nn.M
     """
     stacking.refuse_to_leave(module, "torch.jit.script compiles torch.nn's module")
     options.refuse_to_leave(module, "torch.jit.script compiles torch.nn's module")
+    normalized.refuse_to_leave(module, "torch.jit.script compiles torch.nn's module")
     if type(module) is not ours:
         return module
     twin: torch.nn.Module = object.__new__(theirs)
@@ -99,12 +101,13 @@ class RNN(_Extended, Stacking, torch.nn.RNN):
         return _torch_twin(self, RNN, torch.nn.RNN)
 
 
-class GRU(_Extended, Stacking, torch.nn.GRU):
+class GRU(LayerNormalized, _Extended, Stacking, torch.nn.GRU):
     """`torch.nn.GRU`, faster. Arguments, shapes, errors and state_dict are torch's.
 
     Formula and contract: https://docs.pytorch.org/docs/stable/generated/torch.nn.GRU.html
-    Beyond torch's: the keywords of the constructor that are the fields of `options.Options`, and
-    the arguments of a call that `extended.forward` tells of.
+    Beyond torch's: the keywords of the constructor that are the fields of `options.Options`,
+    `layer_norm` (see `normalized.LayerNormalized`), and the arguments of a call that
+    `extended.forward` tells of.
     """
 
     def forward(
@@ -119,7 +122,9 @@ class GRU(_Extended, Stacking, torch.nn.GRU):
     ) -> Any:
         if self._options is not None or lengths is not None or reset_mask is not None or all_states:
             return extended.forward(self, input, hx, lengths, reset_mask, reset_to, all_states)
-        call = stacking.forward if self._stacking else functional.forward
+        call: Callable[..., Any] = functional.forward
+        if self._stacking:
+            call = normalized.forward if self._normalized else stacking.forward
         result = call(self, input, hx)
         return super().forward(input, hx) if result is None else result
 
@@ -127,12 +132,13 @@ class GRU(_Extended, Stacking, torch.nn.GRU):
         return _torch_twin(self, GRU, torch.nn.GRU)
 
 
-class LSTM(_Extended, Stacking, torch.nn.LSTM):
+class LSTM(LayerNormalized, _Extended, Stacking, torch.nn.LSTM):
     """`torch.nn.LSTM`, faster. Arguments, shapes, errors and state_dict are torch's.
 
     Formula and contract: https://docs.pytorch.org/docs/stable/generated/torch.nn.LSTM.html
-    Beyond torch's: the keywords of the constructor that are the fields of `options.Options`, and
-    the arguments of a call that `extended.forward` tells of.
+    Beyond torch's: the keywords of the constructor that are the fields of `options.Options`,
+    `layer_norm` (see `normalized.LayerNormalized`), and the arguments of a call that
+    `extended.forward` tells of.
     """
 
     def forward(
@@ -147,7 +153,9 @@ class LSTM(_Extended, Stacking, torch.nn.LSTM):
     ) -> Any:
         if self._options is not None or lengths is not None or reset_mask is not None or all_states:
             return extended.forward(self, input, hx, lengths, reset_mask, reset_to, all_states)
-        call = stacking.forward if self._stacking else functional.forward
+        call: Callable[..., Any] = functional.forward
+        if self._stacking:
+            call = normalized.forward if self._normalized else stacking.forward
         result = call(self, input, hx)
         return super().forward(input, hx) if result is None else result
 

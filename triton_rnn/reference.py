@@ -9,12 +9,21 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn.functional import linear
+from torch.nn.functional import layer_norm, linear
 
 from triton_rnn.cells import Cell, OwnCell
 from triton_rnn.extras import Extras
 
 State = tuple[Tensor, ...]
+
+
+class Norm(NamedTuple):
+    """Layer normalization of one direction: `Cell.together` and the rows of the fifth weight."""
+
+    together: tuple[int, ...]
+    gain_ih: Tensor
+    gain_hh: Tensor
+    affine_c: Tensor
 
 
 class Weights(NamedTuple):
@@ -26,19 +35,49 @@ class Weights(NamedTuple):
     bias_hh: Tensor | None
     weight_hr: Tensor | None
     unit: Tensor | None = None
+    norm: Norm | None = None
 
 
 def _split(weights: Sequence[Tensor], cell: Cell) -> Weights:
     weight_ih, weight_hh, *rest = weights
     unit = rest.pop() if isinstance(cell, OwnCell) else None
     weight_hr = rest.pop() if cell.projected else None
+    norm = None
+    if cell.together:
+        gains = rest.pop()
+        norm = Norm(cell.together, *gains.tensor_split((cell.gates, 2 * cell.gates)))
     bias_ih, bias_hh = rest if rest else (None, None)
-    return Weights(weight_ih, weight_hh, bias_ih, bias_hh, weight_hr, unit)
+    return Weights(weight_ih, weight_hh, bias_ih, bias_hh, weight_hr, unit, norm)
+
+
+def _normalized(preact: Tensor, together: Sequence[int], gain: Tensor) -> Tensor:
+    """Layer normalization of each group of gates by itself; gain (G, H)."""
+    gains = gain.split(list(together))
+    parts = preact.split([part.numel() for part in gains], -1)
+    return torch.cat(
+        [
+            layer_norm(part, part.shape[-1:], own.flatten())
+            for part, own in zip(parts, gains, strict=True)
+        ],
+        -1,
+    )
+
+
+def _input_preact(x: Tensor, weights: Weights) -> Tensor:
+    if weights.norm is None:
+        return linear(x, weights.weight_ih, weights.bias_ih)
+    preact = linear(x, weights.weight_ih)
+    preact = _normalized(preact, weights.norm.together, weights.norm.gain_ih)
+    return preact if weights.bias_ih is None else preact + weights.bias_ih
 
 
 def _hidden_preact(state: State, weights: Weights, mask: Tensor | None) -> Tensor:
     h = state[0] if mask is None else state[0] * mask
-    return linear(h, weights.weight_hh, weights.bias_hh)
+    if weights.norm is None:
+        return linear(h, weights.weight_hh, weights.bias_hh)
+    preact = linear(h, weights.weight_hh)
+    preact = _normalized(preact, weights.norm.together, weights.norm.gain_hh)
+    return preact if weights.bias_hh is None else preact + weights.bias_hh
 
 
 def rnn_tanh_step(
@@ -75,13 +114,19 @@ def lstm_step(
     mask: Tensor | None = None,
     clip_cell: float = 0.0,
 ) -> State:
-    """i, f, o = sigmoid(..); g = tanh(..); c = f c + i g; h = o tanh(c), projected by W_hr."""
+    """i, f, o = sigmoid(..); g = tanh(..); c = f c + i g; h = o tanh(c), projected by W_hr.
+
+    With layer normalization h is made of the normalized c, and c is carried as it is.
+    """
     c = state[1]
     i, f, g, o = (input_preact + _hidden_preact(state, weights, mask)).chunk(4, -1)
     c = torch.sigmoid(f) * c + torch.sigmoid(i) * torch.tanh(g)
     if clip_cell:
         c = c.clamp(-clip_cell, clip_cell)
-    h = torch.sigmoid(o) * torch.tanh(c)
+    shown = c
+    if weights.norm is not None:
+        shown = layer_norm(c, c.shape[-1:], *weights.norm.affine_c)
+    h = torch.sigmoid(o) * torch.tanh(shown)
     return (h if weights.weight_hr is None else linear(h, weights.weight_hr), c)
 
 
@@ -115,6 +160,8 @@ STEPS: dict[str, Callable[..., State]] = {
     "gru": gru_step,
     "lstm": lstm_step,
     "lstm_projected": lstm_step,
+    "gru_normalized": gru_step,
+    "lstm_normalized": lstm_step,
 }
 
 
@@ -133,7 +180,7 @@ def _direction(
     """
     step = own_step(cell) if isinstance(cell, OwnCell) else STEPS[cell.name]
     split = _split(weights, cell)
-    preacts = linear(rows, split.weight_ih, split.bias_ih).split(list(batch_sizes))
+    preacts = _input_preact(rows, split).split(list(batch_sizes))
     outputs: list[Tensor] = [rows] * len(batch_sizes)
     order = range(len(batch_sizes))
     for t in reversed(order) if reverse else order:
@@ -158,7 +205,8 @@ def layer(
         rows: (sum of batch sizes, I), time-major: the rows of step 0, then those of step 1, ...
         batch_sizes: how many rows each step has; never growing.
         h_0: (D, N, H_out). c_0: (D, N, H), or None for a cell without one.
-        weights: weight_ih, weight_hh[, bias_ih, bias_hh][, weight_hr] of each direction in turn.
+        weights: weight_ih, weight_hh[, bias_ih, bias_hh][, a fifth] of each direction in turn; see
+            `Cell`.
 
     Returns:
         output (rows, D * H_out), h_n (D, N, H_out) and, if the cell has it, c_n (D, N, H).

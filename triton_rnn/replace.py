@@ -10,7 +10,7 @@ from typing import TypeVar
 
 import torch
 
-from triton_rnn import modules, options, stacking
+from triton_rnn import modules, normalized, options, stacking
 
 _log = logging.getLogger("triton_rnn")
 _Model = TypeVar("_Model", bound=torch.nn.Module)
@@ -138,6 +138,7 @@ def restore(model: _Model) -> _Model:
         if _restored(type(module)) is not None:
             stacking.refuse_to_leave(module, "restore makes a module torch.nn's")
             options.refuse_to_leave(module, "restore makes a module torch.nn's")
+            normalized.refuse_to_leave(module, "restore makes a module torch.nn's")
     for module in model.modules():
         restored = _restored(type(module))
         if restored is not None:

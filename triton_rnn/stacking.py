@@ -42,9 +42,10 @@ class Stacking(torch.nn.RNNBase):
 
     # Of the class, so that modules that torch.nn made and old pickles have them too. `_stacking`
     # is whether any is set, so that a plain call asks one question; `_layered`, whether the layers
-    # are not those of torch.nn.
+    # are not those of torch.nn; `_normalized`, whether they are those of `triton_rnn.normalized`.
     _stacking = False
     _layered = False
+    _normalized = False
     _recompute: bool | int = False
     _residual = False
 
@@ -155,7 +156,7 @@ class Stacking(torch.nn.RNNBase):
         as without it. Backend `aten`, autocast, tracing and torch.func are refused.
 
         Raises:
-            ValueError: when it is set, for anything else.
+            ValueError: when it is set, for anything else, and on a module with layer_norm.
         """
         return cast(bool | int, self._users("recompute", self._recompute))
 
@@ -165,8 +166,10 @@ class Stacking(torch.nn.RNNBase):
             raise ValueError(
                 f"recompute is True, False or a number of steps, at least 1, not {value!r}"
             )
+        if value is not False and self._normalized:
+            raise ValueError("recompute does not go together with layer_norm")
         self._recompute = value
-        self._stacking = value is not False or self._layered
+        self._stacking = value is not False or self._layered or self._normalized
 
     def extra_repr(self) -> str:
         shown = super().extra_repr()

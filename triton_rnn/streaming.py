@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
 from triton_rnn import dispatch, functional, recompute, stacking
-from triton_rnn.cells import MODES
+from triton_rnn.cells import MODES, NORMALIZED
 from triton_rnn.request import Request
 
 # `auto` chooses for a stream as it would for a sequence of so many steps, whatever its chunks are.
@@ -126,13 +126,16 @@ class Stream:
             return self.backend
         if wanted != "auto":
             return wanted
+        normalized = getattr(self.module, "_normalized", False)
         if functional.obstacle() is not None:
-            return "aten"
+            return "reference" if normalized else "aten"
         # Whether it can is a matter of device and dtype only.
-        cell = MODES[self.module.mode]
+        cell = (NORMALIZED if normalized else MODES)[self.module.mode]
         some = Request(cell, chunk.device, chunk.dtype, 1, 1, 1, 1, 1, 1, True, False, False)
         if dispatch.backend_module("native").supports(some) is None:
             return "native"
+        if normalized:
+            return "reference"
         names = {
             self._choose(request._replace(seq_len=_LONG))
             for request in stacking.requests(self.module, chunk, state)

@@ -35,20 +35,24 @@ TAKES_NO_STATE = True
 TAKES_EXTRAS = f"{__name__}.extended"
 
 _SOURCE = Path(__file__).with_name("recurrence.c")
+_NORMALIZED = Path(__file__).with_name("normalized.h")
 _ARGUMENTS = Path(__file__).with_name("arguments.c")
 # What `call` of arguments.c answers where it leaves a call to `_pack`; no place, among `places`.
 _UNUSUAL = 2
 _NOWHERE = 127
 _CELLS = {"rnn_tanh": 0, "rnn_relu": 1, "gru": 2, "lstm": 3, "lstm_projected": 4}
+_CELLS |= {"gru_normalized": 2, "lstm_normalized": 3}
 _USERS = 5
 _TYPES = {torch.float32: "float", torch.float64: "double"}
-# One library serves the cells whose arithmetic is one: ONLY of recurrence.c.
+# One library serves the cells whose arithmetic is one: ONLY of recurrence.c, and NORMALIZED.
 _KINDS = {
     "rnn_tanh": "RNN_TANH",
     "rnn_relu": "RNN_TANH",
     "gru": "GRU",
     "lstm": "LSTM",
     "lstm_projected": "LSTM",
+    "gru_normalized": "GRU_NORMALIZED",
+    "lstm_normalized": "LSTM_NORMALIZED",
 }
 
 # `struct Call` of recurrence.c, field by field; a pointer is a number of eight bytes. What all
@@ -78,7 +82,7 @@ class Library:
     """The compiled functions for one type of numbers and one kind of cell.
 
     Args:
-        extra, headers: as `build.library`; what a user's cell is.
+        extra, headers: as `build.library`; what a user's cell is, or layer normalization.
     """
 
     def __init__(
@@ -173,7 +177,11 @@ _building = threading.Lock()
 
 @functools.cache
 def _built(dtype: torch.dtype, kind: str) -> Library | str:
+    only, normalized, _ = kind.partition("_NORMALIZED")
     try:
+        if normalized:
+            headers = {_NORMALIZED.name: _NORMALIZED.read_text("ascii")}
+            return Library(dtype, only, ("-DNORMALIZED",), headers)
         return Library(dtype, kind)
     except build.BuildError as error:
         return str(error)
@@ -183,7 +191,7 @@ def library(dtype: torch.dtype, cell: str) -> Library | str:
     """The compiled functions for float32 or float64 and a cell, or why there are none; tried once.
 
     Args:
-        cell: its name in `CELLS`.
+        cell: its name.
     """
     with _building:
         return _built(dtype, _KINDS[cell])

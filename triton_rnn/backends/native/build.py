@@ -42,7 +42,7 @@ NATIVE_FLAGS = (("-march=native",), ("-mcpu=native",), ())
 # A compiler that takes longer has hung.
 SECONDS = 60
 # Libraries of other versions, machines and users' cells that share the folder; one version has
-# six.
+# ten.
 KEPT_FILES = 64
 _OUR_NAME = re.compile(r"[0-9a-f]{24}-[0-9a-f]{32}\.so")
 

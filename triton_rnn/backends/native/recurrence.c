@@ -16,7 +16,8 @@
 
    A user's cell (OWN) is compiled into a library by itself: its numbers are macros (OWN_GATES and the
    others below), its pointwise steps own_forward and own_backward are generated (own_cell.h, by
-   own.py). Without them, all that is OWN's is code that the compiler leaves out.
+   own.py). Without them, all that is OWN's is code that the compiler leaves out. So it is with layer
+   normalization of GRU and LSTM (NORMALIZED, normalized.h), a library of its own for each.
 
    Products: multiply() adds to R x V vectors in registers; all products of forward and backward are
    loops around it. No function keeps state; none writes to an input.
@@ -26,6 +27,7 @@
    beside it. A team shares the hidden units of every step, and each member only writes what belongs
    to its units. */
 
+#include <sched.h>
 #include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
@@ -55,6 +57,13 @@
 #define IN_REGISTER(vector) __asm__("" : "+v"(vector))
 #else
 #define IN_REGISTER(vector) ((void)0)
+#endif
+
+/* What a processor wants to be told between two looks at memory that another one is to write. */
+#if defined(__x86_64__)
+#define PAUSE __builtin_ia32_pause()
+#else
+#define PAUSE ((void)0)
 #endif
 
 typedef int64_t i64;
@@ -98,6 +107,12 @@ enum { OWN_GRADS = 1, OWN_PAST = 0 };
 #define OWN_INPUT_SLOTS 0
 #define OWN_HIDDEN_SLOTS 0
 #endif
+/* Of a cell with layer normalization the numbers learned for a unit are its gains and the shift of c. */
+#ifdef NORMALIZED
+enum { HAS_NORM = 1, UNIT_WEIGHTS = ONLY == GRU ? 6 : 10, UNIT_BIASES = 4 };
+#else
+enum { HAS_NORM = 0, UNIT_WEIGHTS = OWN_UNIT_WEIGHTS, UNIT_BIASES = 0 };
+#endif
 static const int OWN_START[] = {OWN_STARTS}, OWN_INPUT_SLOT[] = {OWN_INPUT_SLOTS};
 static const int OWN_HIDDEN_SLOT[] = {OWN_HIDDEN_SLOTS};
 /* States besides h, and whether members of a team have to wait for each other at every step. */
@@ -120,7 +135,8 @@ typedef struct {
     /* (D, N, P), (D, N, H), dense; NULL for zeros. Of OWN all other states, (D, N, OTHERS*H). */
     const void *h_0, *c_0;
     /* weight_ih (G*H, I), weight_hh (G*H, P), bias_ih, bias_hh (G*H), weight_hr (P, H), dense. Of
-       OWN weight_hh and bias_hh have OWN_PRODUCTS*H rows, and the last is (OWN_UNIT_WEIGHTS, H). */
+       OWN weight_hh and bias_hh have OWN_PRODUCTS*H rows. The last of OWN and of NORMALIZED is
+       (UNIT_WEIGHTS, H). */
     const void *weights[2][5];
     /* output (rows, D*P), h_n, c_n as h_0 and c_0: dense. saved: saved_numbers() numbers. */
     void *output, *h_n, *c_n, *saved;
@@ -162,17 +178,48 @@ typedef struct {
     double clip_h, clip_c;
 } Extras;
 
+/* Where members wait for each other: how many have come, and how often all had. */
+typedef struct {
+    _Alignas(64) i64 here;
+    _Alignas(64) i64 rounds;
+} Meeting;
+
 /* A member of the team that works on a call. */
 typedef struct {
     i64 index, count;
     void (*wait)(void);
+    Meeting *meeting;
 } Member;
+
+/* With three waits in a step, libgomp's barrier costs too much: 0.4 us where this takes 0.1; and
+   where another process has the processor of one member, milliseconds, for the others spin on and do
+   not give way. */
+static void meet(Meeting *m, i64 count)
+{
+    enum { SPINS = 4000 };
+    const i64 round = __atomic_load_n(&m->rounds, __ATOMIC_RELAXED);
+    if (__atomic_add_fetch(&m->here, 1, __ATOMIC_ACQ_REL) == count) {
+        __atomic_store_n(&m->here, 0, __ATOMIC_RELAXED);
+        __atomic_store_n(&m->rounds, round + 1, __ATOMIC_RELEASE);
+        return;
+    }
+    for (int spins = 0; __atomic_load_n(&m->rounds, __ATOMIC_ACQUIRE) == round;)
+        /* More threads than processors: the one that is waited for may need this one's. */
+        if (spins < SPINS)
+            spins++, PAUSE;
+        else
+            sched_yield();
+}
 
 /* Everything that was written by any member before is there for all after. */
 INLINE void wait_for_all(const Member *me)
 {
-    if (me->count > 1)
-        me->wait();
+    if (me->count > 1) {
+        if (HAS_NORM)
+            meet(me->meeting, me->count);
+        else
+            me->wait();
+    }
 }
 /* A member's part of `total` things, cut between groups of `group`. */
 INLINE void share(const Member *me, i64 total, i64 group, i64 *from, i64 *to)
@@ -192,7 +239,9 @@ static const int PRODUCTS[] = {1, 1, 3, 4, 4, OWN_PRODUCTS};
 
 /* Numbers kept per hidden unit and row for the backward. The first is h before the step, of the
    output's size; the others are listed with cell_forward. */
-static const int KEPT[] = {1, 1, 4, 5, 6, OWN_KEPT};
+static const int KEPT[] = {1, 1, HAS_NORM ? 10 : 4, HAS_NORM ? 14 : 5, 6, OWN_KEPT};
+/* And of a row as a whole, at its end: normalized.h. */
+enum { SCALES = HAS_NORM ? 4 : 0 };
 
 /* What an extended call keeps behind these, of the output's size each: h before the step where the
    first is masked and GRU wants both, and h before it is clipped. */
@@ -202,8 +251,9 @@ typedef struct {
 static Kept kept_of(i64 cell, i64 hidden, i64 output, int masks, int clips);
 
 /* Gradients of preactivations per hidden unit and row. GRU's new gate has two, since the reset gate
-   stands between its input's part and its state's part. */
-static const int GRADS[] = {1, 1, 4, 4, 4, OWN_GRADS};
+   stands between its input's part and its state's part; where both parts are normalized by
+   themselves, all gates have. */
+static const int GRADS[] = {1, 1, HAS_NORM ? 6 : 4, HAS_NORM ? 8 : 4, 4, OWN_GRADS};
 static const int INPUT_SLOT[] = {0, 1, 2, 3};
 static const int STATE_SLOT[] = {0, 1, 3, 3};
 INLINE int input_slot(int gate)
@@ -214,6 +264,8 @@ INLINE int state_slot(int cell, int gate)
 {
     if (HAS_OWN)
         return OWN_HIDDEN_SLOT[gate];
+    if (HAS_NORM)
+        return GATES[cell] + gate;
     return cell == GRU ? STATE_SLOT[gate] : INPUT_SLOT[gate];
 }
 
@@ -309,7 +361,7 @@ INLINE i64 padded(i64 count)
 }
 static Kept kept_of(i64 cell, i64 hidden, i64 output, int masks, int clips)
 {
-    Kept kept = {.row = padded(output) + KEPT[cell] * padded(hidden)};
+    Kept kept = {.row = padded(output) + KEPT[cell] * padded(hidden) + padded(SCALES)};
     if (masks && cell == GRU) {
         kept.before = kept.row;
         kept.row += padded(output);
@@ -646,6 +698,28 @@ static Matrix readable(const REAL *from, i64 rows, i64 columns, i64 products, RE
     return m;
 }
 
+/* LSTM's gates, and c after the step, of one unit-vector of one row. */
+INLINE vec lstm_c(const vec *preact, vec before, vec *kept)
+{
+    kept[0] = sigmoid(preact[0]);
+    kept[1] = sigmoid(preact[1]);
+    kept[2] = hyperbolic_tangent(preact[2]);
+    kept[3] = sigmoid(preact[3]);
+    kept[4] = before;
+    return kept[1] * kept[4] + kept[0] * kept[2];
+}
+/* Backward, from the gradients of that c and of o. */
+INLINE void lstm_grads(const vec *kept, vec grad_c, vec grad_o, vec *dc, vec *grads)
+{
+    const REAL one = 1;
+    vec i = kept[0], f = kept[1], g = kept[2], o = kept[3], c = kept[4];
+    grads[0] = grad_c * g * i * (one - i);
+    grads[1] = grad_c * c * f * (one - f);
+    grads[2] = grad_c * i * (one - g * g);
+    grads[3] = grad_o * o * (one - o);
+    *dc = grad_c * f;
+}
+
 /* One unit-vector of one row, forward. preact: the gates' preactivations; of GRU's new gate the
    state's part, and its input's part is `other`. Returns what the state's product is made of next:
    h, or for a projected LSTM what W_hr is to multiply. kept: h before the step lies ahead of it,
@@ -667,12 +741,7 @@ INLINE vec cell_forward(int cell, int relu, const vec *preact, vec other, vec be
         kept[3] = preact[2];
         return kept[2] + kept[1] * (before - kept[2]);
     }
-    kept[0] = sigmoid(preact[0]);
-    kept[1] = sigmoid(preact[1]);
-    kept[2] = hyperbolic_tangent(preact[2]);
-    kept[3] = sigmoid(preact[3]);
-    kept[4] = load(c);
-    vec now = kept[1] * kept[4] + kept[0] * kept[2];
+    vec now = lstm_c(preact, load(c), kept);
     if (clip > 0)
         now = clipped(now, clip);
     store(c, now);
@@ -706,11 +775,7 @@ INLINE vec cell_backward(int cell, int relu, vec dh, vec before, const vec *kept
     vec grad_c = *dc + dh * o * (one - t * t);
     if (clip > 0)
         grad_c = choose((now <= clip) & (now >= -clip), grad_c, (vec){0});
-    grads[0] = grad_c * g * i * (one - i);
-    grads[1] = grad_c * c * f * (one - f);
-    grads[2] = grad_c * i * (one - g * g);
-    grads[3] = dh * t * o * (one - o);
-    *dc = grad_c * f;
+    lstm_grads(kept, grad_c, dh * t, dc, grads);
     return (vec){0};
 }
 
@@ -755,7 +820,31 @@ typedef struct {
     const i64 *places;
     REAL *masked, *next_masked, *c_before, *x_rows;
     REAL clip_c;
+    /* Of normalized.h: W_hh h, and its statistics. */
+    REAL *sums, *parts, *found;
 } Forward;
+
+/* Private buffers of one direction, backward. */
+typedef struct {
+    REAL *grads, *dh, *dc, *dm, *grad_states, *weight_ih, *weight_hh, *weight_hr, *after;
+    REAL *own, *grad_own;
+    /* Some rows at a time: gradients column by column; of each member x and h in panels, `room`
+       numbers each. */
+    REAL *columns, *rows;
+    i64 room;
+    const REAL *saved;
+    i64 kept_row;
+    /* Where a row of what was kept has the h that GRU's update gate weighs; 0 but for masked calls. */
+    i64 before_at;
+    /* Of an extended call: gradients that go past the cell by a zoneout, those that the initial
+       state has from resets. */
+    const Extras *extras;
+    const i64 *places;
+    REAL *past_h, *past_c, *reset_h, *reset_c;
+    REAL clip_c;
+    /* Of normalized.h: the gradients of LN(W_hh h) times their gains, and their means. */
+    REAL *sums, *parts, *found;
+} Backward;
 
 /* Vectors of a panel of W_hh: the gates of a unit-vector, or two unit-vectors of an RNN. */
 INLINE i64 step_width(i64 cell)
@@ -775,6 +864,10 @@ INLINE const REAL *start_of(int cell, const Forward *f, const REAL *preact, int 
     /* The state's part of GRU's new gate begins with b_hn. */
     return cell == GRU && product == 2 ? f->bias + 3 * Hp : preact + product * Hp;
 }
+
+#if defined(NORMALIZED)
+#include "normalized.h"
+#endif
 
 #if HAS_OWN
 /* A user's cell: one unit-vector of one row, forward. hidden: its products' sums. */
@@ -809,12 +902,18 @@ INLINE void step_block(int cell, int R, int U, const Call *call, const Forward *
         UNROLL for (int u = 0; u < U; u++)
             UNROLL for (int k = 0; k < K; k++) {
                 const REAL *at = start_of(cell, f, preact + (row + r) * G * Hp, k, Hp);
-                sum[(r * U + u) * K + k] = load(at + unit + u * LANES);
+                sum[(r * U + u) * K + k] = HAS_NORM ? (vec){0} : load(at + unit + u * LANES);
             }
     if (HAS_PRODUCT)
         multiply(R, K * U, W, sum, f->operand + row * Pp, Pp, 1, call->output_size,
                  column_of(&f->state_weight, unit / LANES * K, W), W * LANES,
                  f->state_weight.panel);
+#if defined(NORMALIZED)
+    UNROLL for (int r = 0; r < R; r++)
+        UNROLL for (int u = 0; u < U; u++)
+            put_sums(call, f, row + r, unit + u * LANES, sum + (r * U + u) * K);
+    return;
+#endif
 #if HAS_OWN
     UNROLL for (int r = 0; r < R; r++)
         UNROLL for (int u = 0; u < U; u++)
@@ -876,6 +975,11 @@ static void any_step(const Call *call, const Forward *f, const Member *me, i64 r
     share_units(me, call, &unit, &end);
 #if HAS_OWN
     step(OWN, call, f, rows, unit, end, preact, kept_rows);
+    return;
+#endif
+#if defined(NORMALIZED)
+    step(CELL, call, f, rows, unit, end, preact, kept_rows);
+    normalized_step(call, f, me, rows, unit, end, preact, kept_rows);
     return;
 #endif
     switch (call->cell) {
@@ -947,7 +1051,7 @@ static void project(const Call *call, const Forward *f, const Member *me, const 
     const i64 width = GATES[call->cell] * padded(call->hidden_size);
     const i64 begin = first_row(call, offsets, first);
     Product p = {.columns = width, .parts = 1, .count = call->input_size, .a_step = 1,
-                 .b = f->input_weight, .start = f->bias};
+                 .b = f->input_weight, .start = HAS_NORM ? NULL : f->bias};
     if (f->places) {
         i64 row, end;
         share(me, first_row(call, offsets, last) - begin, MOST_ROWS, &row, &end);
@@ -1006,7 +1110,12 @@ static void plan_forward(const Call *call, const Extras *e, Arena *arena, Forwar
     f->after = take(arena, (size_t)(N * Pp * number));
     f->inner = take(arena, (size_t)(call->cell == LSTM_PROJECTED ? N * Hp * number : 0));
     f->c = take(arena, (size_t)(OTHERS * N * Hp * number));
-    f->own = take(arena, (size_t)(OWN_UNIT_WEIGHTS * Hp * number));
+    f->own = take(arena, (size_t)(UNIT_WEIGHTS * Hp * number));
+#if defined(NORMALIZED)
+    f->sums = take(arena, (size_t)(N * G * Hp * number));
+    f->parts = take(arena, (size_t)(numbers_of_parts(call) * number));
+    f->found = take(arena, (size_t)(call->threads * numbers_found(call) * number));
+#endif
     const i64 masked = e && e->recurrent_mask ? N * Pp : 0;
     f->masked = take(arena, (size_t)(masked * number));
     f->next_masked = take(arena, (size_t)(masked * number));
@@ -1041,12 +1150,12 @@ static void fold_bias(const Call *call, int d, REAL *bias)
         }
 }
 
-/* A user's cell: numbers (OWN_UNIT_WEIGHTS, H) in whole vectors, the units [begin, end). */
+/* What is learned for each unit, (UNIT_WEIGHTS, H), in whole vectors, the units [begin, end). */
 static void copy_unit_weights(const Call *call, int d, REAL *to, i64 begin, i64 end)
 {
     const i64 H = call->hidden_size, Hp = padded(H);
     const REAL *from = call->weights[d][4];
-    for (i64 k = 0; k < OWN_UNIT_WEIGHTS; k++)
+    for (i64 k = 0; k < UNIT_WEIGHTS; k++)
         for (i64 u = begin; u < end; u += LANES)
             store(to + k * Hp + u, load_some(from + k * H + u, H - u));
 }
@@ -1268,6 +1377,11 @@ static void forward_direction(const Call *call, const i64 *offsets, int d, Forwa
                 wait_for_all(me);
             project(call, &f, me, offsets, ready_from, ready_to);
             wait_for_all(me);
+#if defined(NORMALIZED)
+            const i64 first = first_row(call, offsets, ready_from);
+            normalize_input(call, &f, me, first, first_row(call, offsets, ready_to) - first);
+            wait_for_all(me);
+#endif
         }
         const REAL *preact = f.preact + (row - first_row(call, offsets, ready_from)) * G * Hp;
         REAL *kept = call->keep ? f.saved + row * f.kept_row : NULL;
@@ -1305,6 +1419,7 @@ typedef struct {
     const i64 *offsets;
     const void *buffers;
     i64 arrived;
+    Meeting meeting;
 } Team;
 
 /* A member by its turn of arrival: which thread it is does not matter. */
@@ -1313,7 +1428,7 @@ static Member arrive(Team *team)
     const Call *call = team->call;
     /* A team may be smaller than was asked for: inside another one, or by OMP_THREAD_LIMIT. */
     Member me = {__atomic_fetch_add(&team->arrived, 1, __ATOMIC_RELAXED),
-                 call->threads > 1 ? call->team_size() : 1, call->wait_for_team};
+                 call->threads > 1 ? call->team_size() : 1, call->wait_for_team, &team->meeting};
     return me;
 }
 static void work_together(const Call *call, void (*work)(void *), Team *team)
@@ -1361,7 +1476,7 @@ static i64 run_forward(const Call *call, const Extras *e)
         const i64 rows = first_row(call, offsets, call->steps);
         memset(f.saved + call->directions * rows * f.kept_row, 0, LANES * sizeof(REAL));
     }
-    Team team = {call, offsets, &f, 0};
+    Team team = {call, offsets, &f, 0, {0}};
     work_together(call, forward_work, &team);
     free(arena.base);
     free(places);
@@ -1378,26 +1493,6 @@ EXPORT i64 forward_extended(const Call *call, const Extras *extras)
 {
     return run_forward(call, extras);
 }
-
-/* Private buffers of one direction, backward. */
-typedef struct {
-    REAL *grads, *dh, *dc, *dm, *grad_states, *weight_ih, *weight_hh, *weight_hr, *after;
-    REAL *own, *grad_own;
-    /* Some rows at a time: gradients column by column; of each member x and h in panels, `room`
-       numbers each. */
-    REAL *columns, *rows;
-    i64 room;
-    const REAL *saved;
-    i64 kept_row;
-    /* Where a row of what was kept has the h that GRU's update gate weighs; 0 but for masked calls. */
-    i64 before_at;
-    /* Of an extended call: gradients that go past the cell by a zoneout, those that the initial
-       state has from resets. */
-    const Extras *extras;
-    const i64 *places;
-    REAL *past_h, *past_c, *reset_h, *reset_c;
-    REAL clip_c;
-} Backward;
 
 static void plan_backward(const Call *call, const Extras *e, i64 rows, Arena *arena, Backward *b)
 {
@@ -1417,8 +1512,13 @@ static void plan_backward(const Call *call, const Extras *e, i64 rows, Arena *ar
     b->weight_ih = take(arena, (size_t)(panel_numbers(padded(I) / LANES, G * H, WIDTH) * number));
     b->weight_hh = take(arena, (size_t)(panel_numbers(Pp / LANES, K * H, WIDTH) * number));
     b->weight_hr = take(arena, (size_t)(projection * number));
-    b->own = take(arena, (size_t)(OWN_UNIT_WEIGHTS * Hp * number));
-    b->grad_own = take(arena, (size_t)(OWN_UNIT_WEIGHTS * Hp * number));
+    b->own = take(arena, (size_t)(UNIT_WEIGHTS * Hp * number));
+    b->grad_own = take(arena, (size_t)((UNIT_WEIGHTS + UNIT_BIASES) * Hp * number));
+#if defined(NORMALIZED)
+    b->sums = take(arena, (size_t)(N * G * Hp * number));
+    b->parts = take(arena, (size_t)(numbers_of_parts(call) * number));
+    b->found = take(arena, (size_t)(call->threads * numbers_found(call) * number));
+#endif
     b->columns = take(arena, (size_t)(Hp * ROWS_AT_ONCE * number));
     b->room = panel_numbers(padded(I > P ? I : P) / LANES, ROWS_AT_ONCE, WIDTH);
     b->rows = take(arena, (size_t)(2 * call->threads * b->room * number));
@@ -1427,7 +1527,7 @@ static void plan_backward(const Call *call, const Extras *e, i64 rows, Arena *ar
     b->reset_h = take(arena, (size_t)(e ? N * Pp * number : 0));
     b->reset_c = take(arena, (size_t)(e ? N * Hp * number : 0));
     /* From here on, zeroed at the start. */
-    b->dm = take(arena, (size_t)(is_projected ? N * Hp * number : 0));
+    b->dm = take(arena, (size_t)(is_projected || HAS_NORM ? N * Hp * number : 0));
 }
 
 /* The pointwise half of a backward step: from dh (N, Pp) the gradients of the preactivations of its
@@ -1503,6 +1603,10 @@ static void any_backward_step(const Call *call, const Backward *b, const Member 
     share_units(me, call, &unit, &end);
 #if HAS_OWN
     own_backward_step(call, b, rows, unit, end, dh, kept, grads);
+    return;
+#endif
+#if defined(NORMALIZED)
+    normalized_backward_step(call, b, me, rows, unit, end, dh, kept, grads);
     return;
 #endif
     switch (call->cell) {
@@ -1603,7 +1707,7 @@ static void after_the_loop(const Call *call, int d, const Backward *b, const Mem
         row += ROWS_AT_ONCE;
     } while (row < total);
     share(me, Hp, LANES, &unit, &end);
-    for (int which = 2; which < 4; which++)
+    for (int which = 2; which < 4 && !HAS_NORM; which++)
         for (int g = 0; grad_weights[which] && g < (which == 2 ? G : K); g++) {
             const i64 slot = which == 2 ? input_slot(g) : state_slot(cell, g);
             for (i64 u = unit; u < end; u += LANES) {
@@ -1743,7 +1847,7 @@ static void backward_direction(const Call *call, const i64 *offsets, int d, cons
     i64 unit, end, column, last;
     share_units(me, call, &unit, &end);
     copy_unit_weights(call, d, b->own, unit, end);
-    for (i64 k = 0; k < OWN_UNIT_WEIGHTS && unit < end; k++)
+    for (i64 k = 0; k < UNIT_WEIGHTS + UNIT_BIASES && unit < end; k++)
         memset(b->grad_own + k * Hp + unit, 0, (size_t)(end - unit) * sizeof(REAL));
     column = unit, last = end;
     if (cell == LSTM_PROJECTED)
@@ -1817,10 +1921,13 @@ static void backward_direction(const Call *call, const i64 *offsets, int d, cons
         give_states((REAL *)call->grad_h_0 + d * N * P, b->dh, Pp, P, N, column, last, e);
     if (call->grad_c_0)
         c_out(call, (REAL *)call->grad_c_0 + d * OTHERS * N * H, b->dc, unit, end, e);
-    for (i64 k = 0; k < OWN_UNIT_WEIGHTS && call->grad_weights[d][4]; k++)
+    for (i64 k = 0; k < UNIT_WEIGHTS && call->grad_weights[d][4]; k++)
         for (i64 u = unit; u < end; u += LANES)
             store_some((REAL *)call->grad_weights[d][4] + k * H + u,
                        load(b->grad_own + k * Hp + u), H - u);
+#if defined(NORMALIZED)
+    normalized_after_the_loop(call, d, b, me, total);
+#endif
     after_the_loop(call, d, b, me, total, offsets, weight_ih);
     /* The other direction takes the buffers over. */
     wait_for_all(me);
@@ -1861,7 +1968,7 @@ static i64 run_backward(const Call *call, const Extras *e)
     /* Ends of rows that no product writes are read by whole vectors. */
     memset(b.dm, 0, arena.used - (size_t)((char *)b.dm - arena.base));
     b.saved = call->saved;
-    Team team = {call, offsets, &b, 0};
+    Team team = {call, offsets, &b, 0, {0}};
     work_together(call, backward_work, &team);
     free(arena.base);
     free(places);
@@ -1883,7 +1990,7 @@ EXPORT i64 backward_extended(const Call *call, const Extras *extras)
    output size, and a vector at the end. */
 EXPORT i64 saved_numbers(i64 cell, i64 rows, i64 hidden, i64 output, i64 directions)
 {
-    return directions * rows * (KEPT[cell] * padded(hidden) + padded(output)) + LANES;
+    return directions * rows * kept_of(cell, hidden, output, 0, 0).row + LANES;
 }
 /* Likewise of an extended call, with a recurrent mask, with a largest |h|. */
 EXPORT i64 saved_numbers_extended(i64 cell, i64 rows, i64 hidden, i64 output, i64 directions,
