@@ -59,7 +59,7 @@ _KINDS = {
 # calls of one request share comes first, and is packed once; what only a backward has comes last.
 _SHARED = struct.Struct("9q")
 _OWN = struct.Struct("20q")
-_TEAM = struct.Struct("4q")
+_TEAM = struct.Struct("3q")
 _BACKWARD = struct.Struct("17q")
 _NO_BACKWARD = bytes(_BACKWARD.size)
 
@@ -116,14 +116,14 @@ class Library:
 
 @functools.cache
 def _team_functions() -> tuple[int, ...]:
-    """Where libgomp's functions lie that open a team of threads, wait for it, and tell its size.
+    """Where libgomp's functions lie that open a team of threads and tell its size.
 
     Empty where they are not all there. torch brings its OpenMP runtime and makes its symbols
     global. Its threads are the ones to use: a second team beside them would fight them for the
     cores.
     """
     everything = ctypes.CDLL(None)
-    names = ("GOMP_parallel", "GOMP_barrier", "omp_get_num_threads")
+    names = ("GOMP_parallel", "omp_get_num_threads")
     found = [getattr(everything, name, None) for name in names]
     if None in found:
         return ()
@@ -132,7 +132,7 @@ def _team_functions() -> tuple[int, ...]:
     )
 
 
-_ALONE = _TEAM.pack(1, 0, 0, 0)
+_ALONE = _TEAM.pack(1, 0, 0)
 
 
 def _team(request: Request, teams: dict[tuple[int, int], bytes], rows: int) -> bytes:

@@ -105,7 +105,7 @@ static int pointer_of(PyObject *object, i64 *pointer)
 }
 
 /* What `struct Call` of recurrence.c holds, in its order. */
-enum { SEQ_LEN = 1, BATCH = 2, SHARED = 9, OWN = 24, BACKWARD = 17 };
+enum { SEQ_LEN = 1, BATCH = 2, SHARED = 9, OWN = 23, BACKWARD = 17 };
 enum { MOST_WEIGHTS = 10, MEMORY = 1, UNUSUAL = 2 };
 
 /* The pointers of a direction's weights at their places. `slots` says which of `tensors` is at each,
@@ -142,7 +142,7 @@ static PyObject *call(PyObject *self, PyObject *const *arguments, Py_ssize_t cou
         return PyLong_FromLong(UNUSUAL);
     memcpy(fields, PyBytes_AsString(arguments[1]), SHARED * sizeof(i64));
     const char *slots = PyBytes_AsString(arguments[2]);
-    memcpy(own + 20, PyBytes_AsString(arguments[3]), 4 * sizeof(i64));
+    memcpy(own + 20, PyBytes_AsString(arguments[3]), 3 * sizeof(i64));
     own[0] = (i64)(intptr_t)PyLong_AsVoidPtr(arguments[4]);
     if (!look_at(arguments[5], 1, &input))
         return PyLong_FromLong(UNUSUAL);

@@ -22,9 +22,8 @@
    Products: multiply() adds to R x V vectors in registers; all products of forward and backward are
    loops around it. No function keeps state; none writes to an input.
 
-   Threads are lent: the caller hands over the functions by which its OpenMP runtime opens a team,
-   waits for all of it and tells its size (in struct Call), so that there is no second team
-   beside it. A team shares the hidden units of every step, and each member only writes what belongs
+   Threads are lent: the caller hands over the functions by which its OpenMP runtime opens a team and
+   tells its size (in struct Call), so that there is no second team beside it. A team shares the hidden units of every step, and each member only writes what belongs
    to its units. */
 
 #include <sched.h>
@@ -140,11 +139,9 @@ typedef struct {
     const void *weights[2][5];
     /* output (rows, D*P), h_n, c_n as h_0 and c_0: dense. saved: saved_numbers() numbers. */
     void *output, *h_n, *c_n, *saved;
-    /* How many threads to ask for: 1, or more with libgomp's GOMP_parallel, GOMP_barrier and
-       omp_get_num_threads. */
+    /* How many threads to ask for: 1, or more with libgomp's GOMP_parallel and omp_get_num_threads. */
     i64 threads;
     void (*open_team)(void (*work)(void *), void *data, unsigned threads, unsigned flags);
-    void (*wait_for_team)(void);
     int (*team_size)(void);
     /* Backward: grad_output (rows, D*P) by its stride; NULL for zeros, these and the states'. */
     const void *grad_output, *grad_h_n, *grad_c_n;
@@ -187,16 +184,15 @@ typedef struct {
 /* A member of the team that works on a call. */
 typedef struct {
     i64 index, count;
-    void (*wait)(void);
     Meeting *meeting;
 } Member;
 
-/* With three waits in a step, libgomp's barrier costs too much: 0.4 us where this takes 0.1; and
-   where another process has the processor of one member, milliseconds, for the others spin on and do
-   not give way. */
+/* libgomp's barrier takes 0.4 us where this takes 0.1, and there are some in every step; and where
+   another process has the processor of one member, milliseconds, for the others spin on and do not
+   give way. */
 static void meet(Meeting *m, i64 count)
 {
-    enum { SPINS = 4000 };
+    enum { SPINS = 500 };
     const i64 round = __atomic_load_n(&m->rounds, __ATOMIC_RELAXED);
     if (__atomic_add_fetch(&m->here, 1, __ATOMIC_ACQ_REL) == count) {
         __atomic_store_n(&m->here, 0, __ATOMIC_RELAXED);
@@ -214,12 +210,8 @@ static void meet(Meeting *m, i64 count)
 /* Everything that was written by any member before is there for all after. */
 INLINE void wait_for_all(const Member *me)
 {
-    if (me->count > 1) {
-        if (HAS_NORM)
-            meet(me->meeting, me->count);
-        else
-            me->wait();
-    }
+    if (me->count > 1)
+        meet(me->meeting, me->count);
 }
 /* A member's part of `total` things, cut between groups of `group`. */
 INLINE void share(const Member *me, i64 total, i64 group, i64 *from, i64 *to)
@@ -1428,7 +1420,7 @@ static Member arrive(Team *team)
     const Call *call = team->call;
     /* A team may be smaller than was asked for: inside another one, or by OMP_THREAD_LIMIT. */
     Member me = {__atomic_fetch_add(&team->arrived, 1, __ATOMIC_RELAXED),
-                 call->threads > 1 ? call->team_size() : 1, call->wait_for_team, &team->meeting};
+                 call->threads > 1 ? call->team_size() : 1, &team->meeting};
     return me;
 }
 static void work_together(const Call *call, void (*work)(void *), Team *team)
