@@ -1,11 +1,5 @@
-"""Cells that torch does not have, beside the loop that a user would write for each today.
+"""Cells that torch does not have, beside the loop that a user would write for each today."""
 
-`pairs()` gives callables to time; run as a program it times them itself:
-
-    python -m bench.beyond_cells
-"""
-
-import time
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
@@ -15,8 +9,7 @@ from torch.nn.functional import linear
 
 import triton_rnn
 
-T, N, H = 100, 8, 128
-REPEATS, ROUNDS = 5, 12
+T, H = 100, 128
 
 
 class PeepholeLSTM(triton_rnn.Recurrent, gates=4, states=2, unit_weights=3):
@@ -109,13 +102,13 @@ class Pair(NamedTuple):
     theirs: Callable[[], object]
 
 
-def pairs() -> Iterator[Pair]:
-    """A training step of every cell: T=100, N=8, I=H=128, float32, one layer."""
+def pairs(batch: int = 8) -> Iterator[Pair]:
+    """A training step of every cell: T=100, I=H=128, float32, one layer."""
     for kind, loop in LOOPS.items():
         torch.manual_seed(0)
         module = kind(H, H)
-        x = torch.randn(T, N, H, requires_grad=True)
-        grad = torch.randn(T, N, H)
+        x = torch.randn(T, batch, H, requires_grad=True)
+        grad = torch.randn(T, batch, H)
         inputs = [x, *module.parameters()]
 
         def ours(module=module, x=x, grad=grad, inputs=inputs):
@@ -125,24 +118,3 @@ def pairs() -> Iterator[Pair]:
             return torch.autograd.grad(loop(module, x), inputs, grad)
 
         yield Pair(kind.__name__, ours, theirs)
-
-
-def _seconds(function: Callable[[], object]) -> float:
-    start = time.perf_counter()
-    for _ in range(REPEATS):
-        function()
-    return (time.perf_counter() - start) / REPEATS
-
-
-def main() -> None:
-    for name, ours, theirs in pairs():
-        for mine, other in zip(ours(), theirs(), strict=True):
-            torch.testing.assert_close(mine, other, rtol=1e-3, atol=1e-3)
-        # In turns, so that what else the machine does falls on both.
-        rounds = [(_seconds(ours), _seconds(theirs)) for _ in range(ROUNDS)]
-        mine, other = (min(times) for times in zip(*rounds, strict=True))
-        print(f"{name:18} {mine * 1e3:7.2f} ms {other * 1e3:7.2f} ms {other / mine:5.1f} x")
-
-
-if __name__ == "__main__":
-    main()

@@ -13,7 +13,7 @@ from torch.nn.functional import dropout, linear
 
 import triton_rnn
 
-STEPS, BATCH, SIZE = 100, 8, 128
+STEPS, SIZE = 100, 128
 P = 0.2
 CLIP = 0.3
 Pair = tuple[str, Callable[[], object], Callable[[], object]]
@@ -36,7 +36,7 @@ def _next(kind: str, cell: torch.nn.Module, x: Tensor, states: tuple[Tensor, ...
 
 
 def _by_lengths(kind: str, cell: torch.nn.Module, x: Tensor, lengths: Tensor) -> Tensor:
-    states, outputs = _states(kind, x.new_zeros(BATCH, SIZE)), []
+    states, outputs = _states(kind, x.new_zeros(x.size(1), SIZE)), []
     for t in range(STEPS):
         runs = (lengths > t).unsqueeze(1)
         new = _next(kind, cell, x[t], states)
@@ -46,7 +46,7 @@ def _by_lengths(kind: str, cell: torch.nn.Module, x: Tensor, lengths: Tensor) ->
 
 
 def _by_resets(kind: str, cell: torch.nn.Module, x: Tensor, keeps: Tensor) -> Tensor:
-    states, outputs = _states(kind, x.new_zeros(BATCH, SIZE)), []
+    states, outputs = _states(kind, x.new_zeros(x.size(1), SIZE)), []
     for t in range(STEPS):
         states = tuple(state * keeps[t] for state in states)
         states = _next(kind, cell, x[t], states)
@@ -56,7 +56,7 @@ def _by_resets(kind: str, cell: torch.nn.Module, x: Tensor, keeps: Tensor) -> Te
 
 def _all_states(kind: str, cell: torch.nn.Module, x: Tensor) -> Tensor:
     """Outputs beside every step's c."""
-    states, steps = _states(kind, x.new_zeros(BATCH, SIZE)), []
+    states, steps = _states(kind, x.new_zeros(x.size(1), SIZE)), []
     for t in range(STEPS):
         states = _next(kind, cell, x[t], states)
         steps.append(torch.cat(states, 1))
@@ -65,7 +65,7 @@ def _all_states(kind: str, cell: torch.nn.Module, x: Tensor) -> Tensor:
 
 def _clipped(kind: str, cell: torch.nn.Module, x: Tensor) -> Tensor:
     """h bounded after every step, and an LSTM's c, of which h is made."""
-    states, outputs = _states(kind, x.new_zeros(BATCH, SIZE)), []
+    states, outputs = _states(kind, x.new_zeros(x.size(1), SIZE)), []
     for t in range(STEPS):
         if kind == "LSTM":
             a = linear(x[t], cell.weight_ih, cell.bias_ih)
@@ -81,8 +81,8 @@ def _clipped(kind: str, cell: torch.nn.Module, x: Tensor) -> Tensor:
 
 def _regularized(kind: str, cell: torch.nn.Module, x: Tensor) -> Tensor:
     """Locked dropout on input and state, dropout on W_hh, zoneout."""
-    states, outputs = _states(kind, x.new_zeros(BATCH, SIZE)), []
-    mask_x, mask_h = (dropout(x.new_ones(BATCH, SIZE), P) for _ in range(2))
+    states, outputs = _states(kind, x.new_zeros(x.size(1), SIZE)), []
+    mask_x, mask_h = (dropout(x.new_ones(x.size(1), SIZE), P) for _ in range(2))
     w_hh = dropout(cell.weight_hh, P)
     for t in range(STEPS):
         a = linear(x[t] * mask_x, cell.weight_ih, cell.bias_ih)
@@ -104,12 +104,12 @@ def _regularized(kind: str, cell: torch.nn.Module, x: Tensor) -> Tensor:
     return torch.stack(outputs)
 
 
-def pairs() -> Iterator[Pair]:
-    """A training step (forward, backward to input and weights) of each case, T=100 N=8 H=128."""
+def pairs(batch: int = 8) -> Iterator[Pair]:
+    """A training step (forward, backward to input and weights) of each case, T=100 H=128."""
     generator = torch.Generator().manual_seed(0)
-    x = torch.randn(STEPS, BATCH, SIZE, generator=generator).requires_grad_()
-    lengths = torch.randint(STEPS // 4, STEPS + 1, (BATCH,), generator=generator)
-    resets = torch.rand(STEPS, BATCH, generator=generator) < 0.05
+    x = torch.randn(STEPS, batch, SIZE, generator=generator).requires_grad_()
+    lengths = torch.randint(STEPS // 4, STEPS + 1, (batch,), generator=generator)
+    resets = torch.rand(STEPS, batch, generator=generator) < 0.05
     keeps = (~resets).float().unsqueeze(2)
     for kind in ("GRU", "LSTM"):
         layer = getattr(triton_rnn, kind)(SIZE, SIZE)

@@ -13,7 +13,7 @@ from torch.nn.functional import layer_norm, linear
 
 import triton_rnn
 
-STEPS, BATCH, SIZE = 100, 8, 128
+STEPS, SIZE = 100, 128
 Pair = tuple[str, Callable[[], object], Callable[[], object]]
 
 
@@ -60,15 +60,15 @@ LOOPS: dict[type[torch.nn.RNNBase], Callable[..., Tensor]] = {
 }
 
 
-def pairs() -> Iterator[Pair]:
-    """A training step (forward, backward to input and weights), T=100 N=8 H=128, float32."""
+def pairs(batch: int = 8) -> Iterator[Pair]:
+    """A training step (forward, backward to input and weights), T=100 H=128, float32."""
     for kind, loop in LOOPS.items():
         torch.manual_seed(0)
         module = kind(SIZE, SIZE, layer_norm=True)  # type: ignore[call-arg]
         # With gains of 1 a hundred steps are chaotic: what is rounded differently ends up apart.
         torch.nn.init.constant_(module.weight_norm_hh_l0, 0.2)
-        x = torch.randn(STEPS, BATCH, SIZE, requires_grad=True)
-        grad = torch.randn(STEPS, BATCH, SIZE)
+        x = torch.randn(STEPS, batch, SIZE, requires_grad=True)
+        grad = torch.randn(STEPS, batch, SIZE)
         inputs = [x, *module.parameters()]
 
         def ours(module=module, x=x, grad=grad, inputs=inputs):

@@ -49,12 +49,12 @@ def recomputing(kind: str, steps: int = 1000, batch: int = 32, size: int = 256) 
     return f"{kind} recomputing, T={steps} N={batch} H={size}", ours, plain
 
 
-def pyramid(kind: str = "LSTM", sizes: tuple[int, ...] = (128, 128, 64)) -> Pair:
+def pyramid(kind: str = "LSTM", sizes: tuple[int, ...] = (128, 128, 64), batch: int = 8) -> Pair:
     """Layers of several sizes with residual connections beside a loop over torch.nn's modules."""
     ours = getattr(triton_rnn, kind)(128, sizes, residual=True)
     widths = (128, *sizes)
     layers = [getattr(torch.nn, kind)(below, size) for below, size in itertools.pairwise(widths)]
-    input = torch.randn(100, 8, 128)
+    input = torch.randn(100, batch, 128)
 
     def theirs() -> object:
         x = input
@@ -66,10 +66,10 @@ def pyramid(kind: str = "LSTM", sizes: tuple[int, ...] = (128, 128, 64)) -> Pair
     return f"{kind} of several sizes, residual", lambda: ours(input)[0].sum().backward(), theirs
 
 
-def pairs() -> Iterator[Pair]:
-    """All of them: a name, ours, theirs."""
+def pairs(batch: int = 8) -> Iterator[Pair]:
+    """All of them: a name, ours, theirs; the batch is that of layers of several sizes."""
     for kind in ("LSTM", "GRU"):
         for size in (32, 128):
             yield one_step(kind, size)
         yield recomputing(kind)
-    yield pyramid()
+    yield pyramid(batch=batch)

@@ -88,10 +88,10 @@ def memory(provider: str, case_id: str) -> dict[str, object]:
 
 def beyond(name: str, side: str) -> dict[str, object]:
     """Peak of a step of one side of a pair of `bench.beyond`."""
-    from bench.beyond import SOURCES
+    from bench.beyond import MEMORY_BATCH, SOURCES
 
     for source in SOURCES:
-        for pair in source():
+        for pair in source(MEMORY_BATCH):
             if pair[0] == name:
                 step = pair[1 if side == "ours" else 2]
                 # What a first call sets up once belongs to no step.
