@@ -863,7 +863,7 @@ INLINE const REAL *start_of(int cell, const Forward *f, const REAL *preact, int 
 
 #if HAS_OWN
 /* A user's cell: one unit-vector of one row, forward. hidden: its products' sums. */
-INLINE void own_step(const Call *call, const Forward *f, i64 row, i64 unit, const REAL *preact,
+static void own_step(const Call *call, const Forward *f, i64 row, i64 unit, const REAL *preact,
                      const vec *hidden, REAL *kept_row)
 {
     const i64 Hp = padded(call->hidden_size), place = row * Hp + unit;
@@ -907,8 +907,9 @@ INLINE void step_block(int cell, int R, int U, const Call *call, const Forward *
     return;
 #endif
 #if HAS_OWN
-    UNROLL for (int r = 0; r < R; r++)
-        UNROLL for (int u = 0; u < U; u++)
+    /* Not unrolled, for a step of many operations is compiled for every copy that there is of it. */
+    for (int r = 0; r < R; r++)
+        for (int u = 0; u < U; u++)
             own_step(call, f, row + r, unit + u * LANES, preact + (row + r) * G * Hp,
                      sum + (r * U + u) * K, kept_rows + (row + r) * f->kept_row);
     return;
