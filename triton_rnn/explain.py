@@ -73,13 +73,13 @@ def explain(module: torch.nn.Module, input: Any, hx: Any = None) -> Explanation:
         raise TypeError(
             f"{type(module).__qualname__} is torch.nn's; triton_rnn.replace(module) makes it ours"
         )
-    if getattr(module, "_normalized", False):
-        call = normalized.prepare(module, input, hx)  # type: ignore[arg-type]
+    if isinstance(module, torch.nn.RNNBase) and getattr(module, "_normalized", False):
+        call = normalized.prepare(module, input, hx)
         if call is None:
             return _left_to_torch(_MALFORMED)
         taken = extended.choose(call.request)
-        steps_of = tuple(_plan(call, taken.backend, module.num_layers))  # type: ignore[arg-type]
-        return Explanation(taken.backend, taken.reasons, steps_of, call.request)
+        lines = tuple(_plan(call, taken.backend, module.num_layers))
+        return Explanation(taken.backend, taken.reasons, lines, call.request)
     wanted = dispatch.requested()
     recomputed = getattr(module, "_recompute", False)
     if recomputed and torch.is_grad_enabled():

@@ -7,6 +7,7 @@ of the GIL. No compiler, or one that fails: `supports` says why, and TorchScript
 `rules.py` says how many of torch's threads share the work, and where others are faster.
 """
 
+import contextlib
 import ctypes
 import functools
 import importlib
@@ -37,7 +38,7 @@ TAKES_EXTRAS = f"{__name__}.extended"
 _SOURCE = Path(__file__).with_name("recurrence.c")
 _NORMALIZED = Path(__file__).with_name("normalized.h")
 _ARGUMENTS = Path(__file__).with_name("arguments.c")
-# What `call` of arguments.c answers where it leaves a call to `_pack`; no place, among `places`.
+# What `call` of arguments.c answers where it leaves a call to `_call`; no place, among `places`.
 _UNUSUAL = 2
 _NOWHERE = 127
 _CELLS = {"rnn_tanh": 0, "rnn_relu": 1, "gru": 2, "lstm": 3, "lstm_projected": 4}
@@ -62,6 +63,8 @@ _OWN = struct.Struct("20q")
 _TEAM = struct.Struct("3q")
 _BACKWARD = struct.Struct("17q")
 _NO_BACKWARD = bytes(_BACKWARD.size)
+
+_UNWATCHED = contextlib.nullcontext()
 
 
 class _Function(NamedTuple):
@@ -149,7 +152,7 @@ def _team(request: Request, teams: dict[tuple[int, int], bytes], rows: int) -> b
 
 @functools.cache
 def _quick() -> Callable[..., int] | None:
-    """`call` of `arguments.c`, or None where there is none: `_pack` does the same."""
+    """`call` of `arguments.c`, or None where there is none: `_call` does the same."""
     name = b"dlpack_exchange_api"
     capsule = getattr(Tensor, "__dlpack_c_exchange_api__", None)
     if capsule is None:
@@ -354,48 +357,11 @@ def _in_places(tensors: Sequence[Tensor | None], places: bytes) -> list[int]:
     return [pointers[at] if at < len(pointers) else 0 for at in places]
 
 
-def _pack(
-    request: Request,
-    frame: _Frame,
-    team: bytes,
-    sizes: int,
-    input: Tensor,
-    h_0: Tensor | None,
-    c_0: Tensor | None,
-    weights: Sequence[Tensor],
-    results: Sequence[Tensor | None],
-    grads: Sequence[Tensor | None],
-    found: Sequence[Tensor | None] | None,
-) -> bytes:
-    """The bytes of a Call; dense tensors, but for the input and the gradient of the output."""
-    call = (
-        frame.shared
-        + _OWN.pack(
-            sizes,
-            input.data_ptr(),
-            *_strides(request, input),
-            _pointer(h_0),
-            _pointer(c_0),
-            *_in_places(weights, frame.places),
-            *map(_pointer, results),
-        )
-        + team
-    )
-    if found is None:
-        return call + _NO_BACKWARD
-    return call + _BACKWARD.pack(
-        *map(_pointer, grads),
-        0 if grads[0] is None else grads[0].stride(0),
-        *map(_pointer, found[:3]),
-        *_in_places(found[3:], frame.places),
-    )
-
-
 def _call(
     function: _Function,
     request: Request,
-    sizes: "array[int] | None",
-    rows: int,
+    team: bytes,
+    sizes: int,
     tensors: Sequence[Tensor | None],
     weights: Sequence[Tensor],
     results: Sequence[Tensor | None],
@@ -403,26 +369,8 @@ def _call(
     found: Sequence[Tensor | None] | None,
     extras: bytes | None,
 ) -> int:
+    """What `call` of arguments.c does, for any tensors: 0, or another number without memory."""
     frame = _frame(request)
-    team = _team(request, frame.teams, rows)
-    at = 0 if sizes is None else sizes.buffer_info()[0]
-    quick = _quick()
-    if quick is not None:
-        outcome = quick(
-            function.address,
-            frame.shared,
-            frame.places,
-            team,
-            at,
-            *tensors,
-            weights,
-            *results,
-            *grads,
-            found,
-            extras,
-        )
-        if outcome != _UNUSUAL:
-            return outcome
     # Names keep alive what the pointers point to.
     input, h_0, c_0 = tensors
     assert input is not None
@@ -430,22 +378,28 @@ def _call(
     h_0 = None if h_0 is None else _dense(h_0)
     c_0 = None if c_0 is None else _dense(c_0)
     weights = [_dense(weight) for weight in weights]
-    grad_output, *grad_states = grads
+    grad_output, *others = grads
     grad_output = None if grad_output is None else _by_rows(grad_output)
-    grad_states = [None if grad is None else _dense(grad) for grad in grad_states]
-    call = _pack(
-        request,
-        frame,
-        team,
-        at,
-        input,
-        h_0,
-        c_0,
-        weights,
-        results,
-        (grad_output, *grad_states),
-        found,
+    others = [None if grad is None else _dense(grad) for grad in others]
+    own = _OWN.pack(
+        sizes,
+        input.data_ptr(),
+        *_strides(request, input),
+        _pointer(h_0),
+        _pointer(c_0),
+        *_in_places(weights, frame.places),
+        *map(_pointer, results),
     )
+    backward = _NO_BACKWARD
+    if found is not None:
+        backward = _BACKWARD.pack(
+            _pointer(grad_output),
+            *map(_pointer, others),
+            0 if grad_output is None else grad_output.stride(0),
+            *map(_pointer, found[:3]),
+            *_in_places(found[3:], frame.places),
+        )
+    call = frame.shared + own + team + backward
     return function.run(call) if extras is None else function.run(call, extras)
 
 
@@ -477,13 +431,30 @@ def run(
     Raises:
         MemoryError: there is no memory for the call's buffers.
     """
-    arguments = (function, request, sizes, rows, tensors, weights, results, grads, found, extras)
-    if ranges.on():
-        with ranges.phase(request.cell, phase, "both"):
-            failed = _call(*arguments)
-    else:
-        failed = _call(*arguments)
-    if failed:
+    frame = _frame(request)
+    team = _team(request, frame.teams, rows)
+    at = 0 if sizes is None else sizes.buffer_info()[0]
+    quick, outcome = _quick(), _UNUSUAL
+    with ranges.phase(request.cell, phase, "both") if ranges.on() else _UNWATCHED:
+        if quick is not None:
+            outcome = quick(
+                function.address,
+                frame.shared,
+                frame.places,
+                team,
+                at,
+                *tensors,
+                weights,
+                *results,
+                *grads,
+                found,
+                extras,
+            )
+        if outcome == _UNUSUAL:
+            outcome = _call(
+                function, request, team, at, tensors, weights, results, grads, found, extras
+            )
+    if outcome:
         raise MemoryError("triton_rnn: no memory for the buffers of a recurrent layer")
 
 

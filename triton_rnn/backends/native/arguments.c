@@ -1,7 +1,7 @@
 /* Puts the arguments of recurrence.c's functions together, faster than Python can.
 
    What is done here, Python can do too, and does where this file cannot be compiled or the torch at
-   hand has no exchange API (`_pack` of __init__.py, which is the definition): the two agree on every
+   hand has no exchange API (`_call` of __init__.py, which is the definition): the two agree on every
    call. A call of a few steps is a microsecond of arithmetic, and asking a dozen tensors for their
    pointers and strides from Python takes ten.
 

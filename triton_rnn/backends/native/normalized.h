@@ -244,7 +244,8 @@ static void normalize_input(const Call *call, const Forward *f, const Member *me
 
 /* W_hh h of a unit-vector of one row, for when that of all units is there. Not inlined into each kind
    of block, which would take the compiler longer and a step no less. */
-static __attribute__((noinline)) void put_sums(const Call *call, const Forward *f, i64 row, i64 unit, const vec *sums)
+static __attribute__((noinline)) void put_sums(const Call *call, const Forward *f, i64 row,
+                                               i64 unit, const vec *sums)
 {
     UNROLL for (int g = 0; g < CELL_GATES; g++)
         store(f->sums + (row * CELL_GATES + g) * padded(call->hidden_size) + unit, sums[g]);

@@ -23,8 +23,8 @@
    loops around it. No function keeps state; none writes to an input.
 
    Threads are lent: the caller hands over the functions by which its OpenMP runtime opens a team and
-   tells its size (in struct Call), so that there is no second team beside it. A team shares the hidden units of every step, and each member only writes what belongs
-   to its units. */
+   tells its size (in struct Call), so that there is no second team beside it. A team shares the
+   hidden units of every step, and each member only writes what belongs to its units. */
 
 #include <sched.h>
 #include <stdint.h>
@@ -106,7 +106,8 @@ enum { OWN_GRADS = 1, OWN_PAST = 0 };
 #define OWN_INPUT_SLOTS 0
 #define OWN_HIDDEN_SLOTS 0
 #endif
-/* Of a cell with layer normalization the numbers learned for a unit are its gains and the shift of c. */
+/* Of a cell with layer normalization the numbers learned for a unit are its gains and the shift of
+   c. */
 #ifdef NORMALIZED
 enum { HAS_NORM = 1, UNIT_WEIGHTS = ONLY == GRU ? 6 : 10, UNIT_BIASES = 4 };
 #else
@@ -139,7 +140,8 @@ typedef struct {
     const void *weights[2][5];
     /* output (rows, D*P), h_n, c_n as h_0 and c_0: dense. saved: saved_numbers() numbers. */
     void *output, *h_n, *c_n, *saved;
-    /* How many threads to ask for: 1, or more with libgomp's GOMP_parallel and omp_get_num_threads. */
+    /* How many threads to ask for: 1, or more with libgomp's GOMP_parallel and
+       omp_get_num_threads. */
     i64 threads;
     void (*open_team)(void (*work)(void *), void *data, unsigned threads, unsigned flags);
     int (*team_size)(void);
