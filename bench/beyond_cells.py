@@ -102,19 +102,20 @@ class Pair(NamedTuple):
     theirs: Callable[[], object]
 
 
+def trained(name: str, module: torch.nn.Module, loop: Callable[..., Tensor], batch: int) -> Pair:
+    """Training steps of a module and of a loop over its weights; both return all gradients."""
+    x = torch.randn(T, batch, H, requires_grad=True)
+    grad = torch.randn(T, batch, H)
+    inputs = [x, *module.parameters()]
+    return Pair(
+        name,
+        lambda: torch.autograd.grad(module(x)[0], inputs, grad),
+        lambda: torch.autograd.grad(loop(module, x), inputs, grad),
+    )
+
+
 def pairs(batch: int = 8) -> Iterator[Pair]:
     """A training step of every cell: T=100, I=H=128, float32, one layer."""
     for kind, loop in LOOPS.items():
         torch.manual_seed(0)
-        module = kind(H, H)
-        x = torch.randn(T, batch, H, requires_grad=True)
-        grad = torch.randn(T, batch, H)
-        inputs = [x, *module.parameters()]
-
-        def ours(module=module, x=x, grad=grad, inputs=inputs):
-            return torch.autograd.grad(module(x)[0], inputs, grad)
-
-        def theirs(module=module, x=x, grad=grad, inputs=inputs, loop=loop):
-            return torch.autograd.grad(loop(module, x), inputs, grad)
-
-        yield Pair(kind.__name__, ours, theirs)
+        yield trained(kind.__name__, kind(H, H), loop, batch)
