@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from triton_rnn import dispatch, extended, functional, normalized, recompute, stacking
+from triton_rnn import dispatch, extended, functional, normalized, obstacles, recompute, stacking
 from triton_rnn.own import call as own
 from triton_rnn.own.module import Recurrent
 from triton_rnn.request import Request
@@ -85,7 +85,7 @@ def explain(module: torch.nn.Module, input: Any, hx: Any = None) -> Explanation:
     if recomputed and torch.is_grad_enabled():
         recompute.refuse_obstacles()
     if functional.refused(wanted):
-        return _left_to_torch(f"{functional.obstacle()}: torch.nn's own forward answers the call")
+        return _left_to_torch(f"{obstacles.obstacle()}: torch.nn's own forward answers the call")
     if getattr(module, "_layered", False):
         # Each layer is a call of its own; the first one's input is what is here.
         hx = stacking.states_by_layer(module, hx)[0]

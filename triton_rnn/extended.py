@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn.functional import dropout
 from torch.nn.utils.rnn import PackedSequence
 
-from triton_rnn import compiled, dispatch, functional
+from triton_rnn import compiled, dispatch, functional, obstacles
 from triton_rnn.extras import Extras
 from triton_rnn.layer import layer
 from triton_rnn.options import OFF, Options
@@ -123,7 +123,7 @@ def choose(request: Request) -> dispatch.Choice:
         BackendError: if the one that was asked for cannot, or none can.
     """
     wanted = dispatch.requested()
-    reason = functional.obstacle()
+    reason = obstacles.obstacle()
     if reason is None:
         return dispatch.choose(request, wanted)
     what = ", ".join(request.extras)

@@ -1,6 +1,7 @@
 """A recurrent module's call: layers, directions and dropout over the layer op, padded or packed."""
 
 import functools
+from collections.abc import Callable
 from types import ModuleType
 from typing import Any, NamedTuple
 
@@ -12,36 +13,30 @@ from torch.nn.utils.rnn import PackedSequence
 from triton_rnn import compiled, dispatch
 from triton_rnn.cells import GRU, LSTM_PROJECTED, MODES
 from triton_rnn.layer import layer
+from triton_rnn.obstacles import is_compiling, obstacle, peek_functorch
 from triton_rnn.profiling import ranges
 from triton_rnn.request import Request, weight_shapes, zero_states
 
 _PLAIN = (Tensor, torch.nn.Parameter)
 _CELL_WEIGHTS = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
-_peek_functorch = torch._C._functorch.peek_interpreter_stack
-_dispatch_modes = torch._C._len_torch_dispatch_stack
-_tracing_state = torch._C._get_tracing_state
-_is_compiling = torch.compiler.is_compiling
 _is_grad_enabled = torch.is_grad_enabled
-_forward_ad = torch.autograd.forward_ad
-# As `torch.is_autocast_enabled`, for any kind of device in one question.
-_autocast_anywhere = torch._C._is_any_autocast_enabled
+# A layer's attributes that decide how its call is done, and a cell's of each kind.
+_DECIDING = (
+    "mode",
+    "input_size",
+    "hidden_size",
+    "proj_size",
+    "num_layers",
+    "bias",
+    "batch_first",
+    "dropout",
+    "bidirectional",
+    "training",
+)
 
-
-def obstacle() -> str | None:
-    """Why only torch.nn's own forward can serve a call here and now, or None."""
-    if _autocast_anywhere():
-        return "autocast is on"
-    if _peek_functorch() is not None:
-        return "a torch.func transform is at work"
-    if _dispatch_modes() > 0:
-        return "a torch dispatch mode is at work"
-    if _is_compiling():
-        return "torch.compile is tracing the call"
-    if _tracing_state() is not None:
-        return "torch.jit.trace is tracing the call"
-    if _forward_ad._current_level >= 0:
-        return "forward-mode differentiation is at work"
-    return None
+# Does a call like one before it; None until a backend that can do so has run one. See
+# `backends.native.calls`.
+_known: Callable[..., Any] | None = None
 
 
 def _under_vmap() -> bool:
@@ -65,11 +60,11 @@ def refused(wanted: str) -> bool:
 
 def _route() -> str | None:
     """The backend that is asked for here and now, or None where only torch.nn's forward will do."""
-    if _is_compiling():
+    if is_compiling():
         # After a graph break Dynamo begins anew with this function; what follows it cannot trace.
         return None
     wanted = dispatch.requested()
-    if _peek_functorch() is not None and wanted in ("auto", "reference") and _under_vmap():
+    if peek_functorch() is not None and wanted in ("auto", "reference") and _under_vmap():
         # torch's kernels have no batching rule, the plain loops need none.
         return "reference"
     return None if refused(wanted) else wanted
@@ -375,15 +370,44 @@ def refuse_unsafe_state(module: torch.nn.RNNBase, input: Any, hx: Any) -> None:
         _check_packed_cell_state(module, input, hx)
 
 
+def _form_of(module: Any, input: Any) -> str:
+    """What results look like: "padded", "batch_first", "unbatched", "packed", "cell"."""
+    if isinstance(input, PackedSequence):
+        return "packed"
+    if input.dim() == 2:
+        return "unbatched"
+    return "batch_first" if module.batch_first else "padded"
+
+
+def _remember(key: bytes | None, call: Call, backend: ModuleType, layers: int, form: str) -> None:
+    """Let a backend that can do a call over again, without its like being decided anew, know it.
+
+    Args:
+        key: what the call is known by, if that was asked.
+    """
+    global _known
+    if not hasattr(backend, "known"):
+        return
+    if key is not None:
+        backend.remember(key, call.request, form, layers, len(call.weights) // layers)
+    _known = backend.known()
+
+
 def forward(module: torch.nn.RNNBase, input: Any, hx: Any) -> tuple[Any, Any] | None:
     """What `module(input, hx)` returns; None if torch.nn's own forward is to be called instead.
 
     Raises:
         RuntimeError: for a state that ends the process in torch's own LSTM.
     """
-    if _is_compiling():
+    if is_compiling():
         # Before anything else: Dynamo would trace what follows, and cannot.
         return compiled.forward(module, input, hx)
+    key = None
+    if _known is not None:
+        names = module._flat_weights_names
+        key = _known(module, input, hx, dispatch.requested(), _DECIDING, names)
+        if type(key) is tuple:
+            return key
     if hx is not None and module.mode == "LSTM" and isinstance(input, PackedSequence):
         _check_packed_cell_state(module, input, hx)
     wanted = _route()
@@ -396,6 +420,8 @@ def forward(module: torch.nn.RNNBase, input: Any, hx: Any) -> tuple[Any, Any] | 
     name = dispatch.choose(request, wanted).backend
     backend = dispatch.backend_module(name)
     drop = module.dropout if module.training else 0.0
+    if not request.needs_grad and (drop == 0 or module.num_layers == 1):
+        _remember(key, call, backend, module.num_layers, _form_of(module, input))
     run = vars(backend).get("stack", stack)
     if ranges.on():
         with ranges.call(request.cell):

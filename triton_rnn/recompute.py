@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from triton_rnn import dispatch, functional, reference
+from triton_rnn import dispatch, functional, obstacles, reference
 from triton_rnn.request import Request
 
 
@@ -294,7 +294,7 @@ def refuse_obstacles() -> None:
     Raises:
         BackendError: with what stands in the way.
     """
-    reason = functional.obstacle()
+    reason = obstacles.obstacle()
     if reason is not None:
         raise dispatch.BackendError(f"recompute=True cannot run this call: {reason}")
 

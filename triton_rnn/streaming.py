@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
-from triton_rnn import dispatch, functional, recompute, stacking
+from triton_rnn import dispatch, obstacles, recompute, stacking
 from triton_rnn.cells import MODES, NORMALIZED
 from triton_rnn.request import Request
 
@@ -127,7 +127,7 @@ class Stream:
         if wanted != "auto":
             return wanted
         normalized = getattr(self.module, "_normalized", False)
-        if functional.obstacle() is not None:
+        if obstacles.obstacle() is not None:
             return "reference" if normalized else "aten"
         # Whether it can is a matter of device and dtype only.
         cell = (NORMALIZED if normalized else MODES)[self.module.mode]

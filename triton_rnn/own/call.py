@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
-from triton_rnn import dispatch, functional
+from triton_rnn import dispatch, functional, obstacles
 from triton_rnn.cells import OwnCell
+from triton_rnn.obstacles import autocast_anywhere
 from triton_rnn.profiling import ranges
 from triton_rnn.request import Request
 
@@ -109,7 +110,7 @@ def _check_input(module: "Recurrent", data: Any, weight: Tensor, packed: bool) -
         raise RuntimeError(f"input must have 2 dimensions, got {data.dim()}")
     if data.layout != torch.strided:
         raise RuntimeError(f"{told}: Expected input to be strided, got {data.layout}")
-    if data.dtype != weight.dtype and not functional._autocast_anywhere():
+    if data.dtype != weight.dtype and not autocast_anywhere():
         raise ValueError(
             f"RNN input dtype ({data.dtype}) does not match weight dtype ({weight.dtype}). Convert "
             f"input: input.to({weight.dtype}), or convert model: model.to({data.dtype})"
@@ -155,7 +156,7 @@ def _states(
                 "Input and hidden tensors are not at the same device, found input tensor at "
                 f"{data.device} and hidden tensor at {state.device}"
             )
-        if state.dtype != data.dtype and not functional._autocast_anywhere():
+        if state.dtype != data.dtype and not autocast_anywhere():
             raise RuntimeError(
                 "Input and hidden tensors are not the same dtype, found input tensor with "
                 f"{data.dtype} and hidden tensor with {state.dtype}"
@@ -184,7 +185,7 @@ def prepare(module: "Recurrent", input: Any, hx: Any) -> functional.Call:
     cell, hidden_size = module.cell, module.hidden_size
     packed = isinstance(input, PackedSequence)
     data = input.data if packed else input
-    weights = _weights(module, functional._autocast_anywhere())
+    weights = _weights(module, autocast_anywhere())
     _check_input(module, data, weights[0], packed)
     unbatched = not packed and data.dim() == 2
     batch_sizes: list[int] = []
@@ -234,7 +235,7 @@ def obstacle(call: functional.Call) -> str | None:
     tensors += [state for state in (call.h_0, call.c_0) if state is not None]
     if not all(type(tensor) in _PLAIN for tensor in tensors):
         return "a tensor is of a subclass of torch.Tensor"
-    return functional.obstacle()
+    return obstacles.obstacle()
 
 
 def choose(call: functional.Call) -> dispatch.Choice:

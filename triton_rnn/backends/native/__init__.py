@@ -1,7 +1,7 @@
 """The CPU backend: one C file, compiled by the machine's compiler at first use.
 
 `recurrence.c` does one layer, all its directions, the whole sequence, in one call, forward or
-backward; here its arguments are put together, by `arguments.c` where that can be. The call lets go
+backward; here its arguments are put together, by `calls.c` where that can be. The call lets go
 of the GIL. No compiler, or one that fails: `supports` says why, and TorchScript runs instead.
 
 `rules.py` says how many of torch's threads share the work, and where others are faster.
@@ -12,7 +12,6 @@ import ctypes
 import functools
 import importlib
 import struct
-import sys
 import threading
 from array import array
 from collections.abc import Callable, Mapping, Sequence
@@ -23,7 +22,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from triton_rnn.backends.native import build, rules
+from triton_rnn.backends.native import build, calls, rules
 from triton_rnn.cells import OwnCell
 from triton_rnn.profiling import ranges
 from triton_rnn.request import Request
@@ -37,8 +36,7 @@ TAKES_EXTRAS = f"{__name__}.extended"
 
 _SOURCE = Path(__file__).with_name("recurrence.c")
 _NORMALIZED = Path(__file__).with_name("normalized.h")
-_ARGUMENTS = Path(__file__).with_name("arguments.c")
-# What `call` of arguments.c answers where it leaves a call to `_call`; no place, among `places`.
+# What `call` of calls.c answers where it leaves a call to `_call`; no place, among `places`.
 _UNUSUAL = 2
 _NOWHERE = 127
 _CELLS = {"rnn_tanh": 0, "rnn_relu": 1, "gru": 2, "lstm": 3, "lstm_projected": 4}
@@ -150,29 +148,16 @@ def _team(request: Request, teams: dict[tuple[int, int], bytes], rows: int) -> b
     return found
 
 
-@functools.cache
 def _quick() -> Callable[..., int] | None:
-    """`call` of `arguments.c`, or None where there is none: `_call` does the same."""
-    name = b"dlpack_exchange_api"
-    capsule = getattr(Tensor, "__dlpack_c_exchange_api__", None)
-    if capsule is None:
-        return None
-    pointer_of = ctypes.pythonapi.PyCapsule_GetPointer
-    pointer_of.argtypes, pointer_of.restype = (ctypes.py_object, ctypes.c_char_p), ctypes.c_void_p
-    exchange = pointer_of(capsule, name)
-    # The record begins with its version; another major one is another record.
-    if ctypes.c_uint32.from_address(exchange).value != 1:
-        return None
-    flags = ("-Wl,-undefined,dynamic_lookup",) if sys.platform == "darwin" else ()
-    try:
-        found = build.library(_ARGUMENTS, flags)
-    except build.BuildError:
-        return None
-    # Which, unlike a CDLL, keeps the GIL.
-    function = ctypes.PyDLL(found._name, handle=found._handle).function
-    function.argtypes, function.restype = (ctypes.c_void_p,), ctypes.py_object
-    made: Callable[..., int] = function(exchange)
-    return made
+    """`call` of `calls.c`, or None where there is none: `_call` does the same."""
+    found = calls.functions()
+    return None if found is None else found.call
+
+
+def known() -> Callable[..., Any] | None:
+    """`known` of `calls.c`, or None where there is none."""
+    found = calls.functions()
+    return None if found is None else found.known
 
 
 _building = threading.Lock()
@@ -369,7 +354,7 @@ def _call(
     found: Sequence[Tensor | None] | None,
     extras: bytes | None,
 ) -> int:
-    """What `call` of arguments.c does, for any tensors: 0, or another number without memory."""
+    """What `call` of calls.c does, for any tensors: 0, or another number without memory."""
     frame = _frame(request)
     # Names keep alive what the pointers point to.
     input, h_0, c_0 = tensors
@@ -525,6 +510,49 @@ def forward(
     )
     results = (output, h_n) if c_n is None else (output, h_n, c_n)
     return results, [] if saved is None else [saved]
+
+
+_FORMS = {
+    "padded": calls.PADDED,
+    "batch_first": calls.BATCH_FIRST,
+    "unbatched": calls.UNBATCHED,
+    "cell": calls.CELL,
+    "unbatched cell": calls.UNBATCHED_CELL,
+}
+
+
+def remember(key: bytes, request: Request, form: str, layers: int, weights: int) -> None:
+    """Have `known` do what this backend does for a whole call without a backward.
+
+    Args:
+        key: what the call is known by.
+        request: of the first layer.
+        form: "padded", "batch_first", "unbatched", "cell", "unbatched cell"; another one is not
+            remembered.
+        weights: of a layer, how many.
+    """
+    if form not in _FORMS or request.packed:
+        return
+    rows = request.seq_len * request.batch
+    width = request.directions * request.output_size
+    learned = []
+    for number in range(layers):
+        if number == 1:
+            request = request._replace(input_size=width)
+        frame = _frame(request)
+        team = _team(request, frame.teams, rows)
+        address = frame.functions.forward.address
+        learned.append(calls.Layer(address, team, frame.shared, frame.places))
+    calls.learn(
+        key,
+        _FORMS[form],
+        request.directions,
+        request.seq_len,
+        request.batch,
+        (width, request.output_size, frame.others),
+        weights,
+        learned,
+    )
 
 
 def backward(
