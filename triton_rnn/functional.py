@@ -11,7 +11,7 @@ from torch.nn.functional import dropout
 from torch.nn.utils.rnn import PackedSequence
 
 from triton_rnn import compiled, dispatch
-from triton_rnn.cells import GRU, LSTM_PROJECTED, MODES
+from triton_rnn.cells import LSTM_PROJECTED, MODES
 from triton_rnn.layer import layer
 from triton_rnn.obstacles import is_compiling, obstacle, peek_functorch
 from triton_rnn.profiling import ranges
@@ -33,6 +33,11 @@ _DECIDING = (
     "bidirectional",
     "training",
 )
+_CELL_DECIDING = {
+    "RNN": ("nonlinearity", "input_size", "hidden_size", "bias"),
+    "GRU": ("input_size", "hidden_size", "bias"),
+    "LSTM": ("input_size", "hidden_size", "bias"),
+}
 
 # Does a call like one before it; None until a backend that can do so has run one. See
 # `backends.native.calls`.
@@ -405,7 +410,7 @@ def forward(module: torch.nn.RNNBase, input: Any, hx: Any) -> tuple[Any, Any] | 
     key = None
     if _known is not None:
         names = module._flat_weights_names
-        key = _known(module, input, hx, dispatch.requested(), _DECIDING, names)
+        key = _known(module, input, hx, dispatch.requested(), "layer", _DECIDING, names)
         if type(key) is tuple:
             return key
     if hx is not None and module.mode == "LSTM" and isinstance(input, PackedSequence):
@@ -431,17 +436,22 @@ def forward(module: torch.nn.RNNBase, input: Any, hx: Any) -> tuple[Any, Any] | 
     return in_callers_form(module, input, output, states)
 
 
+def _kind_of_cell(module: torch.nn.RNNCellBase) -> str:
+    if isinstance(module, torch.nn.RNNCell):
+        return "RNN"
+    return "LSTM" if isinstance(module, torch.nn.LSTMCell) else "GRU"
+
+
 def prepare_cell(module: torch.nn.RNNCellBase, input: Any, hx: Any) -> Call | None:
     """A cell's call as that of a layer with one time step; None if it is malformed.
 
     A packed batch of one step is what it is: rows, without a dimension for time.
     """
+    mode = _kind_of_cell(module)
     if isinstance(module, torch.nn.RNNCell):
         # Compared, as torch does: a cell's constructor takes anything for it.
         kind = module.nonlinearity
         mode = "RNN_RELU" if kind == "relu" else "RNN_TANH" if kind == "tanh" else ""
-    else:
-        mode = "LSTM" if isinstance(module, torch.nn.LSTMCell) else "GRU"
     input_size, hidden_size = module.input_size, module.hidden_size
     if type(input) not in _PLAIN or input.layout is not torch.strided:
         return None
@@ -503,16 +513,14 @@ def _check_unbatched_state(module: torch.nn.RNNCellBase, hx: Any) -> None:
 def choose_for_cell(request: Request, wanted: str) -> dispatch.Choice | None:
     """The backend of a cell's call; None where `auto` leaves it to torch's own cells.
 
-    A step of these is a few operators in one C++ call, which costs less than what is around ours;
-    but for a GRU in training, which has the most operators, each of which costs again in the
-    backward.
+    A step of these is a few operators in one C++ call, so only a backend whose own call costs less
+    has anything to gain.
     """
     choice = dispatch.choose(request, wanted)
-    if wanted == "auto" and not (
-        request.cell is GRU and request.needs_grad and choice.backend == "native"
-    ):
-        return None
-    return choice
+    if wanted != "auto":
+        return choice
+    slower = getattr(dispatch.backend_module(choice.backend), "slower_than_torchs_cell", None)
+    return None if slower is None or slower(request) else choice
 
 
 def cell_forward(module: torch.nn.RNNCellBase, input: Any, hx: Any) -> tuple[Tensor, ...] | None:
@@ -523,10 +531,23 @@ def cell_forward(module: torch.nn.RNNCellBase, input: Any, hx: Any) -> tuple[Ten
     """
     if hx is not None and isinstance(input, Tensor) and input.dim() == 1:
         _check_unbatched_state(module, hx)
+    if is_compiling():
+        return None
+    first = module._parameters.get("weight_ih")
+    is_trained = first is not None and first.requires_grad and _is_grad_enabled()
+    key = None
+    if _known is not None and not is_trained:
+        kind = _kind_of_cell(module)
+        asked, names = dispatch.requested(), _CELL_DECIDING[kind]
+        key = _known(module, input, hx, asked, kind, names, _CELL_WEIGHTS)
+        if type(key) is tuple:
+            return key
+        if key is False:
+            return None
     wanted = _route()
     if wanted is None or wanted == "aten":
         return None
-    if wanted == "auto" and not (isinstance(module, torch.nn.GRUCell) and _is_grad_enabled()):
+    if wanted == "auto" and is_trained and not isinstance(module, torch.nn.GRUCell):
         # As `choose_for_cell` would say in the end.
         return None
     call = prepare_cell(module, input, hx)
@@ -535,8 +556,13 @@ def cell_forward(module: torch.nn.RNNCellBase, input: Any, hx: Any) -> tuple[Ten
     request = call.request
     choice = choose_for_cell(request, wanted)
     if choice is None:
+        if key is not None:
+            dispatch.backend_module("native").leave(key)
         return None
     backend = dispatch.backend_module(choice.backend)
+    if not request.needs_grad:
+        form = "cell" if input.dim() == 2 else "unbatched cell"
+        _remember(key, call._replace(request=request._replace(packed=False)), backend, 1, form)
     if ranges.on():
         with ranges.call(request.cell):
             h, *states = stack(call, backend, 1, 0.0)

@@ -218,6 +218,13 @@ def declines(request: Request) -> str | None:
     return supports(request)
 
 
+def slower_than_torchs_cell(request: Request) -> bool:
+    """Whether `auto` leaves the call of a cell to torch's own cells."""
+    # What makes a call without a backward cheap is what calls.c has learned.
+    alone = not request.needs_grad and known() is None
+    return alone or rules.slower_than_torchs_cell(request)
+
+
 def describe(request: Request, rows: int) -> str:
     """How this backend would go about a request, in a line."""
     found = _library_of(request)
@@ -519,6 +526,10 @@ _FORMS = {
     "cell": calls.CELL,
     "unbatched cell": calls.UNBATCHED_CELL,
 }
+
+
+# Has `known` answer that a call is torch's own.
+leave = calls.leave
 
 
 def remember(key: bytes, request: Request, form: str, layers: int, weights: int) -> None:

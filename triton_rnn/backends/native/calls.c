@@ -30,6 +30,7 @@ void PyErr_SetString(PyObject *type, const char *message);
 void *PyEval_SaveThread(void);
 void PyEval_RestoreThread(void *state);
 char *PyBytes_AsString(PyObject *bytes);
+Py_ssize_t PyBytes_Size(PyObject *bytes);
 PyObject *PyBytes_FromStringAndSize(const char *text, Py_ssize_t size);
 PyObject *PyDict_GetItemWithError(PyObject *dictionary, PyObject *key);
 double PyFloat_AsDouble(PyObject *number);
@@ -492,9 +493,10 @@ static PyObject *run(Seen *seen, PyObject *input, const char *record, const Tens
     return output && states ? PyTuple_Pack(2, output, states) : NULL;
 }
 
-/* In this order: the module, its input, its state or None; the backend that is asked for; the names
-   of the module's attributes that matter, those of its weights. Returns the results, a tuple; or what
-   the call is known by, bytes, where nothing is known yet; or None, where it has to go the other way. */
+/* In this order: the module, its input, its state or None; the backend that is asked for; what kind
+   of module it is; the names of its attributes that matter, those of its weights. Returns the results, a tuple; or what
+   the call is known by, bytes, where nothing is known yet; False where it is known not to be done here; or None, where that
+   is for the other way to say. */
 static PyObject *known(PyObject *self, PyObject *const *arguments, Py_ssize_t count)
 {
     Seen seen;
@@ -503,18 +505,17 @@ static PyObject *known(PyObject *self, PyObject *const *arguments, Py_ssize_t co
     PyObject *result = NULL;
     (void)self;
     seen.fact_count = seen.owned_count = 0;
-    seen.usual = count == 6;
+    seen.usual = count == 7;
     if (seen.usual && !is_disturbed(&seen)) {
-        PyObject *module = arguments[0], *attributes = arguments[4];
+        PyObject *module = arguments[0], *attributes = arguments[5];
         PyObject *has_grad = own(&seen, PyObject_CallNoArgs(is_grad_enabled));
         seen.has_grad = has_grad && is_true(has_grad);
-        /* Which also tells a cell from a layer. */
-        note(&seen, (i64)(intptr_t)attributes);
-        note_weights(&seen, module, arguments[5], weights);
+        note_weights(&seen, module, arguments[6], weights);
         note_tensor(&seen, arguments[1], 1, &input);
         if (seen.usual)
             note_states(&seen, arguments[2], &h_0, &c_0);
         note_value(&seen, arguments[3]);
+        note_value(&seen, arguments[4]);
         const Py_ssize_t many = PySequence_Size(attributes);
         for (Py_ssize_t i = 0; i < many && seen.usual; i++) {
             PyObject *name = own(&seen, PySequence_GetItem(attributes, i));
@@ -533,7 +534,9 @@ static PyObject *known(PyObject *self, PyObject *const *arguments, Py_ssize_t co
             Py_IncRef(record);
             own(&seen, record);
         }
-        if (record && seen.usual)
+        if (record && PyBytes_Size(record) == 0)
+            Py_IncRef(result = &_Py_FalseStruct);
+        else if (record && seen.usual)
             result = run(&seen, arguments[1], PyBytes_AsString(record), &input, weights, &h_0, &c_0);
         else if (key && !record)
             Py_IncRef(result = key);

@@ -99,6 +99,21 @@ def forget() -> None:
     _calls.clear()
 
 
+def _make_room() -> None:
+    if len(_calls) >= _MOST_CALLS:
+        _calls.clear()
+
+
+def leave(key: bytes) -> None:
+    """Remember that a call is not done here.
+
+    Args:
+        key: what the call is known by, from `Functions.known`.
+    """
+    _make_room()
+    _calls[key] = b""
+
+
 def learn(
     key: bytes,
     form: int,
@@ -117,10 +132,9 @@ def learn(
         widths: of a row of the output, of h and of c, 0 without c.
         weights: of a layer, how many.
     """
-    if len(_calls) >= _MOST_CALLS:
-        _calls.clear()
     if len(layers) > _MOST_LAYERS:
         return
+    _make_room()
     record = _KNOWN.pack(form, len(layers), directions, weights, seq_len, batch, *widths)
     for layer in layers:
         places = layer.places.ljust(16, b"\x7f")

@@ -138,7 +138,7 @@ typedef struct {
        OWN weight_hh and bias_hh have OWN_PRODUCTS*H rows. The last of OWN and of NORMALIZED is
        (UNIT_WEIGHTS, H). */
     const void *weights[2][5];
-    /* output (rows, D*P), h_n, c_n as h_0 and c_0: dense. saved: saved_numbers() numbers. */
+    /* output (rows, D*P), h_n, c_n as h_0 and c_0, NULL if not wanted: dense. saved: saved_numbers() numbers. */
     void *output, *h_n, *c_n, *saved;
     /* How many threads to ask for: 1, or more with libgomp's GOMP_parallel and
        omp_get_num_threads. */
@@ -1401,7 +1401,8 @@ static void forward_direction(const Call *call, const i64 *offsets, int d, Forwa
         if (HAS_PRODUCT)
             wait_for_all(me);
     }
-    give_states((REAL *)call->h_n + d * N * P, f.before, Pp, P, N, column, last, e);
+    if (call->h_n)
+        give_states((REAL *)call->h_n + d * N * P, f.before, Pp, P, N, column, last, e);
     if (call->c_n)
         c_out(call, (REAL *)call->c_n + d * OTHERS * N * H, f.c, unit, end, e);
     /* The other direction takes the buffers over. */

@@ -7,7 +7,7 @@ import os
 
 import torch
 
-from triton_rnn.cells import OwnCell
+from triton_rnn.cells import GRU, OwnCell
 from triton_rnn.request import Request
 
 # Multiply-adds of a step's recurrent product that keep a further thread busy for longer than it
@@ -15,8 +15,12 @@ from triton_rnn.request import Request
 STEP_WORK_PER_THREAD = 32_000
 
 # The weights are laid out anew at every call, which a few steps must earn back: numbers of W_ih and
-# W_hh, and the steps from which on the C loops are faster than torch's operators on that many.
-FEWEST_STEPS = ((1_000_000, 16), (40_000, 4))
+# W_hh, and the steps from which on the C loops are faster than torch's operators on that many,
+# without and with a backward to follow.
+FEWEST_STEPS = {
+    False: ((1_000_000, 16), (400_000, 4)),
+    True: ((1_000_000, 16), (40_000, 4)),
+}
 
 # The largest float32 LSTM, in rows of a step times hidden units, and in hidden units, for which the
 # C loops are not slower than oneDNN's primitive: from 3.5 times as fast at 32 to 1.0 at the limit.
@@ -44,11 +48,15 @@ def available() -> int:
     return 1 if _forked else torch.get_num_threads()
 
 
+def _weights(request: Request) -> int:
+    inputs = request.input_size + request.output_size
+    return request.cell.gates * request.hidden_size * inputs
+
+
 def slower(request: Request) -> str | None:
     """Why `auto` leaves a request to others; None where C is fastest."""
-    inputs = request.input_size + request.output_size
-    weights = request.cell.gates * request.hidden_size * inputs
-    for numbers, steps in FEWEST_STEPS:
+    weights = _weights(request)
+    for numbers, steps in FEWEST_STEPS[request.needs_grad]:
         if weights > numbers and request.seq_len < steps:
             return f"with fewer than {steps} steps it costs too much to lay out {weights} weights"
     if request.hidden_size > HIDDEN:
@@ -63,6 +71,15 @@ def slower(request: Request) -> str | None:
     ):
         return "torch runs an LSTM of this size as one oneDNN primitive, which is faster"
     return None
+
+
+def slower_than_torchs_cell(request: Request) -> bool:
+    """Whether `auto` leaves the call of a cell to torch's own, of those that `slower` does not.
+
+    Beside torch's a node of the autograd graph of ours costs more than a step saves, but for a GRU,
+    which has the most operators, and each costs again in the backward.
+    """
+    return request.needs_grad and request.cell is not GRU
 
 
 def threads(request: Request, rows: int) -> int:
