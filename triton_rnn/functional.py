@@ -375,8 +375,25 @@ def refuse_unsafe_state(module: torch.nn.RNNBase, input: Any, hx: Any) -> None:
         _check_packed_cell_state(module, input, hx)
 
 
+class Decided(NamedTuple):
+    """How a call is done, which is the same for every call of its kind.
+
+    Attributes:
+        request: the first layer's.
+        form: what input and results look like: "padded", "batch_first", "unbatched", "packed",
+            "cell", "unbatched cell".
+        layers: how many.
+        drop: probability of the dropout between layers, 0 when not training.
+    """
+
+    request: Request
+    backend: ModuleType
+    form: str
+    layers: int
+    drop: float
+
+
 def _form_of(module: Any, input: Any) -> str:
-    """What results look like: "padded", "batch_first", "unbatched", "packed", "cell"."""
     if isinstance(input, PackedSequence):
         return "packed"
     if input.dim() == 2:
@@ -384,18 +401,38 @@ def _form_of(module: Any, input: Any) -> str:
     return "batch_first" if module.batch_first else "padded"
 
 
-def _remember(key: bytes | None, call: Call, backend: ModuleType, layers: int, form: str) -> None:
-    """Let a backend that can do a call over again, without its like being decided anew, know it.
+def _remember(key: bytes | None, decided: Decided) -> None:
+    """Spare the next call of this kind the deciding.
 
     Args:
-        key: what the call is known by, if that was asked.
+        key: what the call is known by, if that was asked and can be said.
     """
     global _known
-    if not hasattr(backend, "known"):
-        return
+    native = dispatch.backend_module("native")
     if key is not None:
-        backend.remember(key, call.request, form, layers, len(call.weights) // layers)
-    _known = backend.known()
+        native.remember(key, decided)
+    elif decided.backend is native:
+        _known = native.known()
+
+
+def _again(decided: Decided, input: Tensor, hx: Any, weights: list[Tensor]) -> Call:
+    """A call of a kind that was decided about, as `prepare` and `prepare_cell` would have it."""
+    h_0, c_0 = hx if isinstance(hx, (tuple, list)) else (hx, None)
+    form = decided.form
+    batch_sizes: list[int] = []
+    if form == "batch_first":
+        input = input.transpose(0, 1)
+    elif form == "unbatched":
+        input = input.unsqueeze(1)
+        h_0 = None if h_0 is None else h_0.unsqueeze(1)
+        c_0 = None if c_0 is None else c_0.unsqueeze(1)
+    elif form != "padded":
+        batch_sizes = [decided.request.batch]
+        shape = (1, *batch_sizes, decided.request.hidden_size)
+        input = input.unsqueeze(0) if form == "unbatched cell" else input
+        h_0 = None if h_0 is None else h_0.view(shape)
+        c_0 = None if c_0 is None else c_0.view(shape)
+    return Call(decided.request, input, batch_sizes, h_0, c_0, weights)
 
 
 def forward(module: torch.nn.RNNBase, input: Any, hx: Any) -> tuple[Any, Any] | None:
@@ -407,32 +444,37 @@ def forward(module: torch.nn.RNNBase, input: Any, hx: Any) -> tuple[Any, Any] | 
     if is_compiling():
         # Before anything else: Dynamo would trace what follows, and cannot.
         return compiled.forward(module, input, hx)
-    key = None
+    seen = None
     if _known is not None:
         names = module._flat_weights_names
-        key = _known(module, input, hx, dispatch.requested(), "layer", _DECIDING, names)
-        if type(key) is tuple:
-            return key
-    if hx is not None and module.mode == "LSTM" and isinstance(input, PackedSequence):
-        _check_packed_cell_state(module, input, hx)
-    wanted = _route()
-    if wanted is None:
-        return None
-    call = prepare(module, input, hx)
-    if call is None:
-        return None
-    request = call.request
-    name = dispatch.choose(request, wanted).backend
-    backend = dispatch.backend_module(name)
-    drop = module.dropout if module.training else 0.0
-    if not request.needs_grad and (drop == 0 or module.num_layers == 1):
-        _remember(key, call, backend, module.num_layers, _form_of(module, input))
+        seen = _known(module, input, hx, dispatch.requested(), "layer", _DECIDING, names)
+        if type(seen) is tuple:
+            return seen
+    call: Call | None
+    if type(seen) is list:
+        decided = seen.pop()
+        call = _again(decided, input, hx, seen)
+    else:
+        if hx is not None and module.mode == "LSTM" and isinstance(input, PackedSequence):
+            _check_packed_cell_state(module, input, hx)
+        wanted = _route()
+        if wanted is None:
+            return None
+        call = prepare(module, input, hx)
+        if call is None:
+            return None
+        backend = dispatch.backend_module(dispatch.choose(call.request, wanted).backend)
+        drop = module.dropout if module.training else 0.0
+        form = _form_of(module, input)
+        decided = Decided(call.request, backend, form, module.num_layers, drop)
+        _remember(seen, decided)
+    backend = decided.backend
     run = vars(backend).get("stack", stack)
     if ranges.on():
-        with ranges.call(request.cell):
-            output, *states = run(call, backend, module.num_layers, drop)
+        with ranges.call(call.request.cell):
+            output, *states = run(call, backend, decided.layers, decided.drop)
     else:
-        output, *states = run(call, backend, module.num_layers, drop)
+        output, *states = run(call, backend, decided.layers, decided.drop)
     return in_callers_form(module, input, output, states)
 
 
@@ -533,41 +575,45 @@ def cell_forward(module: torch.nn.RNNCellBase, input: Any, hx: Any) -> tuple[Ten
         _check_unbatched_state(module, hx)
     if is_compiling():
         return None
+    seen = None
     first = module._parameters.get("weight_ih")
     is_trained = first is not None and first.requires_grad and _is_grad_enabled()
-    key = None
-    if _known is not None and not is_trained:
+    is_gru = isinstance(module, torch.nn.GRUCell)
+    if _known is not None and (is_gru or not is_trained):
         kind = _kind_of_cell(module)
         asked, names = dispatch.requested(), _CELL_DECIDING[kind]
-        key = _known(module, input, hx, asked, kind, names, _CELL_WEIGHTS)
-        if type(key) is tuple:
-            return key
-        if key is False:
+        seen = _known(module, input, hx, asked, kind, names, _CELL_WEIGHTS)
+        if type(seen) is tuple:
+            return seen
+        if seen is False:
             return None
-    wanted = _route()
-    if wanted is None or wanted == "aten":
-        return None
-    if wanted == "auto" and is_trained and not isinstance(module, torch.nn.GRUCell):
-        # As `choose_for_cell` would say in the end.
-        return None
-    call = prepare_cell(module, input, hx)
-    if call is None:
-        return None
-    request = call.request
-    choice = choose_for_cell(request, wanted)
-    if choice is None:
-        if key is not None:
-            dispatch.backend_module("native").leave(key)
-        return None
-    backend = dispatch.backend_module(choice.backend)
-    if not request.needs_grad:
-        form = "cell" if input.dim() == 2 else "unbatched cell"
-        _remember(key, call._replace(request=request._replace(packed=False)), backend, 1, form)
-    if ranges.on():
-        with ranges.call(request.cell):
-            h, *states = stack(call, backend, 1, 0.0)
+    call: Call | None
+    if type(seen) is list:
+        decided = seen.pop()
+        call = _again(decided, input, hx, seen)
     else:
-        h, *states = stack(call, backend, 1, 0.0)
+        wanted = _route()
+        if wanted is None or wanted == "aten":
+            return None
+        if wanted == "auto" and is_trained and not is_gru:
+            # As `choose_for_cell` would say in the end.
+            return None
+        call = prepare_cell(module, input, hx)
+        if call is None:
+            return None
+        choice = choose_for_cell(call.request, wanted)
+        if choice is None:
+            if seen is not None:
+                dispatch.backend_module("native").leave(seen)
+            return None
+        form = "cell" if input.dim() == 2 else "unbatched cell"
+        decided = Decided(call.request, dispatch.backend_module(choice.backend), form, 1, 0.0)
+        _remember(seen, decided)
+    if ranges.on():
+        with ranges.call(call.request.cell):
+            h, *states = stack(call, decided.backend, 1, 0.0)
+    else:
+        h, *states = stack(call, decided.backend, 1, 0.0)
     # The output of a single step is h; the first of the states says so again.
     if input.dim() == 1:
         return tuple(state.view(-1) for state in (h, *states[1:]))

@@ -12,6 +12,7 @@ import ctypes
 import functools
 import importlib
 import struct
+import sys
 import threading
 from array import array
 from collections.abc import Callable, Mapping, Sequence
@@ -532,37 +533,41 @@ _FORMS = {
 leave = calls.leave
 
 
-def remember(key: bytes, request: Request, form: str, layers: int, weights: int) -> None:
-    """Have `known` do what this backend does for a whole call without a backward.
+def remember(key: bytes, decided: Any) -> None:
+    """Have `known` tell how calls of a kind are done; it does them, if that is all in C.
 
     Args:
         key: what the call is known by.
-        request: of the first layer.
-        form: "padded", "batch_first", "unbatched", "cell", "unbatched cell"; another one is not
-            remembered.
-        weights: of a layer, how many.
+        decided: a `functional.Decided`.
     """
-    if form not in _FORMS or request.packed:
+    request, layers, form = decided.request, decided.layers, _FORMS.get(decided.form)
+    elsewhere = decided.backend is not sys.modules[__name__]
+    drops = decided.drop > 0 and layers > 1
+    if elsewhere or form is None or request.needs_grad or drops or layers > calls.MOST_LAYERS:
+        calls.learn(key, decided)
         return
+    # A cell is a layer of one step, whose rows it calls packed.
+    request = request._replace(packed=False)
     rows = request.seq_len * request.batch
     width = request.directions * request.output_size
-    learned = []
+    parts = []
     for number in range(layers):
         if number == 1:
             request = request._replace(input_size=width)
         frame = _frame(request)
         team = _team(request, frame.teams, rows)
-        address = frame.functions.forward.address
-        learned.append(calls.Layer(address, team, frame.shared, frame.places))
+        parts.append((frame.functions.forward.address, team, frame.shared, frame.places))
     calls.learn(
         key,
-        _FORMS[form],
-        request.directions,
-        request.seq_len,
-        request.batch,
-        (width, request.output_size, frame.others),
-        weights,
-        learned,
+        calls.record(
+            form,
+            request.directions,
+            sum(at != _NOWHERE for at in frame.places),
+            request.seq_len,
+            request.batch,
+            (width, request.output_size, frame.others),
+            parts,
+        ),
     )
 
 

@@ -21,7 +21,7 @@ typedef int64_t i64;
 typedef struct _object PyObject;
 typedef intptr_t Py_ssize_t;
 extern PyObject _Py_NoneStruct, _Py_TrueStruct, _Py_FalseStruct;
-extern PyObject PyFloat_Type, PyList_Type, PyLong_Type, PyTuple_Type, PyUnicode_Type;
+extern PyObject PyBytes_Type, PyFloat_Type, PyList_Type, PyLong_Type, PyTuple_Type, PyUnicode_Type;
 extern PyObject *PyExc_MemoryError;
 PyObject *PyCFunction_NewEx(void *definition, PyObject *self, PyObject *module);
 PyObject *PyErr_Occurred(void);
@@ -36,6 +36,8 @@ PyObject *PyDict_GetItemWithError(PyObject *dictionary, PyObject *key);
 double PyFloat_AsDouble(PyObject *number);
 long long PyLong_AsLongLong(PyObject *number);
 void *PyLong_AsVoidPtr(PyObject *number);
+PyObject *PyList_New(Py_ssize_t size);
+int PyList_SetItem(PyObject *list, Py_ssize_t index, PyObject *item);
 PyObject *PyLong_FromLong(long number);
 PyObject *PyLong_FromLongLong(long long number);
 PyObject *PyObject_CallMethodObjArgs(PyObject *object, PyObject *name, ...);
@@ -211,7 +213,7 @@ static PyObject *call(PyObject *self, PyObject *const *arguments, Py_ssize_t cou
 
 /* Known calls. What Python decides about a call follows from facts: attributes of the module, shapes
    and types of tensors, and switches. Here they are gathered, and looked up among those of calls that
-   Python has decided about before and said how to do (known.py); nothing is decided anew. */
+   Python has decided about before (calls.py); nothing is decided anew. */
 
 enum { MOST_QUESTIONS = 8, MOST_FACTS = 384, MOST_OWNED = 144, MOST_LAYERS = 8 };
 
@@ -237,7 +239,7 @@ typedef struct {
 typedef struct {
     i64 facts[MOST_FACTS];
     PyObject *owned[MOST_OWNED];
-    int fact_count, owned_count, usual, has_grad;
+    int fact_count, owned_count, usual, has_grad, needs_grad;
 } Seen;
 
 static void note(Seen *seen, i64 fact)
@@ -311,7 +313,7 @@ static void note_value(Seen *seen, PyObject *value)
     }
 }
 
-/* A tensor, as in look_at; one that a backward may follow is not usual. */
+/* A tensor, as in look_at. */
 static void note_tensor(Seen *seen, PyObject *object, int dense, Tensor *tensor)
 {
     i64 elements = 1;
@@ -328,16 +330,17 @@ static void note_tensor(Seen *seen, PyObject *object, int dense, Tensor *tensor)
     }
     if (elements == 0)
         seen->usual = 0;
-    if (seen->has_grad && seen->usual) {
+    if (seen->has_grad && !seen->needs_grad && seen->usual) {
         PyObject *needs = own(seen, PyObject_GetAttr(object, requires_grad));
-        if (needs && is_true(needs))
-            seen->usual = 0;
+        seen->needs_grad = needs && is_true(needs);
     }
 }
 
-/* The module's weights by their names, and their pointers: how many. A bias that is None is none. */
-static Py_ssize_t note_weights(Seen *seen, PyObject *module, PyObject *names, i64 *pointers)
+/* The module's weights by their names, and their pointers; how many. A bias that is None is none. */
+static int note_weights(Seen *seen, PyObject *module, PyObject *names, PyObject **weights,
+                        i64 *pointers)
 {
+    int found = 0;
     Tensor tensor;
     PyObject *by_name = own(seen, PyObject_GetAttr(module, parameters));
     const Py_ssize_t count = PySequence_Size(names);
@@ -352,15 +355,15 @@ static Py_ssize_t note_weights(Seen *seen, PyObject *module, PyObject *names, i6
         weight = own(seen, weight);
         if (name)
             Py_DecRef(name);
-        pointers[i] = 0;
         if (weight == &_Py_NoneStruct) {
             note(seen, -1);
         } else if (weight) {
             note_tensor(seen, weight, 64, &tensor);
-            pointers[i] = (i64)(intptr_t)tensor.data;
+            weights[found] = weight;
+            pointers[found++] = (i64)(intptr_t)tensor.data;
         }
     }
-    return count;
+    return found;
 }
 
 static void note_states(Seen *seen, PyObject *hx, Tensor *h_0, Tensor *c_0)
@@ -493,24 +496,37 @@ static PyObject *run(Seen *seen, PyObject *input, const char *record, const Tens
     return output && states ? PyTuple_Pack(2, output, states) : NULL;
 }
 
+/* What Python is told: the weights, and then what it has decided. */
+static PyObject *told(PyObject *const *weights, int count, PyObject *decided)
+{
+    PyObject *list = PyList_New(count + 1);
+    for (int i = 0; list && i <= count; i++) {
+        PyObject *item = i < count ? weights[i] : decided;
+        Py_IncRef(item);
+        PyList_SetItem(list, i, item);
+    }
+    return list;
+}
+
 /* In this order: the module, its input, its state or None; the backend that is asked for; what kind
-   of module it is; the names of its attributes that matter, those of its weights. Returns the results, a tuple; or what
-   the call is known by, bytes, where nothing is known yet; False where it is known not to be done here; or None, where that
-   is for the other way to say. */
+   of module it is; the names of its attributes that matter, those of its weights. Returns the
+   results, a tuple, where the call was done; where it is known what to do a list, see `told`, or
+   False if it is not to be done here; bytes that the call is known by where nothing is known yet; or
+   None where facts of this kind do not say it all. */
 static PyObject *known(PyObject *self, PyObject *const *arguments, Py_ssize_t count)
 {
     Seen seen;
     Tensor input = {0}, h_0 = {0}, c_0 = {0};
-    i64 weights[MOST_WEIGHTS * MOST_LAYERS];
-    PyObject *result = NULL;
+    PyObject *weights[MOST_WEIGHTS * MOST_LAYERS], *result = NULL;
+    i64 pointers[MOST_WEIGHTS * MOST_LAYERS];
     (void)self;
-    seen.fact_count = seen.owned_count = 0;
+    seen.fact_count = seen.owned_count = seen.needs_grad = 0;
     seen.usual = count == 7;
     if (seen.usual && !is_disturbed(&seen)) {
         PyObject *module = arguments[0], *attributes = arguments[5];
         PyObject *has_grad = own(&seen, PyObject_CallNoArgs(is_grad_enabled));
         seen.has_grad = has_grad && is_true(has_grad);
-        note_weights(&seen, module, arguments[6], weights);
+        const int found = note_weights(&seen, module, arguments[6], weights, pointers);
         note_tensor(&seen, arguments[1], 1, &input);
         if (seen.usual)
             note_states(&seen, arguments[2], &h_0, &c_0);
@@ -524,6 +540,7 @@ static PyObject *known(PyObject *self, PyObject *const *arguments, Py_ssize_t co
                 note_value(&seen, value);
         }
         note_switches(&seen);
+        note(&seen, seen.needs_grad);
         PyObject *key = NULL, *record = NULL;
         if (seen.usual)
             key = own(&seen, PyBytes_FromStringAndSize((const char *)seen.facts,
@@ -534,12 +551,14 @@ static PyObject *known(PyObject *self, PyObject *const *arguments, Py_ssize_t co
             Py_IncRef(record);
             own(&seen, record);
         }
-        if (record && PyBytes_Size(record) == 0)
+        if (key && !record)
+            Py_IncRef(result = key);
+        else if (record && !is_a(record, &PyBytes_Type))
+            result = told(weights, found, record);
+        else if (record && PyBytes_Size(record) == 0)
             Py_IncRef(result = &_Py_FalseStruct);
         else if (record && seen.usual)
-            result = run(&seen, arguments[1], PyBytes_AsString(record), &input, weights, &h_0, &c_0);
-        else if (key && !record)
-            Py_IncRef(result = key);
+            result = run(&seen, arguments[1], PyBytes_AsString(record), &input, pointers, &h_0, &c_0);
     }
     while (seen.owned_count)
         Py_DecRef(seen.owned[--seen.owned_count]);

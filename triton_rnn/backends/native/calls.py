@@ -2,9 +2,9 @@
 
 A call of a few steps is a microsecond of arithmetic, and working out what it is takes Python more
 than ten. But what it is follows from a few facts: attributes of the module, shapes and types of
-tensors, torch's switches. So a call that went through `functional.forward` is remembered by its
-facts (`learn`), and C does the next one that has the same facts, without deciding anything. Only
-calls without a backward are done so.
+tensors, torch's switches. So what was decided about a call is kept by its facts (`learn`), and the
+next one that has the same facts is known for what it is. Where all that is left to do is C's (a
+call without a backward, on this backend), C does it at once.
 """
 
 import ctypes
@@ -12,7 +12,7 @@ import functools
 import os
 import struct
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -27,7 +27,7 @@ _SOURCE = Path(__file__).with_name("calls.c")
 # `Known` and `Layer` of calls.c.
 _KNOWN = struct.Struct("9q")
 _LAYER = struct.Struct("q24s72s16s")
-_MOST_LAYERS = 8
+MOST_LAYERS = 8
 # Beyond these the calls are forgotten, as a program may meet more lengths and batches than it will
 # meet again.
 _MOST_CALLS = 4096
@@ -35,16 +35,7 @@ _MOST_CALLS = 4096
 # The forms of a call, as in calls.c.
 PADDED, BATCH_FIRST, UNBATCHED, CELL, UNBATCHED_CELL = range(5)
 
-_calls: dict[bytes, bytes] = {}
-
-
-class Layer(NamedTuple):
-    """How one layer of a known call is done: fields of `struct Call`, and where weights are."""
-
-    address: int
-    team: bytes
-    shared: bytes
-    places: bytes
+_calls: dict[bytes, Any] = {}
 
 
 class Functions(NamedTuple):
@@ -52,7 +43,7 @@ class Functions(NamedTuple):
 
     Attributes:
         call: puts together the arguments of one layer and calls it.
-        known: does a whole call that was learned.
+        known: does a whole call that was learned, or tells what was decided about it.
     """
 
     call: Callable[..., int]
@@ -99,44 +90,43 @@ def forget() -> None:
     _calls.clear()
 
 
-def _make_room() -> None:
+def learn(key: bytes, decided: Any) -> None:
+    """Keep what was decided about a call.
+
+    Args:
+        key: what the call is known by, from `Functions.known`.
+        decided: a `record`, for C to do the call; or what Python is to be told, with the weights.
+    """
     if len(_calls) >= _MOST_CALLS:
         _calls.clear()
+    _calls[key] = decided
 
 
 def leave(key: bytes) -> None:
-    """Remember that a call is not done here.
-
-    Args:
-        key: what the call is known by, from `Functions.known`.
-    """
-    _make_room()
-    _calls[key] = b""
+    """Keep that a call is not done here; as `learn`."""
+    learn(key, b"")
 
 
-def learn(
-    key: bytes,
+def record(
     form: int,
     directions: int,
+    weights: int,
     seq_len: int,
     batch: int,
     widths: tuple[int, int, int],
-    weights: int,
-    layers: list[Layer],
-) -> None:
-    """Remember how a call is done.
+    layers: Sequence[tuple[int, bytes, bytes, bytes]],
+) -> bytes:
+    """How C does a call.
 
     Args:
-        key: what the call is known by, from `Functions.known`.
-        form: of the results.
-        widths: of a row of the output, of h and of c, 0 without c.
+        form: of input and results.
         weights: of a layer, how many.
+        widths: of a row of the output, of h and of c, 0 without c.
+        layers: of each the function's address, then fields of a Call: of the team, and those that
+            calls share; and which weight is at each place.
     """
-    if len(layers) > _MOST_LAYERS:
-        return
-    _make_room()
-    record = _KNOWN.pack(form, len(layers), directions, weights, seq_len, batch, *widths)
-    for layer in layers:
-        places = layer.places.ljust(16, b"\x7f")
-        record += _LAYER.pack(layer.address, layer.team, layer.shared, places)
-    _calls[key] = record
+    parts = [_KNOWN.pack(form, len(layers), directions, weights, seq_len, batch, *widths)]
+    for address, team, shared, places in layers:
+        # As `struct Layer`, whose places are 16.
+        parts.append(_LAYER.pack(address, team, shared, places.ljust(16, b"\x7f")))
+    return b"".join(parts)
