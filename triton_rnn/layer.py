@@ -14,15 +14,13 @@ from triton_rnn.profiling import ranges, session
 from triton_rnn.request import Request, zero_states
 
 # vmap comes in two makes: torch.func's, and the older one behind `is_grads_batched=True`.
-_BATCHED = [torch._C._parse_dispatch_key(name) for name in ("FuncTorchBatched", "Batched")]
+_of_vmap = torch._C._functorch.is_batchedtensor
+_of_older_vmap = torch._C._functorch.is_legacy_batchedtensor
 
 
 def _is_batched(grad: Tensor | None) -> bool:
     """Whether vmap is at work on a gradient."""
-    if grad is None:
-        return False
-    keys = torch._C._dispatch_keys(grad)
-    return any(key is not None and keys.has(key) for key in _BATCHED)
+    return grad is not None and (_of_vmap(grad) or _of_older_vmap(grad))
 
 
 class LayerFunction(torch.autograd.Function):
