@@ -255,17 +255,22 @@ def saved_of(request: Request, results: Sequence[Tensor], shown: Sequence[Tensor
     return list(shown)
 
 
+def _lies_somewhere(tensor: Tensor) -> bool:
+    """Whether its numbers are in memory as they are: neither a minus to do, nor autograd's zeros."""
+    return not (tensor.is_neg() or tensor._is_zerotensor())
+
+
 def _dense(tensor: Tensor) -> Tensor:
-    if tensor.is_contiguous() and not tensor.is_neg():
+    if tensor.is_contiguous() and _lies_somewhere(tensor):
         return tensor
-    return tensor.resolve_neg().contiguous()
+    return tensor.clone(memory_format=torch.contiguous_format)
 
 
 def _by_rows(tensor: Tensor) -> Tensor:
     """A tensor whose last dimension is dense; the others may have any stride."""
-    if (tensor.stride(-1) == 1 or tensor.size(-1) == 1) and not tensor.is_neg():
+    if (tensor.stride(-1) == 1 or tensor.size(-1) == 1) and _lies_somewhere(tensor):
         return tensor
-    return tensor.resolve_neg().contiguous()
+    return tensor.clone(memory_format=torch.contiguous_format)
 
 
 def _strides(request: Request, input: Tensor) -> tuple[int, int]:

@@ -1,0 +1,433 @@
+"""Known calls: what was decided about a call serves the next one of its kind, and no other.
+
+A call is known by its facts. So after some calls one fact is changed at a time, and the next call
+must be what a call is that nobody has seen before: torch.nn's result, or torch.nn's error.
+"""
+
+import copy
+import ctypes
+import gc
+import math
+import sys
+import threading
+import weakref
+
+import pytest
+import torch
+from tolerances import assert_same_results, flat_outputs, random, random_state, run, twins
+from torch.nn.utils.rnn import pack_padded_sequence
+
+import triton_rnn
+from triton_rnn import functional
+from triton_rnn.backends import native
+from triton_rnn.backends.native import calls
+
+pytestmark = pytest.mark.skipif(native.known() is None, reason="calls.c cannot be used here")
+
+LAYERS = ("rnn_tanh", "gru", "lstm", "lstm_proj")
+CELLS = {
+    "rnn": (torch.nn.RNNCell, triton_rnn.RNNCell),
+    "gru": (torch.nn.GRUCell, triton_rnn.GRUCell),
+    "lstm": (torch.nn.LSTMCell, triton_rnn.LSTMCell),
+}
+
+
+@pytest.fixture(autouse=True)
+def forgotten():
+    """No call is known, and what knows calls is at hand."""
+    calls.forget()
+    with torch.no_grad():
+        triton_rnn.GRU(2, 2)(torch.zeros(4, 1, 2))
+    calls.forget()
+    yield
+    calls.forget()
+
+
+def decides_nothing(monkeypatch):
+    def refuse(*args):
+        raise AssertionError("the call was decided anew")
+
+    monkeypatch.setattr(functional, "prepare", refuse)
+    monkeypatch.setattr(functional, "prepare_cell", refuse)
+
+
+def outcome(module, *args):
+    """What a call returns, or its error."""
+    try:
+        return flat_outputs(module, module(*args))
+    except Exception as error:
+        return error
+
+
+def assert_same_outcome(found, expected):
+    if isinstance(expected, Exception):
+        assert type(found) is type(expected), found
+        assert str(found) == str(expected)
+        return
+    assert not isinstance(found, Exception), found
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        assert (found[name] is None) == (value is None), name
+        if value is not None:
+            assert found[name].shape == value.shape, name
+            assert found[name].stride() == value.stride(), name
+            assert found[name].requires_grad == value.requires_grad, name
+            torch.testing.assert_close(found[name], value)
+
+
+@pytest.mark.parametrize("form", ["padded", "batch_first", "unbatched"])
+@pytest.mark.parametrize("given", [False, True], ids=["zeros", "hx"])
+@pytest.mark.parametrize("layers", [1, 2, 3])
+@pytest.mark.parametrize("bidirectional", [False, True], ids=["one", "both"])
+@pytest.mark.parametrize("kind", LAYERS)
+def test_a_known_call_is_torchs_and_decides_nothing(
+    monkeypatch, kind, bidirectional, layers, given, form
+):
+    theirs, ours = twins(
+        kind,
+        5,
+        7,
+        num_layers=layers,
+        bidirectional=bidirectional,
+        batch_first=form == "batch_first",
+        bias=layers != 2,
+    )
+    shape = (6, 5) if form == "unbatched" else (6, 3, 5)
+    batch = {"padded": 3, "batch_first": 6}.get(form)
+    inputs = [random(*shape) for _ in range(3)]
+    states = [random_state(ours, batch) if given else None for _ in range(3)]
+    with torch.no_grad(), triton_rnn.use_backend("native"):
+        first = ours(inputs[0], states[0])
+        decides_nothing(monkeypatch)
+        again = ours(inputs[0], states[0])
+        for name, value in flat_outputs(ours, first).items():
+            assert torch.equal(flat_outputs(ours, again)[name], value), name
+        for input, state in zip(inputs, states, strict=True):
+            assert_same_outcome(outcome(ours, input, state), outcome(theirs, input, state))
+
+
+@pytest.mark.parametrize("form", ["padded", "batch_first", "unbatched"])
+@pytest.mark.parametrize("given", [False, True], ids=["zeros", "hx"])
+@pytest.mark.parametrize("kind", LAYERS)
+def test_a_known_call_trains_alike(monkeypatch, kind, given, form):
+    theirs, ours = twins(
+        kind, 5, 7, num_layers=2, bidirectional=True, batch_first=form == "batch_first"
+    )
+    shape = (6, 5) if form == "unbatched" else (6, 3, 5)
+    batch = {"padded": 3, "batch_first": 6}.get(form)
+    with triton_rnn.use_backend("native"):
+        run(ours, random(*shape), random_state(ours, batch) if given else None)
+        decides_nothing(monkeypatch)
+        input, hx = random(*shape), random_state(ours, batch) if given else None
+        assert_same_results(run(ours, input, hx), run(theirs, input, hx))
+
+
+@pytest.mark.parametrize("given", [False, True], ids=["zeros", "hx"])
+@pytest.mark.parametrize("batch", [None, 1, 4])
+@pytest.mark.parametrize("bias", [True, False], ids=["bias", "no bias"])
+@pytest.mark.parametrize("kind", CELLS)
+def test_a_known_call_of_a_cell_is_torchs(monkeypatch, kind, bias, batch, given):
+    theirs, ours = (one(5, 7, bias=bias) for one in CELLS[kind])
+    ours.load_state_dict(theirs.state_dict())
+    rows = () if batch is None else (batch,)
+
+    def arguments():
+        h = torch.randn(*rows, 7)
+        return torch.randn(*rows, 5), ((h, torch.randn(*rows, 7)) if kind == "lstm" else h)
+
+    def check(grad):
+        input, hx = arguments()
+        input.requires_grad_(grad)
+        found, expected = (m(input, hx) if given else m(input) for m in (ours, theirs))
+        results = (r if kind == "lstm" else (r,) for r in (found, expected))
+        for mine, other in zip(*results, strict=True):
+            assert mine.requires_grad == other.requires_grad
+            torch.testing.assert_close(mine, other)
+
+    with torch.no_grad():
+        check(False)
+    if kind == "gru":
+        check(True)
+    decides_nothing(monkeypatch)
+    with torch.no_grad():
+        check(False)
+    if kind == "gru":
+        check(True)
+
+
+def _dense(shape, dtype=torch.float64):
+    return torch.sin(torch.arange(math.prod(shape), dtype=dtype)).view(shape)
+
+
+class Subclass(torch.Tensor):
+    pass
+
+
+def _set(name, value):
+    return lambda module, x, hx: (setattr(module, name, value), (x, hx))[1]
+
+
+def _with_weight(change):
+    def apply(module, x, hx):
+        weight = module.weight_hh_l0
+        found = change(weight)
+        if found is not None:
+            module.weight_hh_l0 = found
+        return x, hx
+
+    return apply
+
+
+def _with_data(change):
+    def apply(module, x, hx):
+        module.weight_hh_l0.data = change(module.weight_hh_l0.data)
+        return x, hx
+
+    return apply
+
+
+def _without_weight(module, x, hx):
+    del module._parameters["bias_ih_l0"]
+    return x, hx
+
+
+def _twisted(weight):
+    return torch.stack([weight, weight], -1)[..., 0]
+
+
+def _lazily_negative(weight):
+    return torch.complex(torch.zeros_like(weight), -weight).conj().imag
+
+
+# What a call may differ in from those before it. Each is given the module, the input and the state,
+# and says what the next call is given.
+CHANGES = {
+    "nothing": lambda m, x, h: (x, h),
+    "a longer input": lambda m, x, h: (_dense((9, *x.shape[1:])), h),
+    "another batch": lambda m, x, h: (x[:, :2], None),
+    "a batch of other states": lambda m, x, h: (x[:, :2], h),
+    "no state": lambda m, x, h: (x, None),
+    "a wrong state": lambda m, x, h: (x, x),
+    "a state in a tuple": lambda m, x, h: (x, (h,) if isinstance(h, torch.Tensor) else h[0]),
+    "a state in a list": lambda m, x, h: (x, h if isinstance(h, torch.Tensor) else list(h)),
+    "a state with gaps": lambda m, x, h: (
+        x,
+        _twisted(h) if isinstance(h, torch.Tensor) else tuple(map(_twisted, h)),
+    ),
+    "an input without a batch": lambda m, x, h: (x[:, 0], None),
+    "an input of other features": lambda m, x, h: (torch.cat([x, x], -1), h),
+    "float32 input": lambda m, x, h: (x.float(), h),
+    "integers": lambda m, x, h: (x.long(), h),
+    "no steps": lambda m, x, h: (x[:0], h),
+    "no sequences": lambda m, x, h: (x[:, :0], None),
+    "an input with gaps": lambda m, x, h: (_twisted(x), h),
+    "an input by other strides": lambda m, x, h: (
+        x.transpose(0, 1).contiguous().transpose(0, 1),
+        h,
+    ),
+    "a reversed minus": lambda m, x, h: (_lazily_negative(x), h),
+    "zeros that lie nowhere": lambda m, x, h: (
+        torch._efficientzerotensor(x.shape, dtype=x.dtype),
+        h,
+    ),
+    "an input on no device": lambda m, x, h: (x.to("meta"), h),
+    "a sparse input": lambda m, x, h: (x.to_sparse(), h),
+    "a subclass": lambda m, x, h: (x.as_subclass(Subclass), h),
+    "not a tensor": lambda m, x, h: (x.tolist(), h),
+    "a packed batch": lambda m, x, h: (pack_padded_sequence(x, [6, 4, 1]), h),
+    "an input that needs a gradient": lambda m, x, h: (x.clone().requires_grad_(), h),
+    "batch_first": _set("batch_first", True),
+    "another mode": lambda m, x, h: (
+        setattr(m, "mode", "RNN_RELU" if m.mode.startswith("RNN") else m.mode),
+        (x, h),
+    )[1],
+    "other sizes": _set("hidden_size", 6),
+    "another input size": _set("input_size", 4),
+    "more layers": _set("num_layers", 2),
+    "a true number": _set("num_layers", True),
+    "dropout": _set("dropout", 0.5),
+    "dropout of another type": _set("dropout", True),
+    "evaluation": lambda m, x, h: (m.eval(), (x, h))[1],
+    "both directions": _set("bidirectional", True),
+    "no bias": _set("bias", False),
+    "another weight": _with_weight(lambda w: torch.nn.Parameter(w.detach() * 2)),
+    "a changed weight": _with_weight(lambda w: (w.data.mul_(2), None)[1]),
+    "a weight of another type": _with_data(lambda w: w.float()),
+    "a weight of another shape": _with_data(lambda w: w[:-1]),
+    "a weight with gaps": _with_data(_twisted),
+    "a weight with a minus to do": _with_data(_lazily_negative),
+    "a weight without a gradient": _with_weight(lambda w: (w.requires_grad_(False), None)[1]),
+    "a missing weight": _without_weight,
+    "other names": lambda m, x, h: (m._flat_weights_names.pop(), (x, h))[1],
+}
+
+
+@pytest.mark.parametrize("grad", [False, True], ids=["no grad", "grad"])
+@pytest.mark.parametrize("kind", ["rnn_tanh", "gru", "lstm"])
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_call_that_differs_in_one_fact_is_not_taken_for_a_known_one(change, kind, grad):
+    theirs, ours = twins(kind, 5, 7)
+    x, hx = random(6, 3, 5), random_state(ours, 3)
+    with torch.set_grad_enabled(grad):
+        for _ in range(2):
+            ours(x, hx)
+            ours(x)
+        found, expected = (
+            outcome(module, *CHANGES[change](module, x, hx)) for module in (ours, theirs)
+        )
+        assert_same_outcome(found, expected)
+        # And so it is with the call after it.
+        assert_same_outcome(outcome(ours, x, hx), outcome(theirs, x, hx))
+
+
+# torch.nn's own forward under a trace, which warns of it.
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
+def test_what_goes_on_around_a_call_is_a_fact():
+    theirs, ours = twins("gru", 5, 7, dtype=torch.float32)
+    x = torch.randn(6, 3, 5)
+    with torch.no_grad():
+        for _ in range(2):
+            ours(x)
+        plain = ours(x)[0]
+        with torch.autocast("cpu", torch.bfloat16):
+            assert ours(x)[0].dtype == theirs(x)[0].dtype
+        torch.testing.assert_close(torch.vmap(lambda one: ours(one)[0])(x.unsqueeze(0))[0], plain)
+        torch.testing.assert_close(torch.func.jvp(lambda one: ours(one)[0], (x,), (x,))[0], plain)
+        with torch.autograd.forward_ad.dual_level():
+            dual = torch.autograd.forward_ad.make_dual(x, x)
+            tangent = torch.autograd.forward_ad.unpack_dual(ours(dual)[0]).tangent
+            expected = torch.autograd.forward_ad.unpack_dual(theirs(dual)[0]).tangent
+            torch.testing.assert_close(tangent, expected)
+        traced = torch.jit.trace(ours, (x,), check_trace=False)
+        torch.testing.assert_close(traced(x)[0], plain)
+        with torch.profiler.profile() as profile:
+            ours(x)
+        assert any(
+            event.key == "triton_rnn::gru.native[0.both]" for event in profile.key_averages()
+        )
+        for name in ("aten", "reference", "torchscript"):
+            with triton_rnn.use_backend(name), torch.profiler.profile() as profile:
+                torch.testing.assert_close(ours(x)[0], plain)
+            assert not any("native" in event.key for event in profile.key_averages()), name
+    with torch.inference_mode():
+        assert ours(x)[0].is_inference()
+    assert ours(x)[0].requires_grad
+
+
+# torch says this whenever the flags are set, whatever they are set to.
+@pytest.mark.filterwarnings("ignore:TF32 acceleration on top of oneDNN:UserWarning")
+def test_switches_are_facts(monkeypatch):
+    lstm = triton_rnn.LSTM(3, 600)
+    x = torch.randn(20, 1, 3)
+
+    def backend():
+        with torch.profiler.profile() as profile:
+            lstm(x)
+        return {event.key.split("[")[0].split(".")[-1] for event in profile.key_averages()}
+
+    with torch.no_grad():
+        for _ in range(2):
+            ours = [lstm(x)[0] for _ in range(2)][1]
+            with torch.backends.mkldnn.flags(enabled=False):
+                loops = [lstm(x)[0] for _ in range(2)][1]
+                assert "native" in backend()
+            assert "torch" in backend()
+            torch.testing.assert_close(ours, loops)
+    teams = []
+    monkeypatch.setattr(
+        native.rules, "threads", lambda request, rows: teams.append(torch.get_num_threads()) or 1
+    )
+    gru, before = triton_rnn.GRU(3, 300), torch.get_num_threads()
+    try:
+        with torch.no_grad():
+            for threads in (1, 2, 1, 2):
+                torch.set_num_threads(threads)
+                for _ in range(3):
+                    gru(x)
+    finally:
+        torch.set_num_threads(before)
+    assert teams == [1, 2]
+
+
+def test_the_dropout_of_a_known_call_is_drawn_anew():
+    torch.manual_seed(0)
+    ours = triton_rnn.GRU(5, 7, num_layers=2, dropout=0.5)
+    theirs = triton_rnn.restore(copy.deepcopy(ours))
+    x = torch.randn(6, 3, 5)
+    for grad in (False, True):
+        with torch.set_grad_enabled(grad):
+            found = []
+            for module in (ours, theirs):
+                torch.manual_seed(1)
+                found.append([module(x)[0] for _ in range(4)])
+            for mine, other in zip(*found, strict=True):
+                torch.testing.assert_close(mine, other)
+            assert not torch.equal(found[0][2], found[0][3])
+
+
+def test_nothing_of_a_known_call_is_kept_alive_or_let_go_too_early():
+    gru, x = triton_rnn.GRU(5, 7, num_layers=2), torch.randn(6, 3, 5)
+    watched = [gru.weight_hh_l0, x, torch.randn(2, 3, 7)]
+    for grad in (False, True):
+        with torch.set_grad_enabled(grad):
+            for _ in range(3):
+                gru(x, watched[2])
+            counts = [sys.getrefcount(one) for one in (*watched, None, False, 7, "auto")]
+            for _ in range(100):
+                gru(x, watched[2])
+            after = [sys.getrefcount(one) for one in (*watched, None, False, 7, "auto")]
+    # Others hold the common ones too, and come and go.
+    assert all(abs(now - then) < 50 for now, then in zip(after, counts, strict=True))
+    assert after[:3] == counts[:3]
+    dead = [weakref.ref(one) for one in (gru, *watched)]
+    del gru, x, watched
+    gc.collect()
+    assert [one() for one in dead] == [None] * 4
+
+
+def test_no_memory_raises_in_a_known_call(monkeypatch):
+    functions = native.library(torch.float32, "gru")
+    failing = ctypes.CFUNCTYPE(ctypes.c_int64, ctypes.c_char_p)(lambda call: 1)
+    gru, x = triton_rnn.GRU(3, 4), torch.randn(5, 2, 3)
+    request = functional.prepare(gru, x, None).request
+    with torch.no_grad():
+        gru(x)
+        key = functional._known(
+            gru, x, None, "reference", "layer", functional._DECIDING, gru._flat_weights_names
+        )
+        monkeypatch.setattr(functions, "forward", native._Function.of(failing, 1))
+        decided = functional.Decided(request._replace(needs_grad=False), native, "padded", 1, 0.0)
+        native.remember(key, decided)
+        with triton_rnn.use_backend("reference"), pytest.raises(MemoryError, match="layer"):
+            gru(x)
+
+
+def test_calls_are_forgotten_before_they_are_too_many(monkeypatch):
+    monkeypatch.setattr(calls, "_MOST_CALLS", 5)
+    gru = triton_rnn.GRU(3, 4)
+    with torch.no_grad():
+        for steps in range(4, 16):
+            gru(torch.randn(steps, 2, 3))
+            assert len(calls._calls) <= 5
+            gru(torch.randn(steps, 2, 3))
+
+
+def test_known_calls_of_many_threads():
+    gru, failed = triton_rnn.GRU(3, 4), []
+    inputs = [torch.randn(steps, 2, 3) for steps in range(4, 40)]
+    with torch.no_grad():
+        expected = [gru(x)[0] for x in inputs]
+
+    def work():
+        with torch.no_grad():
+            for _ in range(20):
+                for x, right in zip(inputs, expected, strict=True):
+                    if not torch.equal(gru(x)[0], right):
+                        failed.append(x.size(0))
+
+    threads = [threading.Thread(target=work) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not failed
