@@ -247,18 +247,22 @@ def test_cells_run_on_the_backend_that_is_asked_for():
 
 
 @needs_native
-def test_a_small_gru_cell_is_the_only_one_that_auto_takes_and_only_in_training():
-    small, input = triton_rnn.GRUCell(3, 4), torch.randn(5, 3)
-    assert _backend(small, input) == "native"
-    assert "LayerFunction" in type(small(input).grad_fn).__name__
-    with torch.no_grad():
-        assert _backend(small, input) == "aten"
-        assert small(input).grad_fn is None
-    for other in (triton_rnn.GRUCell(3, 200), triton_rnn.RNNCell(3, 4), triton_rnn.LSTMCell(3, 4)):
-        assert _backend(other, input) == "aten"
-        found = other(input)
-        first = found[0] if isinstance(found, tuple) else found
-        assert "LayerFunction" not in type(first.grad_fn).__name__
+def test_auto_takes_small_cells_without_a_backward_and_small_gru_cells_with_one():
+    input = torch.randn(5, 3)
+    for kind in (triton_rnn.RNNCell, triton_rnn.GRUCell, triton_rnn.LSTMCell):
+        small, larger, large = kind(3, 4), kind(3, 200), kind(3, 700)
+        trained = "native" if kind is triton_rnn.GRUCell else "aten"
+        assert [_backend(cell, input) for cell in (small, larger, large)] == [
+            trained,
+            "aten",
+            "aten",
+        ]
+        with torch.no_grad():
+            found = [_backend(cell, input) for cell in (small, larger, large)]
+        assert found == ["native", "native", "aten"]
+        first = small(input)
+        first = first[0] if isinstance(first, tuple) else first
+        assert ("LayerFunction" in type(first.grad_fn).__name__) == (trained == "native")
 
 
 # torch says this whenever the flags are set, whatever they are set to.

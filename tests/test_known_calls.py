@@ -356,13 +356,17 @@ def test_the_dropout_of_a_known_call_is_drawn_anew():
     x = torch.randn(6, 3, 5)
     for grad in (False, True):
         with torch.set_grad_enabled(grad):
-            found = []
-            for module in (ours, theirs):
-                torch.manual_seed(1)
-                found.append([module(x)[0] for _ in range(4)])
-            for mine, other in zip(*found, strict=True):
-                torch.testing.assert_close(mine, other)
-            assert not torch.equal(found[0][2], found[0][3])
+            for drop in (0.5, 0.9, 0.0, 0.5):
+                found = []
+                for module in (ours, theirs):
+                    torch.manual_seed(1)
+                    module.dropout = drop
+                    found.append([module(x)[0] for _ in range(4)])
+                    found[-1].append(module.eval()(x)[0])
+                    module.train()
+                for mine, other in zip(*found, strict=True):
+                    torch.testing.assert_close(mine, other)
+                assert torch.equal(found[0][2], found[0][3]) == (drop == 0)
 
 
 def test_nothing_of_a_known_call_is_kept_alive_or_let_go_too_early():
