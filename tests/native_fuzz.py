@@ -30,6 +30,21 @@ def strided(tensor: torch.Tensor, draw: random.Random) -> torch.Tensor:
     return tensor
 
 
+def one_step(name: str, values: torch.Tensor, hidden: int, draw: random.Random) -> None:
+    """Run a cell on the rows of an input, whose state is its output, and no array of its own."""
+    torch.manual_seed(3)
+    cell = getattr(triton_rnn, f"{name}Cell")(values.size(-1), hidden, dtype=values.dtype)
+    x = strided(values[0], draw)
+    states = [torch.randn(len(x), hidden, dtype=values.dtype) for _ in range(2)]
+    arguments = draw.choice([(), (tuple(states) if name == "LSTM" else states[0],)])
+    with torch.no_grad():
+        with triton_rnn.use_backend("reference"):
+            expected = cell(x, *arguments)
+        with triton_rnn.use_backend("native"):
+            for _ in range(3):
+                torch.testing.assert_close(cell(x, *arguments), expected, rtol=1e-4, atol=1e-5)
+
+
 def one_case(draw: random.Random) -> str:
     """Run a random call on both; what was run. AssertionError if they differ."""
     name = draw.choice(("RNN", "GRU", "LSTM"))
@@ -88,8 +103,9 @@ def one_case(draw: random.Random) -> str:
         leaf = values.clone().requires_grad_(wants_input)
         input = strided(leaf, random.Random(len(told)))
         if packed:
-            first = options["batch_first"]
-            input = pack_padded_sequence(input, lengths, first, enforce_sorted=False)
+            input = pack_padded_sequence(
+                input, lengths, options["batch_first"], enforce_sorted=False
+            )
         hx = [state.clone().requires_grad_() for state in states]
         arguments = [] if not given else [tuple(hx)] if name == "LSTM" else [hx[0]]
         module.zero_grad()
@@ -107,6 +123,14 @@ def one_case(draw: random.Random) -> str:
         total.backward()
         grads = [p.grad.clone() for p in module.parameters()] + [s.grad for s in hx if given]
         found.append([output.detach(), *(s.detach() for s in state), leaf.grad, *grads])
+    # Without a backward, and then as a call that is known.
+    with torch.no_grad(), triton_rnn.use_backend("native"):
+        for _ in range(3):
+            torch.manual_seed(2)
+            again = module(input, *arguments, **extras)[0]
+            again = again.data if isinstance(again, PackedSequence) else again
+            assert torch.equal(again, found[0][0]), told
+    one_step(name, values, hidden, draw)
     tolerance = 5e-4 if options["dtype"] == torch.float32 else 1e-11
     tolerance *= 10 if "layer_norm" in options else 1
     for ours, theirs in zip(*found, strict=True):
