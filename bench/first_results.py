@@ -138,7 +138,7 @@ def compile_loops() -> dict[str, Any]:
     if isinstance(found[0], str):
         raise RuntimeError(found[0])
     command = build.compiler() or [""]
-    return {"seconds": seconds, "note": f"float32 LSTM, {Path(command[0]).name}"}
+    return {"seconds": seconds, "note": f"float32 LSTM forward, {Path(command[0]).name}"}
 
 
 def run_process(*arguments: str, environment: Mapping[str, str] | None = None) -> dict[str, Any]:

@@ -267,7 +267,7 @@ def test_loops_are_compiled_once_and_then_come_from_the_cache():
     if compiled["seconds"] is None:
         pytest.skip(f"no C loops here: {compiled['note']}")
     assert compiled["name"] == "C loops, compiled"
-    assert compiled["note"].startswith("float32 LSTM, ")
+    assert compiled["note"].startswith("float32 LSTM forward, ")
     assert 0 < cached["seconds"] < compiled["seconds"] / 5
 
 

@@ -414,7 +414,7 @@ def sanitized(tmp_path, source=None):
     environment = {
         **os.environ,
         "TRITON_RNN_CACHE": str(tmp_path),
-        "TRITON_RNN_CFLAGS": "-fsanitize=address,undefined -fno-sanitize-recover=all -O1 -g",
+        "TRITON_RNN_CFLAGS": "-fsanitize=address,undefined -fno-sanitize-recover=all -O0 -g",
         "LD_PRELOAD": preload,
         # Python itself does not free everything at its end.
         "ASAN_OPTIONS": "detect_leaks=0",

@@ -830,6 +830,8 @@ class PickOutput(torch.nn.Module):
 
 def test_generated_code_is_in_the_key_of_its_library(tmp_path, monkeypatch):
     """Two cells with the same numbers and other arithmetic are not one library."""
+    # What all calls go through is compiled before, elsewhere.
+    native.known()
     monkeypatch.setenv("TRITON_RNN_CACHE", str(tmp_path))
     kinds = [
         define(lambda i, u, s: torch.tanh(i[0] + u[0])),
@@ -842,7 +844,8 @@ def test_generated_code_is_in_the_key_of_its_library(tmp_path, monkeypatch):
         with triton_rnn.use_backend("native"):
             results.append(kind(3, 5)(torch.ones(2, 2, 3))[0])
     assert not torch.equal(*results)
-    assert len(list(tmp_path.glob("*.so"))) == 2
+    # A forward and a backward of each.
+    assert len(list(tmp_path.glob("*.so"))) == 4
 
 
 def test_no_array_is_read_or_written_outside(tmp_path):
@@ -852,7 +855,7 @@ def test_no_array_is_read_or_written_outside(tmp_path):
     environment = {
         **os.environ,
         "TRITON_RNN_CACHE": str(tmp_path),
-        "TRITON_RNN_CFLAGS": "-fsanitize=address,undefined -fno-sanitize-recover=all -O1 -g",
+        "TRITON_RNN_CFLAGS": "-fsanitize=address,undefined -fno-sanitize-recover=all -O0 -g",
         "LD_PRELOAD": preload,
         # Python itself does not free everything at its end.
         "ASAN_OPTIONS": "detect_leaks=0",

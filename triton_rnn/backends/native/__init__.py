@@ -16,9 +16,10 @@ import sys
 import threading
 from array import array
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import MappingProxyType, ModuleType
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -80,8 +81,19 @@ class _Function(NamedTuple):
         return cls(function, ctypes.cast(function, ctypes.c_void_p).value or 0)
 
 
+# What -DPART of recurrence.c names: a forward, a backward, both for calls with Extras.
+_PARTS = ("FORWARD", "BACKWARD", "EXTENDED")
+
+
+def _parts_of(request: Request) -> tuple[str, ...]:
+    """The parts that a request's calls are made to."""
+    if request.extras:
+        return ("EXTENDED",)
+    return ("FORWARD", "BACKWARD") if request.needs_grad else ("FORWARD",)
+
+
 class Library:
-    """The compiled functions for one type of numbers and one kind of cell.
+    """The functions for one type of numbers and one kind of cell; each part compiled when needed.
 
     Args:
         extra, headers: as `build.library`; what a user's cell is, or layer normalization.
@@ -94,26 +106,84 @@ class Library:
         extra: Sequence[str] = (),
         headers: Mapping[str, str] = MappingProxyType({}),
     ) -> None:
-        flags = (f"-DREAL={_TYPES[dtype]}", f"-DONLY={kind}", *extra)
-        found = build.library(_SOURCE, flags, headers)
-        # Each takes the bytes of a Call.
-        self.forward = _Function.of(found.forward, 1)
-        self.backward = _Function.of(found.backward, 1)
-        # And these those of an Extras too.
-        self.forward_extended = _Function.of(found.forward_extended, 2)
-        self.backward_extended = _Function.of(found.backward_extended, 2)
-        self.saved_numbers_extended = found.saved_numbers_extended
-        self.saved_numbers_extended.argtypes = (ctypes.c_int64,) * 7
-        self.saved_numbers_extended.restype = ctypes.c_int64
-        self.saved_numbers = found.saved_numbers
-        self.saved_numbers.argtypes = (ctypes.c_int64,) * 5
-        self.saved_numbers.restype = ctypes.c_int64
-        self.lanes = found.lanes
-        self.lanes.argtypes = ()
-        self.lanes.restype = ctypes.c_int64
-        self.pointwise = found.pointwise
-        self.pointwise.argtypes = (ctypes.c_int64, ctypes.c_int64, ctypes.c_void_p, ctypes.c_void_p)
-        self.pointwise.restype = None
+        self._flags = (f"-DREAL={_TYPES[dtype]}", f"-DONLY={kind}", *extra)
+        self._headers = headers
+        self._parts: dict[str, ctypes.CDLL | str] = {}
+        self._building = threading.Lock()
+
+    def _build(self, part: str) -> "ctypes.CDLL | str":
+        try:
+            return build.library(_SOURCE, (*self._flags, f"-DPART={part}"), self._headers)
+        except build.BuildError as error:
+            return str(error)
+
+    def need(self, parts: Sequence[str]) -> str | None:
+        """Have parts compiled, side by side; why there are none, or None. Each is tried once."""
+        if not all(part in self._parts for part in parts):
+            with self._building:
+                missing = [part for part in parts if part not in self._parts]
+                with ThreadPoolExecutor(1 + len(missing)) as pool:
+                    # Whatever is called, it goes through these.
+                    pool.submit(calls.functions)
+                    self._parts.update(zip(missing, pool.map(self._build, missing), strict=True))
+        reasons = (found for found in map(self._parts.get, parts) if isinstance(found, str))
+        return next(reasons, None)
+
+    def _part(self, part: str) -> ctypes.CDLL:
+        reason = self.need((part,))
+        if reason is not None:
+            raise RuntimeError(reason)
+        found = self._parts[part]
+        assert not isinstance(found, str)
+        return found
+
+    def _number(self, name: str, arguments: int) -> Callable[..., int]:
+        """A function from numbers to a number, which all parts have."""
+        at_hand = (part for part in _PARTS if isinstance(self._parts.get(part), ctypes.CDLL))
+        function = getattr(self._part(next(at_hand, "FORWARD")), name)
+        function.argtypes = (ctypes.c_int64,) * arguments
+        function.restype = ctypes.c_int64
+        return cast(Callable[..., int], function)
+
+    # These take the bytes of a Call.
+
+    @functools.cached_property
+    def forward(self) -> _Function:
+        return _Function.of(self._part("FORWARD").forward, 1)
+
+    @functools.cached_property
+    def backward(self) -> _Function:
+        return _Function.of(self._part("BACKWARD").backward, 1)
+
+    # And these those of an Extras too.
+
+    @functools.cached_property
+    def forward_extended(self) -> _Function:
+        return _Function.of(self._part("EXTENDED").forward_extended, 2)
+
+    @functools.cached_property
+    def backward_extended(self) -> _Function:
+        return _Function.of(self._part("EXTENDED").backward_extended, 2)
+
+    @functools.cached_property
+    def saved_numbers(self) -> Callable[..., int]:
+        return self._number("saved_numbers", 5)
+
+    @functools.cached_property
+    def saved_numbers_extended(self) -> Callable[..., int]:
+        return self._number("saved_numbers_extended", 7)
+
+    @functools.cached_property
+    def lanes(self) -> Callable[[], int]:
+        return self._number("lanes", 0)
+
+    @functools.cached_property
+    def pointwise(self) -> Callable[..., None]:
+        """Of a number of numbers the sigmoid (0) or the tanh (1), for tests."""
+        function = self._part("FORWARD").pointwise
+        function.argtypes = (ctypes.c_int64, ctypes.c_int64, ctypes.c_void_p, ctypes.c_void_p)
+        function.restype = None
+        return cast(Callable[..., None], function)
 
 
 @functools.cache
@@ -161,39 +231,39 @@ def known() -> Callable[..., Any] | None:
     return None if found is None else found.known
 
 
-_building = threading.Lock()
+_making = threading.Lock()
 
 
 @functools.cache
-def _built(dtype: torch.dtype, kind: str) -> Library | str:
+def _made(dtype: torch.dtype, kind: str) -> Library:
     only, normalized, _ = kind.partition("_NORMALIZED")
-    try:
-        if normalized:
-            headers = {_NORMALIZED.name: _NORMALIZED.read_text("ascii")}
-            return Library(dtype, only, ("-DNORMALIZED",), headers)
-        return Library(dtype, kind)
-    except build.BuildError as error:
-        return str(error)
+    if normalized:
+        headers = {_NORMALIZED.name: _NORMALIZED.read_text("ascii")}
+        return Library(dtype, only, ("-DNORMALIZED",), headers)
+    return Library(dtype, kind)
 
 
 def library(dtype: torch.dtype, cell: str) -> Library | str:
-    """The compiled functions for float32 or float64 and a cell, or why there are none; tried once.
+    """The functions for float32 or float64 and a cell, or why there are none.
 
     Args:
         cell: its name.
     """
-    with _building:
-        return _built(dtype, _KINDS[cell])
+    with _making:
+        found = _made(dtype, _KINDS[cell])
+    return found.need(("FORWARD",)) or found
 
 
 def _own() -> ModuleType:
     return importlib.import_module("triton_rnn.backends.native.own")
 
 
-def _library_of(request: Request) -> Library | str:
+def _library_of(request: Request) -> Library:
     if isinstance(request.cell, OwnCell):
-        return _own().library(request.cell, request.dtype)
-    return library(request.dtype, request.cell.name)
+        found: Library = _own().library(request.cell, request.dtype)
+        return found
+    with _making:
+        return _made(request.dtype, _KINDS[request.cell.name])
 
 
 def supports(request: Request) -> str | None:
@@ -204,8 +274,7 @@ def supports(request: Request) -> str | None:
         return f"dtype {request.dtype} is not float32 or float64"
     if struct.calcsize("P") != 8:
         return "pointers are not of eight bytes here"
-    found = _library_of(request)
-    return found if isinstance(found, str) else None
+    return _library_of(request).need(_parts_of(request))
 
 
 def declines(request: Request) -> str | None:
@@ -229,8 +298,9 @@ def slower_than_torchs_cell(request: Request) -> bool:
 def describe(request: Request, rows: int) -> str:
     """How this backend would go about a request, in a line."""
     found = _library_of(request)
-    if isinstance(found, str):
-        return found
+    reason = found.need(_parts_of(request))
+    if reason is not None:
+        return reason
     threads = rules.threads(request, rows)
     return ", ".join(
         (
@@ -243,7 +313,7 @@ def describe(request: Request, rows: int) -> str:
 
 def saved_shapes(request: Request, seq_len: int, batch: int) -> list[tuple[int, ...]]:
     """Shapes of what forward saves, for a padded request; T and N may be torch's symbols."""
-    numbers = _functions(request).saved_numbers
+    numbers = _library_of(request).saved_numbers
     fixed = (int(request.hidden_size), int(request.output_size), int(request.directions))
     cell = _CELLS[request.cell.name]
     none, one = numbers(cell, 0, *fixed), numbers(cell, 1, *fixed)
@@ -256,7 +326,7 @@ def saved_of(request: Request, results: Sequence[Tensor], shown: Sequence[Tensor
 
 
 def _lies_somewhere(tensor: Tensor) -> bool:
-    """Whether its numbers are in memory as they are: neither a minus to do, nor autograd's zeros."""
+    """Whether its numbers are in memory as they are: no minus to do, none of autograd's zeros."""
     return not (tensor.is_neg() or tensor._is_zerotensor())
 
 
@@ -305,7 +375,7 @@ class _Frame(NamedTuple):
 
 @functools.lru_cache(maxsize=4096)
 def _frame(request: Request) -> _Frame:
-    functions = _functions(request)
+    functions = _library_of(request)
     hidden, output = request.hidden_size, request.output_size
     cell = _USERS if isinstance(request.cell, OwnCell) else _CELLS[request.cell.name]
     others = (request.cell.states - 1) * hidden
@@ -333,16 +403,6 @@ def _frame(request: Request) -> _Frame:
         request.needs_grad,
     )
     return _Frame(functions, shared, bytes(places), {}, saved - at_end, at_end, others)
-
-
-def _functions(request: Request) -> Library:
-    if isinstance(request.cell, OwnCell):
-        found = _library_of(request)
-    else:
-        found = _built(request.dtype, _KINDS[request.cell.name])
-    if isinstance(found, str):
-        raise RuntimeError(found)
-    return found
 
 
 def _pointer(tensor: Tensor | None) -> int:

@@ -42,8 +42,8 @@ NATIVE_FLAGS = (("-march=native",), ("-mcpu=native",), ())
 # A compiler that takes longer has hung.
 SECONDS = 60
 # Libraries of other versions, machines and users' cells that share the folder; one version has
-# ten.
-KEPT_FILES = 64
+# thirty.
+KEPT_FILES = 192
 _OUR_NAME = re.compile(r"[0-9a-f]{24}-[0-9a-f]{32}\.so")
 
 

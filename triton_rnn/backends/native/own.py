@@ -10,14 +10,13 @@ from collections.abc import Sequence
 import torch
 
 from triton_rnn.backends import native
-from triton_rnn.backends.native import build
 from triton_rnn.cells import OwnCell
 from triton_rnn.own.expression import Node, in_c
 from triton_rnn.own.program import Program
 
-_building = threading.Lock()
-# By cell, which is told apart by identity, and dtype: a library, or why there is none.
-_built: dict[tuple[OwnCell, torch.dtype], native.Library | str] = {}
+_making = threading.Lock()
+# By cell, which is told apart by identity, and dtype.
+_made: dict[tuple[OwnCell, torch.dtype], native.Library] = {}
 
 
 def macros(program: Program) -> tuple[str, ...]:
@@ -81,18 +80,13 @@ def header(program: Program) -> str:
     return forward + backward
 
 
-def library(cell: OwnCell, dtype: torch.dtype) -> native.Library | str:
-    """The compiled functions of a cell, or why there are none; tried once."""
-    found = _built.get((cell, dtype))
-    if found is not None:
-        return found
-    with _building:
-        if (cell, dtype) not in _built:
+def library(cell: OwnCell, dtype: torch.dtype) -> native.Library:
+    """The functions of a cell."""
+    with _making:
+        found = _made.get((cell, dtype))
+        if found is None:
             assert cell.program is not None
             headers = {"own_cell.h": header(cell.program)}
-            try:
-                made = native.Library(dtype, "OWN", macros(cell.program), headers)
-                _built[cell, dtype] = made
-            except build.BuildError as error:
-                _built[cell, dtype] = str(error)
-        return _built[cell, dtype]
+            found = native.Library(dtype, "OWN", macros(cell.program), headers)
+            _made[cell, dtype] = found
+        return found

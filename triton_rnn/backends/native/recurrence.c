@@ -4,7 +4,8 @@
    more; it holds its own far beyond. It is compiled at first use by the machine's C compiler and
    called through ctypes: no Python and no torch in here, only pointers and sizes (struct Call).
 
-   Compiled for one type of numbers, -DREAL=float or -DREAL=double, when that is first asked for.
+   Compiled for one type of numbers, -DREAL=float or -DREAL=double, one kind of cell, and forward or
+   backward, when that is first asked for.
    Everything is written once over the cell: a cell is its gates, the pointwise step forward
    (cell_forward) and the pointwise step backward (cell_backward).
 
@@ -89,6 +90,17 @@ enum { RNN_TANH, RNN_RELU, GRU, LSTM, LSTM_PROJECTED, OWN };
 #define HAS(cell) 1
 #endif
 enum { MOST_VECTORS = 16 };
+
+/* A library has a part of the functions, -DPART=BACKWARD, so that nobody waits for the compilation of
+   what is not called: the forward, the backward, or both for calls with Extras. */
+#define FORWARD 1
+#define BACKWARD 2
+#define EXTENDED 3
+#if !defined(PART) || PART == EXTENDED
+#define EXTRAS(extras) (extras)
+#else
+#define EXTRAS(extras) ((const Extras *)NULL)
+#endif
 
 /* A user's cell: gates, those with a recurrent product, states, numbers learned for a unit; numbers
    kept and gradients as in KEPT and GRADS; whether h before the step gets a gradient past W_hh; for
@@ -814,6 +826,8 @@ typedef struct {
     const i64 *places;
     REAL *masked, *next_masked, *c_before, *x_rows;
     REAL clip_c;
+    /* Whether the products are made before the step, see `dot_products`. */
+    int is_direct;
     /* Of normalized.h: W_hh h, and its statistics. */
     REAL *sums, *parts, *found;
 } Forward;
@@ -899,7 +913,7 @@ INLINE void step_block(int cell, int R, int U, const Call *call, const Forward *
                 sum[(r * U + u) * K + k] = HAS_NORM ? (vec){0} : load(at + unit + u * LANES);
             }
     if (HAS_PRODUCT)
-        multiply(R, K * U, W, sum, f->operand + row * Pp, Pp, 1, call->output_size,
+        multiply(R, K * U, W, sum, f->operand + row * Pp, Pp, 1, f->is_direct ? 0 : call->output_size,
                  column_of(&f->state_weight, unit / LANES * K, W), W * LANES,
                  f->state_weight.panel);
 #if defined(NORMALIZED)
@@ -1244,7 +1258,7 @@ INLINE vec zoned_out(const uint8_t *mask, i64 count, REAL keep, vec before, vec 
 static void before_step(const Call *call, const Forward *f, i64 rows, REAL *kept_rows, Part own)
 {
     const i64 Hp = padded(call->hidden_size), Pp = padded(call->output_size);
-    const Kept kept = kept_by(call, f->extras);
+    const Kept kept = kept_by(call, EXTRAS(f->extras));
     if (call->cell >= LSTM)
         copy_columns(f->c_before, Hp, f->c, Hp, rows, own.unit, own.end);
     if (call->keep && kept.before)
@@ -1257,7 +1271,7 @@ static void before_step(const Call *call, const Forward *f, i64 rows, REAL *kept
 static void after_step(const Call *call, const i64 *offsets, const Forward *f, int d, i64 t,
                        i64 rows, REAL *kept_rows, Part own)
 {
-    const Extras *e = f->extras;
+    const Extras *e = EXTRAS(f->extras);
     const i64 H = call->hidden_size, P = call->output_size, N = call->batch, D = call->directions;
     const i64 Hp = padded(H), Pp = padded(P);
     const Kept kept = kept_by(call, e);
@@ -1309,20 +1323,75 @@ static void after_step(const Call *call, const i64 *offsets, const Forward *f, i
         mask_states(call, e, d, f->after, f->next_masked, own);
 }
 
+/* A single row through a single step, whose state is nobody's but a cell's: the weights are used once,
+   so they are read where they lie. A longer sequence adds up in another order, for which a layer, cut
+   anywhere, is to give the same bits. */
+static int is_direct(const Call *call)
+{
+    return !HAS_OWN && !HAS_NORM && call->steps == 1 && call->batch == 1 && !call->h_n
+           && !call->keep && call->cell != LSTM_PROJECTED;
+}
+
+/* to[i] += the product of row i of `weights` with x, for the rows [begin, end). */
+static void dot_products(REAL *to, const REAL *weights, const REAL *x, i64 count, i64 begin, i64 end)
+{
+    enum { ROWS = 4 };
+    for (i64 i = begin; i < end; i += ROWS) {
+        const int rows = end - i < ROWS ? (int)(end - i) : ROWS;
+        vec sum[2 * ROWS] = {{0}};
+        i64 k = 0;
+        if (rows == ROWS)
+            for (; k + 2 * LANES <= count; k += 2 * LANES)
+                UNROLL for (int r = 0; r < ROWS; r++) {
+                    const REAL *row = weights + (i + r) * count + k;
+                    sum[r] += load(row) * load(x + k);
+                    sum[ROWS + r] += load(row + LANES) * load(x + k + LANES);
+                }
+        for (; k < count; k += LANES)
+            for (int r = 0; r < rows; r++)
+                sum[r] += load_some(weights + (i + r) * count + k, count - k)
+                          * load_some(x + k, count - k);
+        for (int r = 0; r < rows; r++) {
+            const vec both = sum[r] + sum[ROWS + r];
+            for (int lane = 0; lane < LANES; lane++)
+                to[i + r] += both[lane];
+        }
+    }
+}
+
+/* A step's preactivations with both products, the units [unit, end) of row 0; of GRU's new gate that
+   of the state by itself, where its bias is (`start_of`). */
+static void direct_products(const Call *call, const Forward *f, int d, i64 unit, i64 end)
+{
+    const i64 H = call->hidden_size, Hp = padded(H), I = call->input_size;
+    const i64 last = end < H ? end : H;
+    for (i64 g = 0; g < GATES[call->cell] && unit < last; g++) {
+        REAL *preact = f->preact + g * Hp;
+        REAL *of_state = call->cell == GRU && g == 2 ? f->bias + 3 * Hp : preact;
+        memcpy(preact + unit, f->bias + g * Hp + unit, (size_t)(end - unit) * sizeof(REAL));
+        dot_products(preact, (const REAL *)call->weights[d][0] + g * H * I, call->x, I, unit, last);
+        dot_products(of_state, (const REAL *)call->weights[d][1] + g * H * H, f->before, H, unit,
+                     last);
+    }
+}
+
 static void forward_direction(const Call *call, const i64 *offsets, int d, Forward f,
                               const Member *me)
 {
-    const Extras *e = f.extras;
+    const Extras *e = EXTRAS(f.extras);
     const i64 G = GATES[call->cell], H = call->hidden_size, P = call->output_size, N = call->batch;
     const i64 Hp = padded(H), Pp = padded(P), T = call->steps, D = call->directions;
     REAL *output = (REAL *)call->output + d * P;
     i64 unit, end, column, last;
     share_units(me, call, &unit, &end);
     column = unit, last = end;
-    f.input_weight = transpose(call->weights[d][0], G, H, call->input_size, WIDTH, 0, f.weight_ih,
-                               unit, end);
-    f.state_weight = transpose(call->weights[d][1], PRODUCTS[call->cell], H, P,
-                               step_width(call->cell), 1, f.weight_hh, unit, end);
+    f.is_direct = is_direct(call);
+    if (!f.is_direct) {
+        f.input_weight = transpose(call->weights[d][0], G, H, call->input_size, WIDTH, 0, f.weight_ih,
+                                   unit, end);
+        f.state_weight = transpose(call->weights[d][1], PRODUCTS[call->cell], H, P,
+                                   step_width(call->cell), 1, f.weight_hh, unit, end);
+    }
     copy_unit_weights(call, d, f.own, unit, end);
     if (call->cell == LSTM_PROJECTED) {
         share(me, Pp, LANES, &column, &last);
@@ -1370,7 +1439,10 @@ static void forward_direction(const Call *call, const i64 *offsets, int d, Forwa
             }
             if (!HAS_PRODUCT)
                 wait_for_all(me);
-            project(call, &f, me, offsets, ready_from, ready_to);
+            if (f.is_direct)
+                direct_products(call, &f, d, unit, end);
+            else
+                project(call, &f, me, offsets, ready_from, ready_to);
             wait_for_all(me);
 #if defined(NORMALIZED)
             const i64 first = first_row(call, offsets, ready_from);
@@ -1446,8 +1518,9 @@ static void forward_work(void *data)
     }
 }
 
-static i64 run_forward(const Call *call, const Extras *e)
+static i64 run_forward(const Call *call, const Extras *extras)
 {
+    const Extras *e = EXTRAS(extras);
     Arena arena = {0};
     Forward f;
     i64 *offsets, *places;
@@ -1481,14 +1554,18 @@ static i64 run_forward(const Call *call, const Extras *e)
 }
 
 /* 0, or 1 when there is no memory; then nothing that was written means anything. */
+#if !defined(PART) || PART == FORWARD
 EXPORT i64 forward(const Call *call)
 {
     return run_forward(call, NULL);
 }
+#endif
+#if !defined(PART) || PART == EXTENDED
 EXPORT i64 forward_extended(const Call *call, const Extras *extras)
 {
     return run_forward(call, extras);
 }
+#endif
 
 static void plan_backward(const Call *call, const Extras *e, i64 rows, Arena *arena, Backward *b)
 {
@@ -1744,7 +1821,7 @@ static void add_columns(REAL *to, const REAL *from, i64 row, i64 rows, i64 begin
 static void before_backward_step(const Call *call, const i64 *offsets, const Backward *b, int d,
                                  i64 t, i64 rows, const REAL *kept_rows, Part own)
 {
-    const Extras *e = b->extras;
+    const Extras *e = EXTRAS(b->extras);
     const i64 H = call->hidden_size, P = call->output_size, D = call->directions;
     const i64 Hp = padded(H), Pp = padded(P);
     const Kept kept = kept_by(call, e);
@@ -1791,7 +1868,7 @@ static void before_backward_step(const Call *call, const i64 *offsets, const Bac
 static void after_backward_step(const Call *call, const Backward *b, int d, i64 t, i64 rows,
                                 Part own)
 {
-    const Extras *e = b->extras;
+    const Extras *e = EXTRAS(b->extras);
     const i64 P = call->output_size, N = call->batch, Hp = padded(call->hidden_size);
     const i64 Pp = padded(P);
     const int zoned_h = e->zoneout_h || e->keep_h > 0, zoned_c = e->zoneout_c || e->keep_c > 0;
@@ -1835,7 +1912,7 @@ static void after_backward_step(const Call *call, const Backward *b, int d, i64 
 static void backward_direction(const Call *call, const i64 *offsets, int d, const Backward *b,
                                const Member *me)
 {
-    const Extras *e = b->extras;
+    const Extras *e = EXTRAS(b->extras);
     const int cell = (int)call->cell;
     const i64 G = GATES[cell], H = call->hidden_size, P = call->output_size, N = call->batch;
     const i64 I = call->input_size, Hp = padded(H), Pp = padded(P), T = call->steps;
@@ -1940,8 +2017,9 @@ static void backward_work(void *data)
     }
 }
 
-static i64 run_backward(const Call *call, const Extras *e)
+static i64 run_backward(const Call *call, const Extras *extras)
 {
+    const Extras *e = EXTRAS(extras);
     Arena arena = {0};
     Backward b;
     i64 *offsets, *places;
@@ -1973,14 +2051,18 @@ static i64 run_backward(const Call *call, const Extras *e)
 }
 
 /* As forward. */
+#if !defined(PART) || PART == BACKWARD
 EXPORT i64 backward(const Call *call)
 {
     return run_backward(call, NULL);
 }
+#endif
+#if !defined(PART) || PART == EXTENDED
 EXPORT i64 backward_extended(const Call *call, const Extras *extras)
 {
     return run_backward(call, extras);
 }
+#endif
 
 /* Numbers of Call.saved: for each direction its rows, each KEPT padded hidden sizes beside a padded
    output size, and a vector at the end. */
