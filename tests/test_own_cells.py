@@ -32,6 +32,7 @@ from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 import triton_rnn
 from triton_rnn import Recurrent
+from triton_rnn.backends import native
 from triton_rnn.backends.native import build, own, rules
 from triton_rnn.own import expression, program, trace
 
