@@ -87,7 +87,7 @@ _PARTS = ("FORWARD", "BACKWARD", "EXTENDED")
 
 def _parts_of(request: Request) -> tuple[str, ...]:
     """The parts that a request's calls are made to."""
-    if request.extras:
+    if request.extras not in ((), ("layer_norm",)):
         return ("EXTENDED",)
     return ("FORWARD", "BACKWARD") if request.needs_grad else ("FORWARD",)
 
