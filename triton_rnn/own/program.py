@@ -74,25 +74,35 @@ def _fold(
     return folded, [made[node] for node in results], tuple(starts)
 
 
-def _to_keep(results: Sequence[Node], roots: Sequence[Node]) -> list[Node]:
+def to_keep(
+    results: Sequence[Node], roots: Sequence[Node], masks: bool = False
+) -> tuple[Node, ...]:
     """What a backward that computes `roots` reads of the forward: leaves, and results of functions.
 
     Sums and products are made again from these. The first state is there anyway, for the gradient
     of weight_hh, and so are the unit weights.
+
+    Args:
+        masks: keep what was true rather than what it was made of: where numbers are rounded when
+            they are kept, it may not be true of the rounded ones.
     """
-    forward = reachable(results)
+    forward = set(reachable(results))
     changes: set[Node] = set()
-    for node in forward:
-        given = node.op == "leaf" and node.value[0] != "unit"
-        if given or any(arg in changes for arg in node.args):
+    of_grads: set[Node] = set()
+    for node in reachable((*results, *roots)):
+        kind = node.value[0] if node.op == "leaf" else ""
+        if kind == "grad" or any(arg in of_grads for arg in node.args):
+            of_grads.add(node)
+        elif kind not in ("", "unit") or any(arg in changes for arg in node.args):
             changes.add(node)
     keepable = {
         node
         for node in changes
         if (node.op == "leaf" and node.value != ("state", 0))
-        or (node.op in OPERATIONS and OPERATIONS[node.op].costly)
+        or (node.op in OPERATIONS and OPERATIONS[node.op].costly and node in forward)
+        or (masks and node.is_mask)
     }
-    return [node for node in reachable(roots, keepable) if node in keepable]
+    return tuple(node for node in reachable(roots, keepable) if node in keepable)
 
 
 def derive(
@@ -136,7 +146,7 @@ def derive(
         leaves,
         starts,
         tuple(results),
-        tuple(_to_keep(results, roots)),
+        to_keep(results, roots),
         tuple(slots),
         input_slots,
         hidden_slots,

@@ -33,8 +33,8 @@ def _missing() -> str | None:
 
 def cannot(request: Request) -> str | None:
     """Why the kernels cannot serve a request, as far as that is known without the device."""
-    if isinstance(request.cell, OwnCell):
-        return "a user's cell has no Triton kernels"
+    if isinstance(request.cell, OwnCell) and request.cell.states > 2:
+        return f"the Triton kernels carry one or two states, {request.cell.name} has more"
     device = request.device.type
     if device == "cpu" and not _interpreter():
         return "the Triton kernels run on a GPU, the input is on the CPU"
