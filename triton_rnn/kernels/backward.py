@@ -125,8 +125,8 @@ def recurrence_backward(
     Step s = T has no rows: it brings the gradient of step T - 1 through W_hh to h_0.
 
     Args:
-        grad_output_ptr: (R, D * H). gates_ptr: (R, D, ROW * H), of which forward saved SAVED blocks.
-        states_ptr, initial_ptr: `cells` and c_0, or `output` and h_0 where there is no c.
+        grad_output_ptr: (R, D * H). gates_ptr: (R, D, ROW * H), SAVED blocks of it by forward.
+        states_ptr, initial_ptr: `cells` and c_0, or `output` and h_0 if the cell keeps no c.
         grad_gates_ptr: written. units_0_ptr, units_1_ptr: (UNITS, H) of either direction.
         grad_h_in_ptr, grad_c_in_ptr, grad_h_out_ptr, grad_c_out_ptr: the gradients of the states
             before and after these steps.

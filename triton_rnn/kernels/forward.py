@@ -136,7 +136,8 @@ def recurrence_forward(
     """Steps begin <= s < end of AT_ONCE directions; layouts as in the package's docstring.
 
     Args:
-        gates_ptr: the input's preactivations; with SAVED the first of them are replaced by what is saved.
+        gates_ptr: (R, D, ROW * H), the input's preactivations in the last INPUTS blocks; the first
+            SAVED are written for the backward.
         w_hh_0_ptr, w_hh_1_ptr: (P * H, H) of either direction.
         vectors_0_ptr, vectors_1_ptr: (VECTORS - ABSENT, H).
         h_0_ptr: h before a sequence's first step, in the dtype of `output`.

@@ -144,8 +144,8 @@ class Shape:
         hidden_size, directions, batch: H, D, N.
         itemsize: bytes of an element.
         copies: of W_hh on the chip: 2 where float32 is made of three TF32 products.
-        numbers: blocks of numbers that a step holds besides the states, where they may be more than
-            those of torch's cells, which the limits of this file were found with.
+        numbers: blocks of numbers that a step holds besides the states. The limits of this file were
+            found with torch's cells, whose are known; a user's cell may have more.
     """
 
     kernel: str
@@ -161,13 +161,6 @@ class Shape:
     def inner(self) -> int:
         """Inner dimension of a step's product."""
         return self.hidden_size * (self.products if self.kernel == "backward" else 1)
-
-    @property
-    def live(self) -> float:
-        """Blocks of numbers that are in registers: products, the step's numbers and the next's."""
-        usual = 2 * self.products + 4
-        most = 4 * self.products if self.products > 1 or self.kernel == "forward" else 2
-        return usual + max(0, self.numbers - most)
 
 
 def _ceil(number: int, divisor: int) -> int:
@@ -211,7 +204,7 @@ def _resident(shape: Shape, chip: Chip) -> Iterator[Plan]:
         state = block * block_n
         # Forward h, backward the gradients of all gates; turned into an operand of the product.
         sent = state * shape.itemsize * (shape.products if shape.kernel == "backward" else 1)
-        live = state * 4 * shape.live
+        live = state * 4 * max(2 * shape.products + 4, 0.8 * shape.numbers)
         if live > _threads(chip, warps) * 4 * 150 or weight + sent > chip.weight_room:
             continue
         slots = _ceil(shape.batch, block_n)
@@ -308,13 +301,13 @@ def _fits_registers(shape: Shape, draft: Plan, waiting: int) -> bool:
     threads = 32 * warps
     rows = rows_of(shape, draft.block_h)
     product = splits * rows * block_n // threads
-    elements = draft.block_h * block_n / threads * shape.live / (2 * shape.products + 4)
+    elements = draft.block_h * block_n / threads
     # Wider elements take more instructions, and those more registers.
     wide = shape.itemsize // 2 * shape.copies
     held = (48 if warps == 4 else 32) // wide
     most = 2
     if shape.kernel == "backward" and splits > 1:
-        most = 8 // warps if shape.products > 1 else 16 // warps
+        most = 8 // warps if shape.products > 1 or shape.numbers > 6 else 16 // warps
     if not draft.on_chip:
         if rows < (64 if splits == 1 else 16):
             return False
@@ -322,6 +315,9 @@ def _fits_registers(shape: Shape, draft: Plan, waiting: int) -> bool:
             max(8, 24 // shape.itemsize) if shape.kernel == "backward" else 48 // shape.itemsize
         )
         return product <= 32 // wide and elements <= most and waiting <= threads * 4 * stream
+    if shape.kernel == "backward":
+        # A user's cell may have very many numbers; smaller blocks than half there are none.
+        elements *= min(2.0, max(1.0, shape.numbers / 24))
     if splits == 1 and shape.copies > 1:
         return False
     if splits == 1:

@@ -337,7 +337,7 @@ def in_c(stores: Sequence[tuple[str, Node]], known: Mapping[Node, str]) -> list[
 
 
 def _triton_number(value: float | bool) -> str:
-    """A constant as float32 has it: a number out of its range would make the whole block float64."""
+    """A constant as float32 has it; one out of its range would make a whole block float64."""
     if isinstance(value, bool):
         return str(value)
     rounded = torch.tensor(value, dtype=torch.float32).item()
