@@ -283,7 +283,9 @@ def examine(kernel: Kernel) -> Row:
         problems.append(f"{spills} registers spilled")
     if binary.metadata.shared > kernel.chip.shared_memory:
         problems.append(f"{binary.metadata.shared} bytes of shared memory")
-    if dict(kernel.constants).get("GATES") != 0 and not any("matrix" in _kinds_of(line) for line in code):
+    if dict(kernel.constants).get("GATES") != 0 and not any(
+        "matrix" in _kinds_of(line) for line in code
+    ):
         problems.append("no matrix instruction")
     return Row(
         kernel,

@@ -144,8 +144,8 @@ class Shape:
         hidden_size, directions, batch: H, D, N.
         itemsize: bytes of an element.
         copies: of W_hh on the chip: 2 where float32 is made of three TF32 products.
-        numbers: blocks of numbers that a step holds besides the states. The limits of this file were
-            found with torch's cells, whose are known; a user's cell may have more.
+        numbers: blocks of numbers that a step holds besides the states. The limits of this file
+            were found with torch's cells; a user's may have more.
     """
 
     kernel: str

@@ -138,13 +138,13 @@ def compare(request: Request) -> float:
     h_0, c_0 = states[0], states[1] if len(states) > 1 else None
     grads = [random(rows.size(0), directions * request.output_size), *map(torch.randn_like, states)]
 
+    # A user's cell may do without some weights.
+    needs = [True] * 3 + [weight.numel() > 0 for weight in weights]
     batch_sizes = sizes if request.packed else []
     results, saved = layer.forward(request, input, batch_sizes, h_0, c_0, weights)
     found: list[Tensor | None] = list(results)
     if request.needs_grad:
-        found += layer.backward(
-            request, input, batch_sizes, h_0, c_0, weights, saved, grads, [True] * len(weights) * 2
-        )
+        found += layer.backward(request, input, batch_sizes, h_0, c_0, weights, saved, grads, needs)
     arguments = [t.double().requires_grad_() for t in (rows, *states, *weights)]
     with torch.enable_grad():
         expected = reference.layer(
@@ -157,7 +157,13 @@ def compare(request: Request) -> float:
         )
     right: list[Tensor] = [t.detach() for t in expected]
     if request.needs_grad:
-        right += torch.autograd.grad(expected, arguments, [g.double() for g in grads])
+        right += torch.autograd.grad(
+            expected,
+            [argument for argument in arguments if argument.numel() > 0],
+            [grad.double() for grad in grads],
+            allow_unused=True,
+            materialize_grads=True,
+        )
     pairs = zip((t for t in found if t is not None), right, strict=True)
     return max(_error(actual, wanted) for actual, wanted in pairs)
 
