@@ -430,8 +430,9 @@ def kernels(arguments: argparse.Namespace) -> list[Kernel]:
             found += recurrences(chip, (*CELLS, *OWN_CELLS))
         else:
             sizes: dict[str, Any] = {"hidden_sizes": (128, 768), "batches": (16,)}
-            cells = (*CELLS, *OWN_CELLS)
-            found += recurrences(chip, cells, directions=(2,), variants=(None,), **sizes)
+            sizes |= {"directions": (2,), "variants": (None,)}
+            found += recurrences(chip, **sizes)
+            found += recurrences(chip, OWN_CELLS, (torch.float16, torch.float32), **sizes)
     return [
         kernel for kernel in found if re.search(arguments.match, f"{kernel.name} {kernel.what}")
     ]

@@ -1,4 +1,4 @@
-"""A cell's two steps as the C loops take them: forward, what it keeps, and the derived backward."""
+"""A cell's two steps as the backends take them: forward, what it keeps, the derived backward."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -16,7 +16,8 @@ class Program(NamedTuple):
         starts: for each product the gate whose input's part it is added to before the step sees
             it, or -1: then the step has both apart.
         results: the next states.
-        kept: what forward keeps for the backward, besides the first state.
+        kept: what forward keeps for the backward, besides the first state (the C loops'; the Triton
+            kernels keep masks too, see `to_keep`).
         grads: the different gradients of preactivations.
         input_slots, hidden_slots: which of `grads` belongs to a gate's input, and to a product.
         grad_states, grad_units: gradients of the states before, and of a row's share of the unit
