@@ -47,7 +47,7 @@ def regrouped(roots: Sequence[Node]) -> list[Node]:
         for product, factor in ((a, b), (b, a)):
             if product.op == "mul" and ranks[product] == _GRAD and ranks[factor] == _ROW:
                 for grad, other in (product.args, product.args[::-1]):
-                    if ranks[grad] == _GRAD and ranks[other] == _ROW:
+                    if ranks[grad] == _GRAD and ranks[other] in (_CONSTANT, _ROW):
                         return apply("mul", grad, apply("mul", other, factor))
         return apply("mul", a, b)
 
