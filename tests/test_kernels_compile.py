@@ -146,6 +146,6 @@ def test_a_users_cell_is_its_text_to_tritons_cache(tmp_path):
     assert len({key["forward"] for key in others}) == 4
     # The factor of a backward may be another's.
     assert len({(key["factors"], key["backward"]) for key in others}) == 4
-    # Forward for inference and training, and backward, of each.
-    assert len(set(binaries)) == len(binaries) == 6
+    # Forward, which saves nothing beside h, and backward, of each.
+    assert len(set(binaries)) == len(binaries) == 4
     assert run() == ([keys, binaries], files)
