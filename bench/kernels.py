@@ -432,7 +432,7 @@ def kernels(arguments: argparse.Namespace) -> list[Kernel]:
             sizes: dict[str, Any] = {"hidden_sizes": (128, 768), "batches": (16,)}
             sizes |= {"directions": (2,), "variants": (None,)}
             found += recurrences(chip, **sizes)
-            found += recurrences(chip, OWN_CELLS, (torch.float16, torch.float32), **sizes)
+            found += recurrences(chip, OWN_CELLS, (torch.float16,), **sizes)
     return [
         kernel for kernel in found if re.search(arguments.match, f"{kernel.name} {kernel.what}")
     ]
