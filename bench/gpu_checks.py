@@ -17,6 +17,9 @@ CELLS: dict[str, tuple[str, dict[str, Any]]] = {
     "lstm": ("LSTM", {}),
     "lstm_proj": ("LSTM", {}),
 }
+# Users' cells (`gpu_inside.OWN`), held against their plain loops; the last has no product, and so
+# no variants.
+OWN_CELLS = ("peephole", "mgu", "ind_rnn")
 # float32 with TF32 products, as torch's default is, and without.
 DTYPES = ("float16", "bfloat16", "float32_tf32", "float32")
 # TRITON_RNN_VARIANT, and after a plus what the plan's exchange is replaced by.
@@ -211,11 +214,34 @@ def _products() -> list[CheckCase]:
     return found
 
 
+def _own() -> list[CheckCase]:
+    """Users' cells, of which the kernels are generated: each variant and dtype, each kind of check.
+
+    Their programs exchange what those of other cells do, so a few are enough.
+    """
+    case = CheckCase("numbers", "peephole", "float16", "resident", 64, 17, 7, directions=2)
+    return [
+        case,
+        replace(case, cell="mgu", dtype="bfloat16", variant="cooperative", hidden=320),
+        replace(case, cell="ind_rnn", variant="", form="packed", hidden=500),
+        replace(case, variant="streaming", dtype="float32_tf32", hidden=320, form="packed"),
+        replace(case, variant="cooperative+barrier", dtype="bfloat16", hidden=500, directions=1),
+        replace(case, cell="mgu", variant="stepwise", dtype="float32", hidden=63),
+        replace(
+            case, check="repeat", dtype="bfloat16", variant="cooperative", hidden=512, steps=64
+        ),
+        replace(case, check="poison", cell="mgu", variant="", hidden=100, form="packed_unsorted"),
+        replace(case, check="graph", variant="", hidden=256, steps=20),
+        replace(case, cell="mgu", variant="", hidden=1024, batch=70, layers=2, bias=False),
+        replace(case, cell="ind_rnn", variant="", dtype="float32", batch=300, hx=False),
+    ]
+
+
 def check_cases() -> list[CheckCase]:
     """All checks, the most informative first, the same at every call.
 
-    1. A covering of all pairs of axis values, with the special checks let in between, one for two;
-    2. every cell, dtype and variant once.
+    1. A covering of all pairs of axis values, with the special checks let in between, one for two,
+    and users' cells after the first few; 2. every cell, dtype and variant once.
     """
     pairs = [CheckCase("numbers", **values) for values in covering(AXES, SEED, _allowed)]
     specials = _specials()
@@ -223,7 +249,7 @@ def check_cases() -> list[CheckCase]:
     for number in range(0, max(len(pairs), 2 * len(specials)), 2):
         mixed += pairs[number : number + 2]
         mixed += specials[number // 2 : number // 2 + 1]
-    return _once([*mixed, *_products()])
+    return _once([*mixed[:24], *_own(), *mixed[24:], *_products()])
 
 
 def rehearsal_cases() -> list[CheckCase]:
@@ -242,6 +268,8 @@ def rehearsal_cases() -> list[CheckCase]:
         replace(case, check="poison", form="packed_unsorted"),
         replace(case, check="nonfinite", dtype="float32", form="padded", batch=5),
         replace(case, check="graph"),
+        replace(case, cell="peephole", variant="stepwise"),
+        replace(case, cell="ind_rnn", variant="", dtype="float32", directions=2),
     ]
 
 

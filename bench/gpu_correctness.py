@@ -25,6 +25,7 @@ REPEATS, REPEAT_SECONDS = 100, 6.0
 RELU_BIAS = 3.0
 
 Tensors = dict[str, Tensor]
+Module = torch.nn.RNNBase | triton_rnn.Recurrent
 
 
 @dataclass
@@ -44,17 +45,19 @@ class Data:
         return Data(self.input.to(dtype), tuple(state.to(dtype) for state in self.states))
 
 
-def modules(
-    case: CheckCase, device: torch.device
-) -> tuple[torch.nn.RNNBase, torch.nn.RNNBase, torch.nn.RNNBase]:
-    """The same weights thrice: ours, torch.nn's in the same dtype, torch.nn's in float64."""
-    name, options = CELLS[case.cell]
+def modules(case: CheckCase, device: torch.device) -> tuple[Module, Module, Module]:
+    """The same weights thrice: ours, torch.nn's in the same dtype, torch.nn's in float64.
+
+    In the place of torch.nn's stands the plain loop of a user's cell.
+    """
+    own = gpu_inside.OWN.get(case.cell)
+    name, options = CELLS.get(case.cell, ("", {}))
     if case.proj_size:
         options = {**options, "proj_size": case.proj_size}
     dtype = getattr(torch, case.dtype.split("_")[0])
 
-    def build(package: Any, dtype: torch.dtype) -> torch.nn.RNNBase:
-        module: torch.nn.RNNBase = getattr(package, name)(
+    def build(package: Any, dtype: torch.dtype) -> Module:
+        module: Module = (own or getattr(package, name))(
             case.width,
             case.hidden,
             case.layers,
@@ -68,7 +71,7 @@ def modules(
         return module
 
     ours = build(triton_rnn, dtype)
-    if case.cell == "rnn_relu":
+    if case.cell in ("rnn_relu", "ind_rnn"):
         with torch.no_grad():
             for key, parameter in ours.named_parameters():
                 parameter.mul_(0.5)
@@ -101,7 +104,7 @@ def data(case: CheckCase, device: torch.device, seed: int = 1) -> Data:
     states: tuple[Tensor, ...] = ()
     if case.hx:
         widths = [case.proj_size or case.hidden]
-        widths += [case.hidden] if case.cell.startswith("lstm") else []
+        widths += [case.hidden] if case.cell.startswith(("lstm", "peephole")) else []
         states = tuple(
             random((case.layers * case.directions, *batch, width), seed + 1 + i, device).to(dtype)
             for i, width in enumerate(widths)
@@ -125,7 +128,7 @@ def hx_of(states: tuple[Tensor, ...]) -> Any:
     return (None, *states)[len(states)] if len(states) < 2 else states
 
 
-def run(case: CheckCase, module: torch.nn.RNNBase, given: Data) -> Tensors:
+def run(case: CheckCase, module: Module, given: Data) -> Tensors:
     """All outputs and, in training, all gradients of a call, by name."""
     output, state = module(prepared(case, given.input), hx_of(given.states))
     if isinstance(output, PackedSequence):
@@ -180,12 +183,12 @@ def _without_cudnn() -> Iterator[None]:
         torch.backends.cudnn.enabled = before
 
 
-def exact_results(case: CheckCase, exact: torch.nn.RNNBase, given: Data) -> Tensors:
-    with _without_cudnn():
+def exact_results(case: CheckCase, exact: Module, given: Data) -> Tensors:
+    with _without_cudnn(), triton_rnn.use_backend("reference"):
         return run(case, exact, leaves_of(case, given.to(torch.float64)))
 
 
-def our_results(case: CheckCase, ours: torch.nn.RNNBase, given: Data) -> Tensors:
+def our_results(case: CheckCase, ours: Module, given: Data) -> Tensors:
     with triton_rnn.use_backend("triton"):
         return run(case, ours, leaves_of(case, given))
 
@@ -235,9 +238,9 @@ class Bench:
 
     case: CheckCase
     device: torch.device
-    ours: torch.nn.RNNBase
-    twin: torch.nn.RNNBase
-    exact: torch.nn.RNNBase
+    ours: Module
+    twin: Module
+    exact: Module
     given: Data
 
     def our_errors(self, given: Data | None = None) -> dict[str, list[float]]:
@@ -252,7 +255,8 @@ def check_numbers(bench: Bench) -> Result:
     torchs: float | None
     try:
         # For the reader: how near torch.nn comes in the same dtype.
-        theirs = run(bench.case, bench.twin, leaves_of(bench.case, bench.given))
+        with triton_rnn.use_backend("reference"):
+            theirs = run(bench.case, bench.twin, leaves_of(bench.case, bench.given))
         torchs = max(norm for norm, _ in errors(theirs, expected).values())
     except (RuntimeError, NotImplementedError):
         torchs = None

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-GATES = {"rnn": 1, "gru": 3, "lstm": 4}
+GATES = {"rnn": 1, "gru": 3, "lstm": 4, "peephole": 4, "mgu": 2, "ind_rnn": 1}
 ITEMSIZE = {"float16": 2, "bfloat16": 2, "float32": 4}
 
 Values = dict[str, Any]
@@ -167,6 +167,13 @@ PHASE_CASES = (
     TimingCase("lstm", "bfloat16", True, 1024, 256, 128),
 )
 
+# Users' cells, beside their plain loops: what such a cell costs without kernels.
+OWN_CASES = (
+    TimingCase("peephole", "bfloat16", True, 512, 16, 256),
+    TimingCase("mgu", "bfloat16", True, 512, 16, 256),
+    TimingCase("ind_rnn", "bfloat16", True, 512, 16, 256),
+)
+
 REHEARSAL_CASES = (
     TimingCase("lstm", "float16", True, 16, 3, 2),
     TimingCase("gru", "float32", True, 16, 3, 2, directions=2, packed=True),
@@ -209,6 +216,7 @@ TUNING_POINTS = (
     TuningPoint("lstm", "float16", 2048, 64, "forward"),
     TuningPoint("lstm", "float32", 512, 16, "backward"),
 )
+REHEARSAL_OWN_CASES = (TimingCase("mgu", "float32", True, 16, 3, 2),)
 REHEARSAL_POINTS = (
     TuningPoint("lstm", "float16", 16, 3, "forward", steps=3),
     TuningPoint("gru", "float32", 16, 3, "backward", steps=3),
@@ -222,6 +230,8 @@ SMALL_HIDDEN = {"rnn": (384, 256), "gru": (192, 128), "lstm": (192, 128)}
 
 def algorithm(case: TimingCase, cudnn: int, backward: bool = False) -> str:
     """The algorithm that torch asks cuDNN for, by the rule of its cudnn/RNN.cpp."""
+    if case.cell not in SMALL_HIDDEN:
+        return "plain loop (no cuDNN)"
     if case.dtype == "bfloat16" and cudnn < BFLOAT16_CUDNN:
         return "torch's own (no cuDNN)"
     if not case.packed and case.hidden <= SMALL_HIDDEN[case.cell][backward]:

@@ -10,11 +10,14 @@ from typing import Any
 
 import torch
 
+import triton_rnn
+from bench.beyond_cells import MinimalGatedUnit, PeepholeLSTM
 from bench.gpu_grid import TuningPoint
 from triton_rnn import dispatch, functional, health
 from triton_rnn.cells import CELLS
 from triton_rnn.kernels import plan as planner
 from triton_rnn.kernels.plan import Plan
+from triton_rnn.own import call as own
 from triton_rnn.request import Request
 
 # The functions that a training step's device time is split by.
@@ -25,6 +28,8 @@ PHASES = (
     ("products", "grad_input"),
     ("products", "grad_weight"),
 )
+# Users' cells by the names that cases give them; the twin of each is its own plain loop.
+OWN = {"peephole": PeepholeLSTM, "mgu": MinimalGatedUnit, "ind_rnn": triton_rnn.IndRNN}
 # Alternatives of one tuning point, the chosen plan included.
 CANDIDATES = 16
 
@@ -96,9 +101,10 @@ def raise_failed_wait(device: torch.device) -> None:
     launch.raise_failed_wait(device)
 
 
-def requests_of(module: torch.nn.RNNBase, input: Any, hx: Any = None) -> list[Request]:
+def requests_of(module: Any, input: Any, hx: Any = None) -> list[Request]:
     """What every layer of a call asks of a backend."""
-    call = functional.prepare(module, input, hx)
+    prepare = own.prepare if isinstance(module, triton_rnn.Recurrent) else functional.prepare
+    call = prepare(module, input, hx)
     if call is None:
         raise ValueError("the call is malformed or out of the ordinary")
     first = call.request
@@ -106,7 +112,7 @@ def requests_of(module: torch.nn.RNNBase, input: Any, hx: Any = None) -> list[Re
     return [first, *[deeper] * (module.num_layers - 1)]
 
 
-def plans_of(module: torch.nn.RNNBase, input: Any, hx: Any = None) -> list[Plan | None]:
+def plans_of(module: Any, input: Any, hx: Any = None) -> list[Plan | None]:
     """The plan of every kernel of every layer of a call; None where nothing fits."""
     from triton_rnn.backends.triton import launch
 
@@ -225,13 +231,14 @@ def every_plan(request: Request, kernel: str, chosen: Plan) -> list[Plan]:
     chip = launch.chip_of(request.device)
     if chip == planner.INTERPRETER:
         return [dataclasses.replace(chosen, block_n=2 * chosen.block_n)]
-    shape = planner.Shape(
+    shape = launch.shape_of(
+        launch.kernel_cell(request.cell),
         kernel,
-        request.cell.gates,
         request.hidden_size,
         request.directions,
         request.batch,
         request.dtype.itemsize,
+        1,
     )
     plans = list(planner._resident(shape, chip))
     for variant in ("cooperative", "streaming"):
@@ -270,19 +277,19 @@ def recurrence(point: TuningPoint, device: torch.device) -> Callable[[bool], lis
         numbers = torch.randn(*shape, generator=generator, device=device)
         return numbers.to(request.dtype)
 
-    w_hh = [random(cell.gates * size, size) / (2 * size**0.5) for _ in range(directions)]
+    w_hh = [random(cell.products * size, size) / (2 * size**0.5) for _ in range(directions)]
     state = random(directions, request.batch, size)
     c_0 = state if cell.has_c else None
-    preact = random(rows, directions, cell.width * size)
+    preact = random(rows, directions, cell.row * size)
     if point.kernel == "forward":
-        b_hn = [random(size) if cell.gates == 3 else None for _ in range(directions)]
+        vectors = [random(size) if cell.biases else None for _ in range(directions)]
         gates = preact.clone()
 
         def forward(fresh: bool) -> list[torch.Tensor]:
             if fresh:
                 gates.copy_(preact)
             output = gates.new_empty(rows, directions * size)
-            _, h_n, _ = launch.forward(request, output, gates, w_hh, b_hn, state, c_0, None)
+            _, h_n, _ = launch.forward(request, output, gates, w_hh, vectors, state, c_0, None)
             return [output, h_n]
 
         return forward
@@ -294,7 +301,7 @@ def recurrence(point: TuningPoint, device: torch.device) -> Callable[[bool], lis
 
     def backward(fresh: bool) -> list[torch.Tensor]:
         grad_gates, grad_h_0, _ = launch.backward(
-            request, grad_output, saved, states, state, w_hh, state, c_0, None
+            request, grad_output, saved, states, state, w_hh, [None], state, c_0, None
         )
         return [grad_gates, grad_h_0]
 

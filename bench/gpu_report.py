@@ -34,6 +34,12 @@ def of(data: Data, part: str) -> list[Row]:
     return found
 
 
+def beside_timing(data: Data) -> list[Row]:
+    """What was timed beside the cases: parts of a step, users' cells."""
+    timing = data.get("timing", {})
+    return [row for name in ("phases", "own") for row in timing.get(name, {}).get("results", [])]
+
+
 def failures(rows: Iterable[Row]) -> list[Row]:
     return [row for row in rows if row["status"] not in ("ok", "skipped")]
 
@@ -41,7 +47,7 @@ def failures(rows: Iterable[Row]) -> list[Row]:
 def is_right(data: Data) -> bool:
     """Whether everything that ran gave right numbers, and something ran."""
     rows = [row for part in ("correctness", "timing") for row in of(data, part)]
-    rows += data.get("timing", {}).get("phases", {}).get("results", [])
+    rows += beside_timing(data)
     started = all("start_failures" not in part for part in data.values() if isinstance(part, dict))
     return bool(data.get("machine")) and started and not failures(rows)
 
@@ -121,7 +127,8 @@ def not_reached(data: Data) -> str:
     text = ""
     for part in ("correctness", "timing", "tuning"):
         names = list(data.get(part, {}).get("not_reached", []))
-        names += data.get(part, {}).get("phases", {}).get("not_reached", [])
+        for beside in ("phases", "own"):
+            names += data.get(part, {}).get(beside, {}).get("not_reached", [])
         if names:
             text += f"- {part} ({len(names)}): {', '.join(names)}\n"
         skipped = [row["id"] for row in of(data, part) if row["status"] == "skipped"]
@@ -201,6 +208,11 @@ CASE_HEADER = (
     "floor/measured",
     "peak MiB",
 )
+
+
+def own_cells(data: Data) -> str:
+    rows = data.get("timing", {}).get("own", {}).get("results", [])
+    return table(CASE_HEADER, [case_line(row) for row in rows if row["status"] == "ok"])
 
 
 def goals(data: Data) -> str:
@@ -310,7 +322,7 @@ def markdown(data: Data) -> str:
     rows = timed(data)
     slow = slower(data)
     every = of(data, "correctness") + of(data, "timing") + of(data, "tuning")
-    every += data.get("timing", {}).get("phases", {}).get("results", [])
+    every += beside_timing(data)
     starts = [text for part in data.values() if isinstance(part, dict)
               for text in part.get("start_failures", [])]  # fmt: skip
     parts = [
@@ -339,6 +351,9 @@ def markdown(data: Data) -> str:
         "## Parts of a training step of ours\n",
         "Device time, the CPU kept ahead; `other` is all that lies between the parts.\n",
         phases(data),
+        "## Users' cells\n",
+        "Beside the plain loop of their steps, which stands where cuDNN does above.\n",
+        own_cells(data),
         "## Plans of single recurrences\n",
         "One kernel alone, its buffers' allocation and filling included; fastest first.\n",
         tuning(data),

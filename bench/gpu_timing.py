@@ -72,7 +72,7 @@ class Side:
     """One of those that are timed in turn."""
 
     name: str
-    layer: torch.nn.RNNBase
+    layer: Any
     input: Tensor | PackedSequence
     leaf: Tensor
     grad_output: Tensor
@@ -106,12 +106,17 @@ def _rows(output: Any) -> Tensor:
 
 
 def sides_of(case: TimingCase, device: torch.device) -> tuple[Side, Side, Side]:
-    """torch.nn, ours on `auto` and ours on the kernels: equal weights, the same data."""
+    """torch.nn, ours on `auto` and ours on the kernels: equal weights, the same data.
+
+    In the place of torch.nn stands the plain loop of a user's cell.
+    """
     torch.manual_seed(0)
     dtype = getattr(torch, case.dtype)
 
-    def layer(package: Any) -> torch.nn.RNNBase:
-        found: torch.nn.RNNBase = getattr(package, case.cell.upper())(
+    own = gpu_inside.OWN.get(case.cell)
+
+    def layer(package: Any) -> Any:
+        return (own or getattr(package, case.cell.upper()))(
             case.hidden,
             case.hidden,
             case.layers,
@@ -119,7 +124,6 @@ def sides_of(case: TimingCase, device: torch.device) -> tuple[Side, Side, Side]:
             dtype=dtype,
             device=device,
         )
-        return found
 
     theirs, ours = layer(torch.nn), layer(triton_rnn)
     ours.load_state_dict(theirs.state_dict())
@@ -131,11 +135,12 @@ def sides_of(case: TimingCase, device: torch.device) -> tuple[Side, Side, Side]:
     width = case.directions * case.hidden
     grad = torch.randn(*leaf.shape[:-1], width, device=device).to(dtype)
 
-    def side(name: str, layer: torch.nn.RNNBase, backend: str | None) -> Side:
+    def side(name: str, layer: Any, backend: str | None) -> Side:
         context = nullcontext if backend is None else lambda: triton_rnn.use_backend(backend)
         return Side(name, layer, input, leaf, grad, case.training, context)
 
-    return side("cudnn", theirs, None), side("auto", ours, "auto"), side("triton", ours, "triton")
+    loop = None if own is None else "reference"
+    return side("cudnn", theirs, loop), side("auto", ours, "auto"), side("triton", ours, "triton")
 
 
 def gate(case: TimingCase, ours: Mapping[str, Tensor], theirs: Mapping[str, Tensor]) -> float:

@@ -4,7 +4,7 @@ No GPU is needed. ``python -m bench.kernels`` prints a row per kernel: registers
 memory, and what lies inside the loop over time: barriers, global loads and stores, matrix
 instructions (instructions in the code, not times executed). A kernel fails the gate if it uses
 local memory, spills, takes more shared memory than the architecture has, or has no matrix
-instruction. ``--all`` compiles the whole grid, which takes a good while.
+instruction though it has a product. ``--all`` compiles the whole grid, which takes a good while.
 """
 
 from __future__ import annotations
@@ -28,16 +28,19 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from bench.beyond_cells import LOOPS
 from triton_rnn.backends.triton import launch, products
 from triton_rnn.kernels.backward import recurrence_backward
-from triton_rnn.kernels.cells import KERNEL_CELLS
+from triton_rnn.kernels.cells import KERNEL_CELLS, KernelCell
 from triton_rnn.kernels.forward import recurrence_forward
 from triton_rnn.kernels.matmul import matmul
-from triton_rnn.kernels.plan import CHIPS, Chip, Plan, Shape, plan
+from triton_rnn.kernels.plan import CHIPS, Chip, Plan, plan
 
 # One chip for each architecture that the gate speaks of.
 TARGETS = ("A100", "H200", "B200", "MI300X")
 CELLS = ("rnn_tanh", "gru", "lstm")
+# Users' cells, of which the kernels are generated.
+OWN_CELLS = {kind.__name__: kind.cell for kind in LOOPS}
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 # Powers of two, multiples of 64 and of 16, and others.
 HIDDEN_SIZES = (1, 20, 64, 100, 128, 192, 256, 384, 512, 650, 768, 1000, 1024, 1500, 1536, 2048)
@@ -111,6 +114,11 @@ def recurrences(
                             yield kernel
 
 
+def cell_of(name: str) -> KernelCell:
+    """A cell of torch's, or a user's, as the kernels see it."""
+    return launch.kernel_cell(OWN_CELLS[name]) if name in OWN_CELLS else KERNEL_CELLS[name]
+
+
 def _recurrence(
     chip: Chip,
     cell_name: str,
@@ -120,19 +128,14 @@ def _recurrence(
     batch: int,
     directions: int,
 ) -> Iterator[Kernel]:
-    cell = KERNEL_CELLS[cell_name]
+    cell = cell_of(cell_name)
     # Full float32 takes other instructions; one plan in three is enough of that.
     asked = ["ieee"] if dtype != torch.float32 or chip.backend == "hip" else ["tf32", "tf32x3"]
     for kernel in ("forward", "backward"):
         for precision in asked:
-            shape = Shape(
-                kernel,
-                cell.gates,
-                hidden_size,
-                directions,
-                batch,
-                dtype.itemsize,
-                launch.copies(precision),
+            copies = launch.copies(precision)
+            shape = launch.shape_of(
+                cell, kernel, hidden_size, directions, batch, dtype.itemsize, copies
             )
             found = plan(shape, chip, variant)
             if found is None:
@@ -280,7 +283,9 @@ def examine(kernel: Kernel) -> Row:
         problems.append(f"{spills} registers spilled")
     if binary.metadata.shared > kernel.chip.shared_memory:
         problems.append(f"{binary.metadata.shared} bytes of shared memory")
-    if not any("matrix" in _kinds_of(line) for line in code):
+    if dict(kernel.constants).get("GATES") != 0 and not any(
+        "matrix" in _kinds_of(line) for line in code
+    ):
         problems.append("no matrix instruction")
     return Row(
         kernel,
@@ -422,10 +427,12 @@ def kernels(arguments: argparse.Namespace) -> list[Kernel]:
         chip = CHIPS[name]
         found += matmuls(chip)
         if arguments.all:
-            found += recurrences(chip)
+            found += recurrences(chip, (*CELLS, *OWN_CELLS))
         else:
             sizes: dict[str, Any] = {"hidden_sizes": (128, 768), "batches": (16,)}
-            found += recurrences(chip, directions=(2,), variants=(None,), **sizes)
+            sizes |= {"directions": (2,), "variants": (None,)}
+            found += recurrences(chip, **sizes)
+            found += recurrences(chip, OWN_CELLS, (torch.float16,), **sizes)
     return [
         kernel for kernel in found if re.search(arguments.match, f"{kernel.name} {kernel.what}")
     ]

@@ -77,6 +77,18 @@ class ThreeStates(triton_rnn.Recurrent, gates=3, products=5, states=3, unit_weig
         return torch.tanh(c) + 0.5 * torch.sigmoid(input[2] + input[0]), c, m
 
 
+class Uneven(triton_rnn.Recurrent, gates=3, products=5, states=2, unit_weights=2):
+    """ThreeStates with two, for kernels that carry no more; products and gates in no order."""
+
+    @staticmethod
+    def step(input, hidden, state, unit):
+        _, c = state
+        a = torch.sigmoid(input[1] + hidden[0])
+        new = torch.where(input[0] > hidden[1], input[0] * unit[0], torch.tanh(c + hidden[4]))
+        c = a * c + (1 - a) * new + 0.1 * hidden[3].sin()
+        return torch.tanh(c) * softplus(unit[1] - hidden[2]) + 0.5 * torch.sigmoid(input[2]), c
+
+
 def peephole_step(x, h, c, w):
     gates = linear(x, w["weight_ih"], w.get("bias_ih"))
     gates = gates + linear(h, w["weight_hh"], w.get("bias_hh"))
@@ -150,7 +162,7 @@ def plain_loop(module, x, lengths, hx):
     return x, torch.stack(finals_h), torch.stack(finals_c)
 
 
-ALL = (*PLAIN, OwnLSTM, OwnGRU, OwnRNN, ThreeStates)
+ALL = (*PLAIN, OwnLSTM, OwnGRU, OwnRNN, ThreeStates, Uneven)
 SIZES = (1, 2, 3, 7, 8, 9, 16, 17, 33, 65)
 
 

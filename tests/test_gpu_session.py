@@ -94,6 +94,7 @@ def test_checks_cover_cells_dtypes_and_variants_and_begin_with_every_kind_of_che
     assert {case.check for case in cases[:12]} == set(gpu_checks.CHECKS)
     wanted = set(itertools.product(gpu_checks.CELLS, gpu_checks.DTYPES, gpu_checks.VARIANTS))
     assert {(case.cell, case.dtype, case.variant) for case in cases} >= wanted
+    assert {case.cell for case in cases[:36]} >= {*gpu_checks.CELLS, *gpu_checks.OWN_CELLS}
     for case in cases:
         if case.is_packed and case.batch > 1:
             lengths = case.lengths()
@@ -410,6 +411,10 @@ def made_up() -> dict[str, Any]:
                 ],
                 "not_reached": ["phases-that-had-no-time"],
             },
+            "own": {
+                "results": [timed(case(cell="peephole", training=True), 20.0, 20.0)],
+                "not_reached": ["own-cell-that-had-no-time"],
+            },
         },
         "tuning": {"results": [tuned()], "not_reached": []},
     }
@@ -462,6 +467,8 @@ def test_the_markdown_tells_what_failed_and_what_was_not_reached():
         "numbers-that-had-no-time",
         "lstm-that-had-no-time",
         "phases-that-had-no-time",
+        "own-cell-that-had-no-time",
+        "plain loop (no cuDNN)",
         "Slower than torch.nn on auto: 1 of 4",
         "OutOfResources",
         "100/80",
@@ -575,7 +582,7 @@ def test_the_checks_run_through_on_the_interpreter(tmp_path):
         skipped = wanted.variant == "cooperative" or wanted.check == "graph"
         assert results[wanted.id]["status"] == ("skipped" if skipped else "ok"), wanted.id
         assert skipped or results[wanted.id]["plan"]
-    assert "8 right, 0 not, 2 without a plan, 0 not reached" in ended.stdout
+    assert "10 right, 0 not, 2 without a plan, 0 not reached" in ended.stdout
 
 
 TIMES = """
@@ -588,6 +595,7 @@ for kind, case in [
     ("warm", gpu_grid.REHEARSAL_CASES[0]),
     ("time", gpu_grid.REHEARSAL_CASES[0]),
     ("time", gpu_grid.REHEARSAL_CASES[1]),
+    ("time", gpu_grid.REHEARSAL_OWN_CASES[0]),
     ("phases", gpu_grid.REHEARSAL_CASES[0]),
 ]:
     task = {"kind": kind, "case": case and vars(case)}
@@ -614,7 +622,8 @@ def test_the_code_that_takes_times_runs_through_on_the_interpreter():
     assert ended.returncode == 0, ended.stdout + ended.stderr
     found = json.loads(ended.stdout.splitlines()[-1])
     assert all(result["status"] == "ok" for results in found.values() for result in results)
-    for case, result in zip(gpu_grid.REHEARSAL_CASES, found["time"], strict=True):
+    cases = (*gpu_grid.REHEARSAL_CASES, *gpu_grid.REHEARSAL_OWN_CASES)
+    for case, result in zip(cases, found["time"], strict=True):
         assert result["ratio_triton"] > 0 and "forward: resident" in result["plan"]
         assert result["difference"] < 1e-2
         row = {"id": case.id, "case": vars(case), **result}

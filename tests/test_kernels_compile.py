@@ -32,6 +32,17 @@ for cell, dtype in (("lstm", torch.float16), ("gru", torch.bfloat16), ("rnn_tanh
 asked += kernels.recurrences(
     chip, ("lstm",), (torch.float16,), (768,), (16,), (1,), ("streaming", "stepwise")
 )
+# Users' cells: the most numbers of a step, products that are no inputs, no product.
+for cell, dtype, sizes in (
+    ("PeepholeLSTM", torch.float16, [(64, 16, 1), (1024, 16, 2), (2048, 16, 1)]),
+    ("MinimalGatedUnit", torch.bfloat16, [(100, 16, 2)]),
+    ("MinimalGatedUnit", torch.float32, [(512, 64, 1)]),
+    ("IndRNN", torch.float16, [(512, 16, 2)]),
+):
+    for hidden_size, batch, directions in sizes:
+        asked += kernels.recurrences(
+            chip, (cell,), (dtype,), (hidden_size,), (batch,), (directions,), (None,)
+        )
 rows = kernels.examine_all(asked, 2)
 print(json.dumps([
     dict(name=row.kernel.name, what=row.kernel.what, registers=row.registers, stack=row.stack,
@@ -83,3 +94,58 @@ def test_a_resident_step_neither_waits_nor_exchanges(rows):
             seen += 1
             assert "atomic" not in row["loop"], row
     assert seen > 0
+
+
+KEYS = """
+import json, torch
+import triton_rnn
+from bench import kernels
+from triton_rnn.backends.triton import own
+from triton_rnn.kernels.plan import CHIPS
+
+def like_rnn(name, step):
+    kind = type(name, (triton_rnn.Recurrent,), {"step": staticmethod(step)}, gates=1)
+    kernels.OWN_CELLS[name] = kind.cell
+    return own.kernel_cell(kind.cell)
+
+made = {
+    "tanh": like_rnn("Tanh", lambda i, u, s: torch.tanh(i[0] + u[0])),
+    "tanh again": like_rnn("Again", lambda i, u, s: torch.tanh(u[0] + i[0])),
+    "sigmoid": like_rnn("Sigmoid", lambda i, u, s: torch.sigmoid(i[0] + u[0])),
+    "twice": like_rnn("Twice", lambda i, u, s: 2 * torch.tanh(i[0] + u[0])),
+    "thrice": like_rnn("Thrice", lambda i, u, s: 3 * torch.tanh(i[0] + u[0])),
+}
+parts = ("forward", "factors", "backward")
+keys = {n: {p: getattr(c, p).cache_key for p in parts} for n, c in made.items()}
+chip = CHIPS["H200"]
+binaries = []
+for name in ("Tanh", "Sigmoid"):
+    for kernel in kernels.recurrences(chip, (name,), (torch.float16,), (64,), (16,), (1,), (None,)):
+        binaries.append(kernels.compiled(kernel).hash)
+print(json.dumps([keys, binaries]))
+"""
+
+
+def test_a_users_cell_is_its_text_to_tritons_cache(tmp_path):
+    """Two cells never share a key; the same one, in another process, is found again."""
+
+    def run():
+        done = subprocess.run(
+            [sys.executable, "-c", KEYS],
+            capture_output=True,
+            text=True,
+            env={**os.environ, "TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path)},
+            timeout=TIMEOUT_S,
+        )
+        assert done.returncode == 0, done.stderr[-4000:]
+        return json.loads(done.stdout.splitlines()[-1]), sorted(tmp_path.iterdir())
+
+    (keys, binaries), files = run()
+    assert keys["tanh"] == keys["tanh again"]
+    others = [keys[name] for name in ("tanh", "sigmoid", "twice", "thrice")]
+    assert len({key["forward"] for key in others}) == 4
+    # The factor of a backward may be another's.
+    assert len({(key["factors"], key["backward"]) for key in others}) == 4
+    # Forward, which saves nothing beside h, and backward, of each.
+    assert len(set(binaries)) == len(binaries) == 4
+    assert run() == ([keys, binaries], files)

@@ -12,7 +12,6 @@ import sys
 
 import pytest
 import torch
-import torch.nn.functional as F
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from own_cells import (
@@ -26,6 +25,7 @@ from own_cells import (
     ThreeStates,
     plain_loop,
 )
+from own_operations import CORNERS, ONE
 from test_native import ROOT, sanitizers
 from tolerances import assert_close, leaf, random
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
@@ -133,58 +133,6 @@ def assert_derived_is_autograd(function, rows=7, units=9, leaves=None, tolerance
         value = value.sum(0) if tensor.dim() == 1 else value
         assert_close(value, grad, f"gradient of {key}", tolerance)
     return p
-
-
-ONE = {
-    "elu": F.elu,
-    "celu": lambda x: F.celu(x, 0.7),
-    "selu": F.selu,
-    "gelu": F.gelu,
-    "gelu by tanh": lambda x: F.gelu(x, approximate="tanh"),
-    "silu": F.silu,
-    "mish": F.mish,
-    "relu": F.relu,
-    "relu6": F.relu6,
-    "leaky_relu": lambda x: F.leaky_relu(x, 0.2),
-    "hardtanh": F.hardtanh,
-    "hardsigmoid": F.hardsigmoid,
-    "hardswish": F.hardswish,
-    "softplus": lambda x: F.softplus(x, 2.0, 3.0),
-    "softsign": F.softsign,
-    "logsigmoid": F.logsigmoid,
-    "tanhshrink": F.tanhshrink,
-    "threshold": lambda x: F.threshold(x, 1.0, 0.25),
-    "abs": torch.abs,
-    "sign": torch.sign,
-    "clamp": lambda x: torch.clamp(x, -1, 3),
-    "clamp the wrong way round": lambda x: torch.clamp(x, 2, -1) + x,
-    "clamp_min": lambda x: x.clamp(min=-1),
-    "clamp_max": lambda x: x.clamp_max(3.0),
-    "exp of minus": lambda x: torch.exp(-x),
-    "expm1": torch.expm1,
-    "log1p": lambda x: torch.log1p(x * x),
-    "log": lambda x: torch.log(1.5 + x.sin()),
-    "sqrt": lambda x: torch.sqrt(1.5 + x.cos()),
-    "rsqrt": lambda x: torch.rsqrt(x.square() + 1),
-    "erf": torch.erf,
-    "cube": lambda x: x**3,
-    "half": lambda x: (x * x + 1) ** 0.5,
-    "reciprocal": lambda x: 1 / (x * x + 2) - (x.abs() + 1).reciprocal(),
-    "division": lambda x: x / (2 + torch.tanh(x)),
-    "where": lambda x: torch.where(x > 0.5, x, 2.0 * x),
-    "masks": lambda x: torch.where((x > 1) & (x <= 3) | ~(x != 0) | (x == -1), x, -x),
-    "a mask as a number": lambda x: (x >= 1) * x,
-    "detach": lambda x: x * torch.sigmoid(x).detach(),
-    "a tensor of one number": lambda x: x * torch.tensor(0.5),
-    "zeros": lambda x: torch.maximum(x, torch.zeros_like(x)),
-    "ties": lambda x: torch.maximum(x, 3 * x) - torch.minimum(x, -x),
-    "rsub": lambda x: torch.rsub(x, 3, alpha=2) + torch.add(x, x, alpha=0.5),
-    "addcmul": lambda x: torch.addcmul(x, x, x.sin(), value=0.5),
-    "addcdiv": lambda x: torch.addcdiv(x, x, x.cos() + 2, value=0.5),
-    "lerp": lambda x: torch.lerp(x, x.sin(), 0.3) + torch.lerp(x, x.sin(), x.sigmoid()),
-}
-# Where pieces meet, and the far ends.
-CORNERS = (-60.0, -6.0, -3.0, -1.0, -0.5, 0.0, 0.5, 1.0, 1.5, 3.0, 6.0, 25.0, 60.0)
 
 
 @pytest.mark.parametrize("name", ONE)
@@ -739,7 +687,7 @@ def test_weights_that_no_longer_fit_are_refused_before_anything_runs():
 # Backends
 
 
-@pytest.mark.parametrize("name", ["torchscript", "aten", "triton"])
+@pytest.mark.parametrize("name", ["torchscript", "aten"])
 def test_a_backend_without_users_cells_refuses_with_the_reason(name):
     with (
         triton_rnn.use_backend(name),
@@ -757,7 +705,9 @@ def test_explain_tells_the_plan_of_each_layer():
         "layer 1: one C call",
     ]
     assert told.reasons["torchscript"] == "native comes first"
-    assert told.reasons["triton"] == "a user's cell has no Triton kernels"
+    assert told.reasons["triton"] == "the Triton kernels run on a GPU, the input is on the CPU"
+    three = triton_rnn.explain(ThreeStates(3, 5), torch.zeros(4, 2, 3))
+    assert "carry one or two states, ThreeStates has more" in three.reasons["triton"]
     half = triton_rnn.explain(module.half(), torch.zeros(4, 2, 3).half())
     assert half.backend == "reference"
     assert "not float32 or float64" in half.reasons["native"]

@@ -13,10 +13,10 @@ SIZES = (1, 20, 100, 128, 256, 650, 1024, 1536, 3000)
 BATCHES = (1, 17, 256)
 
 
-def shapes(kernel):
-    for gates, size, directions, batch in itertools.product((1, 3, 4), SIZES, (1, 2), BATCHES):
+def shapes(kernel, products=(1, 3, 4), batches=BATCHES, numbers=0):
+    for count, size, directions, batch in itertools.product(products, SIZES, (1, 2), batches):
         for itemsize, copies in ((2, 1), (4, 1), (4, 2)):
-            yield Shape(kernel, gates, size, directions, batch, itemsize, copies)
+            yield Shape(kernel, count, size, directions, batch, itemsize, copies, numbers)
 
 
 def is_power_of_two(number):
@@ -50,6 +50,40 @@ def test_every_plan_fits_its_chip_and_covers_all_units_and_sequences(name, kerne
         if chip.backend == "cuda":
             assert found.bytes_on_chip <= chip.shared_memory, (shape, found)
     assert {"resident", "cooperative", "streaming"} <= variants
+
+
+@pytest.mark.parametrize("kernel", ["forward", "backward"])
+def test_users_cells_of_any_number_of_products_and_numbers_have_a_plan(kernel):
+    for chip in (CHIPS["A100"], CHIPS["B200"]):
+        for products, numbers in ((2, 22), (8, 80)):
+            for shape in shapes(kernel, (products,), (17,), numbers):
+                found = plan(shape, chip)
+                assert found is not None, shape
+                assert found.bytes_on_chip <= chip.shared_memory, (shape, found)
+
+
+def test_a_cell_without_a_product_needs_no_programs_side_by_side():
+    for chip in CHIPS.values():
+        for shape in shapes("backward", (0,)):
+            found = plan(shape, chip)
+            assert (found.variant, found.exchange) == ("independent", "none")
+            assert found.units * found.block_h >= shape.hidden_size
+            assert found.slots * found.block_n >= shape.batch
+            assert found.at_once == shape.directions
+            assert plan(shape, chip, "resident") is None
+        assert plan(Shape("forward", 1, 64, 1, 16, 2), chip, "independent") is None
+    shape = Shape("forward", 0, 100, 2, 33, 4)
+    assert plan(shape, INTERPRETER).variant == "independent"
+    assert plan(shape, INTERPRETER, "stepwise") is None
+
+
+def test_more_numbers_than_torchs_cells_have_take_smaller_blocks():
+    chip = CHIPS["H200"]
+    usual = plan(Shape("backward", 4, 512, 1, 64, 2, 1, 14), chip)
+    heavy = plan(Shape("backward", 4, 512, 1, 64, 2, 1, 60), chip)
+    assert usual.block_h * usual.block_n > heavy.block_h * heavy.block_n
+    assert plan(Shape("backward", 4, 64, 1, 16, 2, 1, 14), chip).variant == "resident"
+    assert plan(Shape("backward", 4, 64, 1, 16, 2, 1, 60), chip).variant == "cooperative"
 
 
 def test_the_weights_of_a_program_are_counted_in_full():

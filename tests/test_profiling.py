@@ -291,7 +291,8 @@ def test_a_bad_request_gets_one_line_and_exit_code_2(arguments, word, tmp_path, 
 def test_proton_is_told_names_operations_and_bytes_by_hand_count():
     half = torch.empty(T * N, 2, 4 * H, dtype=torch.float16)
     args = {"gates_ptr": half, "grad_gates_ptr": half, "T": T, "N": N, "begin": 0, "end": T}
-    args |= {"H": H, "GATES": 4, "WIDTH": 4, "AT_ONCE": 2, "SAVE": True, "HAS_C": True}
+    args |= {"H": H, "GATES": 4, "INPUTS": 4, "WIDTH": 4, "SAVED": 4, "AT_ONCE": 2}
+    args |= {"SAVE_C": True, "HAS_C": True}
     found = metadata.forward_metadata((1,), None, args)
     assert found["name"] == f"triton_rnn_recurrence_forward_H{H}_N{N}"
     assert found["flops16"] == 2 * (2 * T * N * 4 * H * H)

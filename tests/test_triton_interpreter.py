@@ -29,6 +29,7 @@ FILES = {
     "test_interpreted_layers.py": 200,
     "test_matrix_products.py": 60,
     "test_operator.py": 1,
+    "test_own_kernels.py": 120,
 }
 # Of a file that hangs; the slowest takes one to two minutes.
 TIMEOUT_S = 900

@@ -9,13 +9,16 @@
 Layouts, with R = T * N rows, or the sum of the lengths of a packed batch, in time-major order:
 
     output      (R, D * H)
-    gates       (R, D, WIDTH * H)  the input's projection in the last G * H columns; replaced by
-                what a backward needs where one will follow
-    cells       (R, D, H)          the cell state of every step, for the backward
-    grad_gates  (R, D, WIDTH * H)  gradients of the preactivations, laid out as `gates`
+    gates       (R, D, ROW * H)    the input's projection in the last G * H columns; the first are
+                replaced by what a backward needs where one will follow
+    cells       (R, D, H)          the cell state of every step, for an LSTM's backward
+    grad_gates  (R, D, WIDTH * H)  gradients: of the P products first, in a ring that begins with
+                TURN; of the G inputs behind them, of which the first may be the last products; of
+                a row's share of the unit weights
     h_0, c_0, h_n, c_n and their gradients (D, N, H)
 
-WIDTH is G, but 4 for a GRU that will be differentiated: its columns are [m r z n], where
-m = W_hn h + b_hn is the part that the reset gate multiplies. In `grad_gates` the first three are
-the gradient of the recurrent product, the last three the gradient of the input's.
+ROW and WIDTH are G for an RNN and an LSTM. They are 4 for a GRU that will be differentiated: its
+columns are [m r z n], where m = W_hn h + b_hn is the part that the reset gate multiplies. In
+`grad_gates` the first three are the gradient of the recurrent product, the last three that of the
+input's. Of a user's cell (`backends.triton.own`) they are what its step makes of it.
 """

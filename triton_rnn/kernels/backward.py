@@ -15,7 +15,14 @@ import triton.language as tl
 from triton_rnn.kernels.exchange import arrive, store_exchanged, wait_for_arrivals
 from triton_rnn.kernels.metadata import backward_metadata
 from triton_rnn.kernels.product import exchanged_product, inner_columns
-from triton_rnn.kernels.steps import load_blocks, note_failure, step_rows, store_blocks, to_float
+from triton_rnn.kernels.steps import (
+    load_blocks,
+    note_failure,
+    step_rows,
+    store_blocks,
+    to_float,
+    unit_vectors,
+)
 
 
 @triton.jit
@@ -74,6 +81,8 @@ def recurrence_backward(
     grad_gates_ptr,
     w_hh_0_ptr,
     w_hh_1_ptr,
+    units_0_ptr,
+    units_1_ptr,
     grad_h_in_ptr,
     grad_c_in_ptr,
     grad_h_out_ptr,
@@ -92,8 +101,11 @@ def recurrence_backward(
     FACTORS: tl.constexpr,
     CELL: tl.constexpr,
     GATES: tl.constexpr,
+    TURN: tl.constexpr,
     WIDTH: tl.constexpr,
     SAVED: tl.constexpr,
+    ROW: tl.constexpr,
+    UNITS: tl.constexpr,
     H: tl.constexpr,
     D: tl.constexpr,
     AT_ONCE: tl.constexpr,
@@ -113,20 +125,19 @@ def recurrence_backward(
     Step s = T has no rows: it brings the gradient of step T - 1 through W_hh to h_0.
 
     Args:
-        grad_output_ptr: (R, D * H). gates_ptr: (R, D, SAVED * H), what forward saved.
-        states_ptr, initial_ptr: `cells` and c_0, or `output` and h_0 where there is no c.
-        grad_gates_ptr: written.
+        grad_output_ptr: (R, D * H). gates_ptr: (R, D, ROW * H), SAVED blocks of it by forward.
+        states_ptr, initial_ptr: `cells` and c_0, or `output` and h_0 if the cell keeps no c.
+        grad_gates_ptr: written. units_0_ptr, units_1_ptr: (UNITS, H) of either direction.
         grad_h_in_ptr, grad_c_in_ptr, grad_h_out_ptr, grad_c_out_ptr: the gradients of the states
             before and after these steps.
         FACTORS, CELL: the cell's `factors` and `backward`. WIDTH: blocks in a row of `grad_gates`.
+        GATES: P, the parts of the product; TURN: the one whose gradients come first.
         The rest is as in `recurrence_forward`.
     """
     HELD: tl.constexpr = EXCHANGE == "none"
     NUM_H: tl.constexpr = (H + BLOCK_H - 1) // BLOCK_H
     INNER: tl.constexpr = GATES * H
     NUM_K: tl.constexpr = (INNER + SPLITS * BLOCK_K - 1) // (SPLITS * BLOCK_K)
-    # The first block of a GRU's `grad_gates` belongs to its last gate.
-    TURN: tl.constexpr = GATES - 1 if WIDTH > GATES else 0
     dtype: tl.constexpr = grad_gates_ptr.dtype.element_ty
 
     pid = tl.program_id(0)
@@ -135,9 +146,11 @@ def recurrence_backward(
     d = first_direction + pid // NUM_H % AT_ONCE
     slot = pid // NUM_H // AT_ONCE
     w_hh_ptr = w_hh_0_ptr
+    units_ptr = units_0_ptr
     if D == 2:
         if d == 1:
             w_hh_ptr = w_hh_1_ptr
+            units_ptr = units_1_ptr
 
     weights = ()
     if HELD:
@@ -149,6 +162,7 @@ def recurrence_backward(
             weights = weights + (_weights(w_hh_ptr, first, column, H, GATES, TURN, BLOCK_H),)
 
     unit = first + tl.arange(0, BLOCK_H)
+    units = unit_vectors(units_ptr, unit, H, UNITS, 0, BLOCK_H)
     alive = polls >= 0
     expected = 0
     for tile in range(slot, tl.cdiv(N, BLOCK_N), slots):
@@ -156,7 +170,7 @@ def recurrence_backward(
         inside = (unit < H)[:, None] & (n < N)[None, :]
         # Within a step 32 bits are enough; the step's first row takes 64, once for all elements.
         own = n[None, :] * (D * H) + d * H + unit[:, None]
-        own_saved = n[None, :] * (D * SAVED * H) + d * SAVED * H + unit[:, None]
+        own_saved = n[None, :] * (D * ROW * H) + d * ROW * H + unit[:, None]
         own_grads = n[None, :] * (D * WIDTH * H) + d * WIDTH * H + unit[:, None]
         first_state = d.to(tl.int64) * N * H
         state_offsets = n[None, :] * H + unit[:, None]
@@ -186,8 +200,8 @@ def recurrence_backward(
             inside,
         )
         before = before.to(tl.float32)
-        saved = load_blocks(gates_ptr + row * (D * SAVED * H) + own_saved, now, H, SAVED)
-        factors = FACTORS(to_float(saved), state, before)
+        saved = load_blocks(gates_ptr + row * (D * ROW * H) + own_saved, now, H, SAVED)
+        factors = FACTORS(to_float(saved), state, before, units)
 
         grads = ()
         if HELD:
@@ -211,7 +225,7 @@ def recurrence_backward(
                 inside,
             )
             next_saved = load_blocks(
-                gates_ptr + before_row * (D * SAVED * H) + own_saved, next_now, H, SAVED
+                gates_ptr + before_row * (D * ROW * H) + own_saved, next_now, H, SAVED
             )
 
             if HELD:
@@ -256,7 +270,8 @@ def recurrence_backward(
                 )
                 dh += product
 
-            blocks, direct_dh, before_dc = CELL(factors, dh + grad_output.to(tl.float32), dc)
+            whole_dh = dh + grad_output.to(tl.float32)
+            blocks, direct_dh, before_dc = CELL(factors, whole_dh, dc, units)
             if HELD:
                 grads = ()
                 for g in tl.static_range(GATES):
@@ -278,7 +293,7 @@ def recurrence_backward(
             dh = tl.where(now, direct_dh, dh)
             if HAS_C:
                 dc = tl.where(now, before_dc, dc)
-            factors = FACTORS(to_float(next_saved), before, next_before.to(tl.float32))
+            factors = FACTORS(to_float(next_saved), before, next_before.to(tl.float32), units)
             before = next_before.to(tl.float32)
             grad_output = next_grad_output
             now = next_now

@@ -1,16 +1,21 @@
 """The pointwise arithmetic of every cell: what lies between the two products and the next state.
 
-A cell is three functions. With `a` the hidden preactivations of every gate (float32, one block of
-hidden units by batch rows each), `x` the input's, `b` the bias b_hn of a GRU:
+A cell is three functions. With `a` the parts of W_hh h (float32, one block of hidden units by batch
+rows each), `x` the parts of the input's preactivations, `v` numbers of each unit (one column of
+hidden units each):
 
-    forward(a, x, b, h, c) -> h, c, saved       `saved` is what the backward needs, WIDTH blocks
-    factors(saved, state, before) -> factors    what a backward step needs that no gradient enters;
-                                                `state` is c_t, or h_t where there is no c
-    backward(factors, dh, dc) -> grads, dh_before, dc_before
+    forward(a, x, v, h, c) -> h, c, saved          `saved` is what the backward needs
+    factors(saved, state, before, v) -> factors    what a backward step needs that no gradient
+                                                   enters; `state` and `before` are the same state
+                                                   at t and t - 1: c where `keeps_c`, else h
+    backward(factors, dh, dc, v) -> grads, dh_before, dc_before
 
-`backward` is all that stands between two steps of the chain. Its `grads` are WIDTH blocks in the
-order of `grad_gates`; `dh_before` is the part of the gradient of h_{t-1} that does not come through
-W_hh. With dh, dc the gradients that reach h_t, c_t (formulas of torch.nn's documentation):
+Forward, `v` are biases of W_hh h that cannot be added to the input's (b_hn of a GRU), then the unit
+weights of a user's cell; backward, the unit weights alone. `backward` is all that stands between
+two steps of the chain. Its `grads` are WIDTH blocks in the order of `grad_gates`; `dh_before` is
+the part of the gradient of h_{t-1} that does not come through W_hh. The functions of a user's cell
+are generated (`backends.triton.own`). Of torch's, with dh, dc the gradients that reach h_t, c_t
+(formulas of torch.nn's documentation):
 
     rnn   da = dh (1 - h^2)                       [relu: dh (h > 0)]
     gru   dn = dh (1-z)(1-n^2)   dm = dn r   dr = dn m r(1-r)   dz = dh (h_before - n) z(1-z)
@@ -39,20 +44,35 @@ def tanh(x):
 
 
 @triton.jit
-def rnn_tanh_forward(a, x, b, h, c):
+def expm1(x):
+    """exp(x) - 1, near zero relative to the result: by tanh there."""
+    half = tanh(0.5 * x)
+    return tl.where(tl.abs(x) < 1.0, 2.0 * half / (1.0 - half), tl.exp(x) - 1.0)
+
+
+@triton.jit
+def log1p(x):
+    """log(1 + x), near zero relative to the result: what 1 + x has rounded off is made up for."""
+    whole = 1.0 + x
+    lost = tl.where(whole == 1.0, x, tl.log(whole) * (x / (whole - 1.0)))
+    return tl.where(tl.abs(x) < 1.0, lost, tl.log(whole))
+
+
+@triton.jit
+def rnn_tanh_forward(a, x, v, h, c):
     return tanh(a[0] + x[0]), c, ()
 
 
 @triton.jit
-def rnn_relu_forward(a, x, b, h, c):
+def rnn_relu_forward(a, x, v, h, c):
     preact = a[0] + x[0]
     # Not tl.maximum: a NaN must stay one.
     return tl.where(preact <= 0, 0.0, preact), c, ()
 
 
 @triton.jit
-def gru_forward(a, x, b, h, c):
-    m = a[2] + b
+def gru_forward(a, x, v, h, c):
+    m = a[2] + v[0]
     r = tl.sigmoid(a[0] + x[0])
     z = tl.sigmoid(a[1] + x[1])
     n = tanh(x[2] + r * m)
@@ -60,7 +80,7 @@ def gru_forward(a, x, b, h, c):
 
 
 @triton.jit
-def lstm_forward(a, x, b, h, c):
+def lstm_forward(a, x, v, h, c):
     i = tl.sigmoid(a[0] + x[0])
     f = tl.sigmoid(a[1] + x[1])
     g = tanh(a[2] + x[2])
@@ -70,41 +90,41 @@ def lstm_forward(a, x, b, h, c):
 
 
 @triton.jit
-def rnn_tanh_factors(saved, state, before):
+def rnn_tanh_factors(saved, state, before, v):
     return (1.0 - state * state,)
 
 
 @triton.jit
-def rnn_relu_factors(saved, state, before):
+def rnn_relu_factors(saved, state, before, v):
     # As torch has it: a NaN lets the gradient through.
     return (tl.where(state <= 0, 0.0, 1.0),)
 
 
 @triton.jit
-def rnn_tanh_backward(factors, dh, dc):
+def rnn_tanh_backward(factors, dh, dc, v):
     return (dh * factors[0],), tl.zeros_like(dh), dc
 
 
 @triton.jit
-def rnn_relu_backward(factors, dh, dc):
+def rnn_relu_backward(factors, dh, dc, v):
     # Selected, not multiplied: a NaN ends where the relu is off.
     return (tl.where(factors[0] == 0, 0.0, dh),), tl.zeros_like(dh), dc
 
 
 @triton.jit
-def gru_factors(saved, state, before):
+def gru_factors(saved, state, before, v):
     m, r, z, n = saved
     return (1.0 - z) * (1.0 - n * n), r, m * r * (1.0 - r), (before - n) * z * (1.0 - z), z
 
 
 @triton.jit
-def gru_backward(factors, dh, dc):
+def gru_backward(factors, dh, dc, v):
     dn = dh * factors[0]
     return (dn * factors[1], dn * factors[2], dh * factors[3], dn), dh * factors[4], dc
 
 
 @triton.jit
-def lstm_factors(saved, state, before):
+def lstm_factors(saved, state, before, v):
     i, f, g, o = saved
     s = tanh(state)
     return (
@@ -118,7 +138,7 @@ def lstm_factors(saved, state, before):
 
 
 @triton.jit
-def lstm_backward(factors, dh, dc):
+def lstm_backward(factors, dh, dc, v):
     dc = dc + dh * factors[0]
     grads = (dc * factors[1], dc * factors[2], dc * factors[3], dh * factors[4])
     return grads, tl.zeros_like(dh), dc * factors[5]
@@ -130,24 +150,63 @@ class KernelCell:
 
     Attributes:
         forward, factors, backward: the three functions above.
-        gates: G, the number of gates.
-        width: WIDTH, the blocks that `forward` saves and `backward` returns.
-        saves: whether `forward` saves anything but the states.
+        inputs: G, the parts of the input's preactivations.
+        products: P, the parts of W_hh h.
+        saved: the blocks that `forward` saves.
+        width: WIDTH, the blocks that `backward` returns: first those of the products, last, but
+            for the unit weights', those of the inputs; both may share some.
+        turn: the product whose gradients come first, the others following in a ring.
+        starts: for each product the input's part that its bias is added to before the loop, or -1:
+            it is among `v`, in the order of the products.
+        carried: the blocks that `factors` returns.
+        units: how many unit weights there are.
         has_c: whether the state is (h, c).
+        keeps_c: whether the backward reads c, not h, at every step.
     """
 
     forward: Any
     factors: Any
     backward: Any
-    gates: int
+    inputs: int
+    products: int
+    saved: int
     width: int
-    saves: bool = True
+    carried: int
+    starts: tuple[int, ...]
+    turn: int = 0
+    units: int = 0
     has_c: bool = False
+    keeps_c: bool = False
+
+    @property
+    def biases(self) -> int:
+        """How many products have their bias among `v`."""
+        return self.starts.count(-1)
+
+    @property
+    def saves(self) -> bool:
+        """Whether `forward` saves anything but the states."""
+        return self.saved > 0
+
+    @property
+    def row(self) -> int:
+        """Blocks in a row of `gates` in training: what is saved replaces the input's parts."""
+        return max(self.inputs, self.saved)
 
 
 KERNEL_CELLS = {
-    "rnn_tanh": KernelCell(rnn_tanh_forward, rnn_tanh_factors, rnn_tanh_backward, 1, 1, False),
-    "rnn_relu": KernelCell(rnn_relu_forward, rnn_relu_factors, rnn_relu_backward, 1, 1, False),
-    "gru": KernelCell(gru_forward, gru_factors, gru_backward, 3, 4),
-    "lstm": KernelCell(lstm_forward, lstm_factors, lstm_backward, 4, 4, has_c=True),
-}
+    "rnn_tanh": KernelCell(
+        rnn_tanh_forward, rnn_tanh_factors, rnn_tanh_backward, 1, 1, 0, 1, 1, (0,)
+    ),
+    "rnn_relu": KernelCell(
+        rnn_relu_forward, rnn_relu_factors, rnn_relu_backward, 1, 1, 0, 1, 1, (0,)
+    ),
+    # m is the last product; r and z are of both sides.
+    "gru": KernelCell(
+        gru_forward, gru_factors, gru_backward, 3, 3, 4, 4, 5, (0, 1, -1), turn=2
+    ),
+    "lstm": KernelCell(
+        lstm_forward, lstm_factors, lstm_backward, 4, 4, 4, 4, 6, (0, 1, 2, 3),
+        has_c=True, keeps_c=True,
+    ),
+}  # fmt: skip

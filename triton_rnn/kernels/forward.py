@@ -14,7 +14,14 @@ import triton.language as tl
 from triton_rnn.kernels.exchange import arrive, store_exchanged, wait_for_arrivals
 from triton_rnn.kernels.metadata import forward_metadata
 from triton_rnn.kernels.product import exchanged_product, inner_columns
-from triton_rnn.kernels.steps import load_blocks, note_failure, step_rows, store_blocks, to_float
+from triton_rnn.kernels.steps import (
+    load_blocks,
+    note_failure,
+    step_rows,
+    store_blocks,
+    to_float,
+    unit_vectors,
+)
 
 
 @triton.jit
@@ -32,10 +39,10 @@ def _weights(
     Rows are unit by unit, the gates of a unit side by side, padded to a power of two: so what one
     unit needs lies close together in the product.
     """
-    GATES_PADDED: tl.constexpr = 4 if GATES > 1 else 1
-    row = tl.arange(0, GATES_PADDED * BLOCK_H)
-    gate = row % GATES_PADDED
-    unit = first + row // GATES_PADDED
+    PADDED: tl.constexpr = GATES if GATES < 3 else (4 if GATES < 5 else 8)
+    row = tl.arange(0, PADDED * BLOCK_H)
+    gate = row % PADDED
+    unit = first + row // PADDED
     mask = ((gate < GATES) & (unit < H))[None, :, None] & (column < H)[:, None, :]
     row_ptrs = w_hh_ptr + (gate * H + unit)[None, :, None] * H
     return tl.load(row_ptrs + column[:, None, :], mask=mask, other=0.0)
@@ -50,16 +57,29 @@ def _gate_weights(w_hh_ptr, g: tl.constexpr, H: tl.constexpr, BLOCK_H: tl.conste
 
 
 @triton.jit
+def _of_four(pairs):
+    """(BLOCK_H, BLOCK_N, 2, 2) as four blocks."""
+    even, odd = tl.split(pairs)
+    first, third = tl.split(even)
+    second, fourth = tl.split(odd)
+    return (first, second, third, fourth)
+
+
+@triton.jit
 def _by_gate(product, GATES: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_N: tl.constexpr):
-    """The merged product as one block per gate."""
+    """The merged product as one block per gate, and what is padding behind them."""
     if GATES == 1:
         blocks = (product,)
+    elif GATES == 2:
+        pair = tl.permute(tl.reshape(product, (BLOCK_H, 2, BLOCK_N)), (0, 2, 1))
+        first, second = tl.split(pair)
+        blocks = (first, second)
+    elif GATES > 4:
+        fours = tl.permute(tl.reshape(product, (BLOCK_H, 2, 2, 2, BLOCK_N)), (0, 4, 2, 3, 1))
+        low, high = tl.split(fours)
+        blocks = _of_four(low) + _of_four(high)
     else:
-        pairs = tl.permute(tl.reshape(product, (BLOCK_H, 2, 2, BLOCK_N)), (0, 3, 1, 2))
-        even, odd = tl.split(pairs)
-        first, third = tl.split(even)
-        second, fourth = tl.split(odd)
-        blocks = (first, second, third, fourth)
+        blocks = _of_four(tl.permute(tl.reshape(product, (BLOCK_H, 2, 2, BLOCK_N)), (0, 3, 1, 2)))
     return blocks
 
 
@@ -71,8 +91,8 @@ def recurrence_forward(
     gates_ptr,
     w_hh_0_ptr,
     w_hh_1_ptr,
-    b_hn_0_ptr,
-    b_hn_1_ptr,
+    vectors_0_ptr,
+    vectors_1_ptr,
     h_0_ptr,
     output_ptr,
     cells_ptr,
@@ -93,7 +113,10 @@ def recurrence_forward(
     polls,
     CELL: tl.constexpr,
     GATES: tl.constexpr,
-    WIDTH: tl.constexpr,
+    INPUTS: tl.constexpr,
+    ROW: tl.constexpr,
+    VECTORS: tl.constexpr,
+    ABSENT: tl.constexpr,
     H: tl.constexpr,
     D: tl.constexpr,
     AT_ONCE: tl.constexpr,
@@ -105,32 +128,36 @@ def recurrence_forward(
     EXCHANGE: tl.constexpr,
     ON_CHIP: tl.constexpr,
     HAS_C: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
     PACKED: tl.constexpr,
-    SAVE: tl.constexpr,
+    SAVED: tl.constexpr,
+    SAVE_C: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """Steps begin <= s < end of AT_ONCE directions; layouts as in the package's docstring.
 
     Args:
-        gates_ptr: the input's preactivations; with SAVE they are replaced by what is saved.
-        w_hh_0_ptr, w_hh_1_ptr: (G * H, H) of either direction. b_hn_0_ptr, b_hn_1_ptr: (H,).
+        gates_ptr: (R, D, ROW * H), the input's preactivations in the last INPUTS blocks; the first
+            SAVED are written for the backward.
+        w_hh_0_ptr, w_hh_1_ptr: (P * H, H) of either direction.
+        vectors_0_ptr, vectors_1_ptr: (VECTORS - ABSENT, H).
         h_0_ptr: h before a sequence's first step, in the dtype of `output`.
-        cells_ptr: written with SAVE and HAS_C.
+        cells_ptr: written with SAVE_C.
         h_in_ptr, c_in_ptr, h_out_ptr, c_out_ptr: the states before `begin` and after the last step.
         batch_sizes_ptr, offsets_ptr: (T,) int32, int64; read if PACKED.
         counters_ptr: (slots * AT_ONCE,) int32 zeros. error_ptr: one int64, see `exchange`.
         first_direction: 1 if this launch is for the second alone, else 0.
         slots: programs side by side along the batch; each takes every slots-th block of it.
         polls: how often a wait looks before it gives up.
-        CELL: the cell's `forward`. WIDTH: blocks in a row of `gates`.
+        CELL: the cell's `forward`. GATES: P, the parts of the product. INPUTS: those of the input.
+        ROW: blocks in a row of `gates`. SAVED: how many of them are replaced for the backward.
+        VECTORS: how many numbers of each unit the cell is given; the first ABSENT are zeros.
         EXCHANGE: "none" if a program owns all units, else one of those in `exchange`.
         ON_CHIP: keep the rows of W_hh in shared memory for the whole launch; else they stream by.
     """
     HELD: tl.constexpr = EXCHANGE == "none"
     NUM_H: tl.constexpr = (H + BLOCK_H - 1) // BLOCK_H
     NUM_K: tl.constexpr = (H + SPLITS * BLOCK_K - 1) // (SPLITS * BLOCK_K)
-    ROWS: tl.constexpr = (4 if GATES > 1 else 1) * BLOCK_H
+    ROWS: tl.constexpr = (GATES if GATES < 3 else (4 if GATES < 5 else 8)) * BLOCK_H
     dtype: tl.constexpr = output_ptr.dtype.element_ty
 
     pid = tl.program_id(0)
@@ -139,11 +166,11 @@ def recurrence_forward(
     d = first_direction + pid // NUM_H % AT_ONCE
     slot = pid // NUM_H // AT_ONCE
     w_hh_ptr = w_hh_0_ptr
-    b_hn_ptr = b_hn_0_ptr
+    vectors_ptr = vectors_0_ptr
     if D == 2:
         if d == 1:
             w_hh_ptr = w_hh_1_ptr
-            b_hn_ptr = b_hn_1_ptr
+            vectors_ptr = vectors_1_ptr
 
     weights = ()
     if HELD:
@@ -155,9 +182,7 @@ def recurrence_forward(
             weights = weights + (_weights(w_hh_ptr, first, column, H, GATES, 0, BLOCK_H),)
 
     unit = first + tl.arange(0, BLOCK_H)
-    bias = tl.zeros((BLOCK_H, 1), tl.float32)
-    if HAS_BIAS:
-        bias = tl.load(b_hn_ptr + unit, mask=unit < H, other=0.0).to(tl.float32)[:, None]
+    vectors = unit_vectors(vectors_ptr, unit, H, VECTORS, ABSENT, BLOCK_H)
 
     alive = polls >= 0
     expected = 0
@@ -166,7 +191,7 @@ def recurrence_forward(
         inside = (unit < H)[:, None] & (n < N)[None, :]
         # Within a step 32 bits are enough; the step's first row takes 64, once for all elements.
         own = n[None, :] * (D * H) + d * H + unit[:, None]
-        own_gates = n[None, :] * (D * WIDTH * H) + d * WIDTH * H + unit[:, None]
+        own_gates = n[None, :] * (D * ROW * H) + d * ROW * H + unit[:, None]
         first_state = d.to(tl.int64) * N * H
         state_offsets = n[None, :] * H + unit[:, None]
         h = tl.load(h_in_ptr + first_state + state_offsets, mask=inside, other=0.0).to(tl.float32)
@@ -181,12 +206,12 @@ def recurrence_forward(
         ahead = 1 - 2 * d
         before_active, before_row = step_rows(t - ahead, T, N, batch_sizes_ptr, offsets_ptr, PACKED)
         active, row = step_rows(t, T, N, batch_sizes_ptr, offsets_ptr, PACKED)
-        preact_ptr = gates_ptr + (WIDTH - GATES) * H
+        preact_ptr = gates_ptr + (ROW - INPUTS) * H
         x = load_blocks(
-            preact_ptr + row * (D * WIDTH * H) + own_gates,
+            preact_ptr + row * (D * ROW * H) + own_gates,
             inside & (n < active)[None, :],
             H,
-            GATES,
+            INPUTS,
         )
 
         for s in range(begin, end):
@@ -194,10 +219,10 @@ def recurrence_forward(
             next_active, next_row = step_rows(t, T, N, batch_sizes_ptr, offsets_ptr, PACKED)
             # One step before it is needed, so that memory has a step's time to answer.
             next_x = load_blocks(
-                preact_ptr + next_row * (D * WIDTH * H) + own_gates,
+                preact_ptr + next_row * (D * ROW * H) + own_gates,
                 inside & (n < next_active)[None, :],
                 H,
-                GATES,
+                INPUTS,
             )
 
             if HELD:
@@ -243,7 +268,7 @@ def recurrence_forward(
                 )
                 a = _by_gate(product, GATES, BLOCK_H, BLOCK_N)
 
-            new_h, new_c, saved = CELL(a, to_float(x), bias, h, c)
+            new_h, new_c, saved = CELL(a, to_float(x), vectors, h, c)
             if EXCHANGE == "barrier" or EXCHANGE == "flag":
                 new_h = tl.where(alive, new_h, float("nan"))
             now = inside & (n < active)[None, :]
@@ -253,21 +278,15 @@ def recurrence_forward(
                 if alive:
                     arrive(counter_ptr)
                 expected += NUM_H
-            if SAVE:
-                store_blocks(
-                    gates_ptr + row * (D * WIDTH * H) + own_gates,
-                    saved,
-                    now,
-                    H,
-                    0,
-                    len(saved),
+            if SAVED:
+                saved_ptrs = gates_ptr + row * (D * ROW * H) + own_gates
+                store_blocks(saved_ptrs, saved, now, H, 0, SAVED)
+            if SAVE_C:
+                tl.store(
+                    cells_ptr + row * (D * H) + own,
+                    new_c.to(cells_ptr.dtype.element_ty),
+                    mask=now,
                 )
-                if HAS_C:
-                    tl.store(
-                        cells_ptr + row * (D * H) + own,
-                        new_c.to(cells_ptr.dtype.element_ty),
-                        mask=now,
-                    )
             # A sequence that has not begun, or is over, keeps its state.
             h = tl.where(now, new_h, h)
             if HAS_C:

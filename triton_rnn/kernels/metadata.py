@@ -38,14 +38,12 @@ def _recurrence(name: str, rows: int, args: Mapping[str, Any], moved: int) -> di
 def forward_metadata(grid: Any, kernel: Any, args: Mapping[str, Any]) -> dict[str, Any]:
     """The recurrence, forward: reads preactivations, writes h and what the backward needs."""
     rows = args["gates_ptr"].shape[0]
-    moved = args["GATES"] + 1
-    if args["SAVE"]:
-        moved += (args["WIDTH"] if args["GATES"] > 1 else 0) + (1 if args["HAS_C"] else 0)
+    moved = args["INPUTS"] + 1 + args["SAVED"] + args["SAVE_C"]
     return _recurrence("triton_rnn_recurrence_forward", rows, args, moved)
 
 
 def backward_metadata(grid: Any, kernel: Any, args: Mapping[str, Any]) -> dict[str, Any]:
     """The recurrence, backward: reads what was saved and the gradient of h, writes the gates'."""
     rows = args["grad_gates_ptr"].shape[0]
-    moved = 2 * args["WIDTH"] + 2 + (1 if args["HAS_C"] else 0)
+    moved = args["SAVED"] + args["WIDTH"] + 2 + args["HAS_C"]
     return _recurrence("triton_rnn_recurrence_backward", rows, args, moved)

@@ -6,6 +6,8 @@ the sequences, so a plan can be read, tested and compiled ahead with no GPU at h
 
 Variants, the earlier the better where it fits:
 
+- independent: there is no product (a user's cell without weight_hh), so units do not see each other
+  and any program may own any of them; no other variant fits.
 - resident: one program owns all hidden units of a direction; W_hh fits one multiprocessor, and the
   state never leaves it.
 - cooperative: W_hh is spread over the programs and stays on the chip; they exchange the state at
@@ -84,7 +86,7 @@ class Plan:
 
     Attributes:
         kernel: "forward" or "backward".
-        variant: "resident", "cooperative", "streaming" or "stepwise".
+        variant: "independent", "resident", "cooperative", "streaming" or "stepwise".
         exchange: "none", "flag", "barrier" or "launch" (see `exchange.py`).
         block_h, block_n, block_k: hidden units and sequences of a program; the inner dimension of
             its product is taken block_k at a time.
@@ -138,23 +140,27 @@ class Shape:
 
     Attributes:
         kernel: "forward" or "backward".
-        gates, hidden_size, directions, batch: G, H, D, N.
+        products: P, the parts of W_hh h: G, or what a user's cell says.
+        hidden_size, directions, batch: H, D, N.
         itemsize: bytes of an element.
         copies: of W_hh on the chip: 2 where float32 is made of three TF32 products.
+        numbers: blocks of numbers that a step holds besides the states. The limits of this file
+            were found with torch's cells; a user's may have more.
     """
 
     kernel: str
-    gates: int
+    products: int
     hidden_size: int
     directions: int
     batch: int
     itemsize: int
     copies: int = 1
+    numbers: int = 0
 
     @property
     def inner(self) -> int:
         """Inner dimension of a step's product."""
-        return self.hidden_size * (self.gates if self.kernel == "backward" else 1)
+        return self.hidden_size * (self.products if self.kernel == "backward" else 1)
 
 
 def _ceil(number: int, divisor: int) -> int:
@@ -170,13 +176,24 @@ def _threads(chip: Chip, warps: int) -> int:
 
 
 def rows_of(shape: Shape, block_h: int) -> int:
-    """Rows of the product: forward the gates of every unit, three of them padded to four."""
-    return block_h * (_power_of_two(shape.gates) if shape.kernel == "forward" else 1)
+    """Rows of the product: forward the gates of every unit, padded to a power of two."""
+    return block_h * (_power_of_two(shape.products) if shape.kernel == "forward" else 1)
+
+
+def _independent(shape: Shape, chip: Chip) -> Iterator[Plan]:
+    """Two numbers of each block a thread, as memory likes it; units and sequences are all alike."""
+    block_h, block_n, warps = 64, 4, 4
+    units, slots = _ceil(shape.hidden_size, block_h), _ceil(shape.batch, block_n)
+    waves = _ceil(units * slots * shape.directions, chip.multiprocessors)
+    yield Plan(
+        shape.kernel, "independent", "none", block_h, block_n, block_h, 1, 1, warps, units, slots,
+        shape.directions, 0, waves * _WITHIN_US,
+    )  # fmt: skip
 
 
 def _resident(shape: Shape, chip: Chip) -> Iterator[Plan]:
     block = max(16, _power_of_two(shape.hidden_size))
-    weight = shape.gates * block * block * shape.itemsize * shape.copies
+    weight = shape.products * block * block * shape.itemsize * shape.copies
     if not _compiles_resident(shape, chip, block):
         return
     warps = 4 if block <= 64 else 8
@@ -186,14 +203,13 @@ def _resident(shape: Shape, chip: Chip) -> Iterator[Plan]:
     for block_n in (16,) if narrow else (16, 32, 64):
         state = block * block_n
         # Forward h, backward the gradients of all gates; turned into an operand of the product.
-        sent = state * shape.itemsize * (shape.gates if shape.kernel == "backward" else 1)
-        # What lives in registers: products, the step's numbers and those of the next.
-        live = state * 4 * (2 * shape.gates + 4)
+        sent = state * shape.itemsize * (shape.products if shape.kernel == "backward" else 1)
+        live = state * 4 * max(2 * shape.products + 4, 0.8 * shape.numbers)
         if live > _threads(chip, warps) * 4 * 150 or weight + sent > chip.weight_room:
             continue
         slots = _ceil(shape.batch, block_n)
         waves = _ceil(slots * shape.directions, chip.multiprocessors)
-        flops = 2 * shape.gates * block * block * block_n
+        flops = 2 * shape.products * block * block * block_n
         step = _WITHIN_US + _product_us(chip, shape, weight, flops)
         yield Plan(
             shape.kernel,
@@ -224,7 +240,7 @@ def _compiles_resident(shape: Shape, chip: Chip, block: int) -> bool:
     Where products lie in a memory apart, the compiler (3.6 to 3.9) fails on the backward of one
     gate, and runs out of registers on the larger float32 products.
     """
-    if shape.copies > 1 and shape.gates > 1 and (shape.kernel == "backward" or block > 32):
+    if shape.copies > 1 and shape.products > 1 and (shape.kernel == "backward" or block > 32):
         return False
     if shape.copies > 1 and block > 64:
         return False
@@ -233,7 +249,7 @@ def _compiles_resident(shape: Shape, chip: Chip, block: int) -> bool:
     if shape.copies > 1:
         return False
     if shape.kernel == "backward":
-        return shape.itemsize == 2 and shape.gates > 1 and (block <= 64 or shape.gates == 3)
+        return shape.itemsize == 2 and shape.products > 1 and (block <= 64 or shape.products == 3)
     return True
 
 
@@ -291,7 +307,7 @@ def _fits_registers(shape: Shape, draft: Plan, waiting: int) -> bool:
     held = (48 if warps == 4 else 32) // wide
     most = 2
     if shape.kernel == "backward" and splits > 1:
-        most = 8 // warps if shape.gates > 1 else 16 // warps
+        most = 8 // warps if shape.products > 1 or shape.numbers > 6 else 16 // warps
     if not draft.on_chip:
         if rows < (64 if splits == 1 else 16):
             return False
@@ -299,6 +315,9 @@ def _fits_registers(shape: Shape, draft: Plan, waiting: int) -> bool:
             max(8, 24 // shape.itemsize) if shape.kernel == "backward" else 48 // shape.itemsize
         )
         return product <= 32 // wide and elements <= most and waiting <= threads * 4 * stream
+    if shape.kernel == "backward":
+        # A user's cell may have very many numbers; smaller blocks than half there are none.
+        elements *= min(2.0, max(1.0, shape.numbers / 24))
     if splits == 1 and shape.copies > 1:
         return False
     if splits == 1:
@@ -375,16 +394,24 @@ def _finished(shape: Shape, chip: Chip, draft: Plan) -> Plan | None:
     )
 
 
+_VARIANTS = ("independent", "resident", "cooperative", "streaming", "stepwise")
+
+
 @functools.lru_cache(maxsize=4096)
 def plan(shape: Shape, chip: Chip, variant: str | None = None) -> Plan | None:
     """The plan with the lowest floor; None if no variant, or not the one named, fits the chip."""
     if chip == INTERPRETER:
         return _interpreted(shape, variant)
-    wanted = (variant,) if variant else ("resident", "cooperative", "streaming", "stepwise")
+    wanted = (variant,) if variant else _VARIANTS
     for name in wanted:
         if name in ("cooperative", "streaming") and not chip.cooperative:
             continue
-        found = _resident(shape, chip) if name == "resident" else _spread(shape, chip, name)
+        if (name == "independent") != (shape.products == 0):
+            continue
+        if name == "independent":
+            found = _independent(shape, chip)
+        else:
+            found = _resident(shape, chip) if name == "resident" else _spread(shape, chip, name)
         best = min(found, key=lambda plan: (plan.floor_us, plan.programs), default=None)
         if best is not None:
             return best
@@ -400,6 +427,9 @@ def _interpreted(shape: Shape, variant: str | None) -> Plan | None:
         shape.kernel, "resident", "none", block, block_n, block, 1, 1, 4, 1, slots,
         shape.directions, 0, 0.0,
     )  # fmt: skip
+    if shape.products == 0:
+        independent = replace(resident, variant="independent")
+        return independent if variant in (None, "independent") else None
     if variant in (None, "resident"):
         return resident
     if variant != "stepwise":

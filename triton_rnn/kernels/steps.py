@@ -48,3 +48,18 @@ def to_float(blocks):
     for j in tl.static_range(len(blocks)):
         converted = converted + (blocks[j].to(tl.float32),)
     return converted
+
+
+@triton.jit
+def unit_vectors(
+    ptr, unit, H: tl.constexpr, COUNT: tl.constexpr, ABSENT: tl.constexpr, BLOCK_H: tl.constexpr
+):
+    """COUNT columns (BLOCK_H, 1) in float32: zeros for the first ABSENT, the others from memory."""
+    vectors = ()
+    for j in tl.static_range(COUNT):
+        if j < ABSENT:
+            vectors = vectors + (tl.zeros((BLOCK_H, 1), tl.float32),)
+        else:
+            vector = tl.load(ptr + (j - ABSENT) * H + unit, mask=unit < H, other=0.0)
+            vectors = vectors + (vector.to(tl.float32)[:, None],)
+    return vectors

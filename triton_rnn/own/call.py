@@ -1,9 +1,9 @@
 """A call of a user's module: checked, and taken the same way as the calls of the package's own.
 
 `Recurrent.forward` -> `forward` here -> `dispatch.choose` -> `functional.stack` -> `layer.layer` ->
-`backends.native`, or `reference`. There is no torch.nn to ask, so what is malformed is said
-here, in torch.nn's words; and what only torch.nn could serve there (autocast, torch.func, tracing),
-the plain loop does here.
+`backends.native` or `backends.triton`, or `reference`. There is no torch.nn to ask, so what is
+malformed is said here, in torch.nn's words; and what only torch.nn could serve there (autocast,
+torch.func, tracing), the plain loop does here.
 """
 
 import functools

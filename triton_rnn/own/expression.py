@@ -2,8 +2,8 @@
 
 An expression is a node of a graph in which equal nodes are one node, so a common part is there
 once. The operations are one table: how each is evaluated by torch, written in C (in the vectors of
-recurrence.c), and differentiated. Where a derivative is a matter of choice (a tie of `maximum`,
-`abs` at zero) it is torch's: tools/autograd/derivatives.yaml.
+recurrence.c) and in Triton (in blocks of float32), and differentiated. Where a derivative is a
+matter of choice (a tie of `maximum`, `abs` at zero) it is torch's: tools/autograd/derivatives.yaml.
 """
 
 import contextlib
@@ -97,6 +97,7 @@ class Operation(NamedTuple):
     Attributes:
         evaluate: the torch function.
         c: its C text, of the arguments' names.
+        triton: its Triton text, of the arguments' names or numbers.
         derivative: None where nothing is to be differentiated.
         costly: whether a result is rather kept for the backward than computed anew.
         is_mask: whether the result is true or false.
@@ -104,6 +105,7 @@ class Operation(NamedTuple):
 
     evaluate: Callable[..., torch.Tensor]
     c: str
+    triton: str
     derivative: Derivative | None
     costly: bool = False
     is_mask: bool = False
@@ -157,73 +159,92 @@ def _of_where(g: Graph, y: Node, grad: Node) -> tuple[Node | None, ...]:
 
 
 OPERATIONS: dict[str, Operation] = {
-    "add": Operation(torch.add, "{0} + {1}", lambda g, y, d: (d, d)),
-    "sub": Operation(torch.sub, "{0} - {1}", lambda g, y, d: (d, g.apply("neg", d))),
+    "add": Operation(torch.add, "{0} + {1}", "{0} + {1}", lambda g, y, d: (d, d)),
+    "sub": Operation(torch.sub, "{0} - {1}", "{0} - {1}", lambda g, y, d: (d, g.apply("neg", d))),
     "mul": Operation(
         torch.mul,
         "{0} * {1}",
+        "{0} * {1}",
         lambda g, y, d: (g.apply("mul", d, y.args[1]), g.apply("mul", d, y.args[0])),
     ),
-    "div": Operation(torch.div, "{0} / {1}", _of_div),
-    "neg": Operation(torch.neg, "-{0}", lambda g, y, d: (g.apply("neg", d),)),
-    "sigmoid": Operation(torch.sigmoid, "sigmoid({0})", _of_sigmoid, costly=True),
-    "tanh": Operation(torch.tanh, "hyperbolic_tangent({0})", _of_tanh, costly=True),
+    "div": Operation(torch.div, "{0} / {1}", "{0} / {1}", _of_div),
+    "neg": Operation(torch.neg, "-{0}", "-{0}", lambda g, y, d: (g.apply("neg", d),)),
+    "sigmoid": Operation(
+        torch.sigmoid, "sigmoid({0})", "tl.sigmoid({0})", _of_sigmoid, costly=True
+    ),
+    "tanh": Operation(torch.tanh, "hyperbolic_tangent({0})", "tanh({0})", _of_tanh, costly=True),
     "exp": Operation(
-        torch.exp, "exponential({0})", lambda g, y, d: (g.apply("mul", d, y),), costly=True
+        torch.exp,
+        "exponential({0})",
+        "tl.exp({0})",
+        lambda g, y, d: (g.apply("mul", d, y),),
+        costly=True,
     ),
     "expm1": Operation(
         torch.expm1,
         "EACH_LANE(expm1, {0})",
+        "expm1({0})",
         lambda g, y, d: (g.apply("mul", d, g.apply("add", y, g.constant(1))),),
         costly=True,
     ),
     "log": Operation(
         torch.log,
         "EACH_LANE(log, {0})",
+        "tl.log({0})",
         lambda g, y, d: (g.apply("div", d, y.args[0]),),
         costly=True,
     ),
     "log1p": Operation(
         torch.log1p,
         "EACH_LANE(log1p, {0})",
+        "log1p({0})",
         lambda g, y, d: (g.apply("div", d, g.apply("add", y.args[0], g.constant(1))),),
         costly=True,
     ),
     "sqrt": Operation(
         torch.sqrt,
         "EACH_LANE(sqrt, {0})",
+        "tl.sqrt({0})",
         lambda g, y, d: (g.apply("div", d, g.apply("mul", g.constant(2), y)),),
         costly=True,
     ),
     "sin": Operation(
         torch.sin,
         "EACH_LANE(sin, {0})",
+        "tl.sin({0})",
         lambda g, y, d: (g.apply("mul", d, g.apply("cos", y.args[0])),),
         costly=True,
     ),
     "cos": Operation(
         torch.cos,
         "EACH_LANE(cos, {0})",
+        "tl.cos({0})",
         lambda g, y, d: (g.apply("neg", g.apply("mul", d, g.apply("sin", y.args[0]))),),
         costly=True,
     ),
-    "erf": Operation(torch.erf, "EACH_LANE(erf, {0})", _of_erf, costly=True),
-    "abs": Operation(torch.abs, "magnitude({0})", _of_abs),
-    "detach": Operation(torch.detach, "{0}", None),
+    "erf": Operation(torch.erf, "EACH_LANE(erf, {0})", "tl.erf({0})", _of_erf, costly=True),
+    "abs": Operation(torch.abs, "magnitude({0})", "tl.abs({0})", _of_abs),
+    "detach": Operation(torch.detach, "{0}", "{0}", None),
     # A NaN of either is the result, as in torch.
     "maximum": Operation(
-        torch.maximum, "choose(({0} >= {1}) | ({0} != {0}), {0}, {1})", _extreme("max")
+        torch.maximum,
+        "choose(({0} >= {1}) | ({0} != {0}), {0}, {1})",
+        "tl.where(({0} >= {1}) | ({0} != {0}), {0}, {1})",
+        _extreme("max"),
     ),
     "minimum": Operation(
-        torch.minimum, "choose(({0} <= {1}) | ({0} != {0}), {0}, {1})", _extreme("min")
+        torch.minimum,
+        "choose(({0} <= {1}) | ({0} != {0}), {0}, {1})",
+        "tl.where(({0} <= {1}) | ({0} != {0}), {0}, {1})",
+        _extreme("min"),
     ),
-    "where": Operation(torch.where, "choose({0}, {1}, {2})", _of_where),
-    "gt": Operation(torch.gt, "{0} > {1}", None, is_mask=True),
-    "ge": Operation(torch.ge, "{0} >= {1}", None, is_mask=True),
-    "eq": Operation(torch.eq, "{0} == {1}", None, is_mask=True),
-    "and": Operation(torch.logical_and, "{0} & {1}", None, is_mask=True),
-    "or": Operation(torch.logical_or, "{0} | {1}", None, is_mask=True),
-    "not": Operation(torch.logical_not, "~{0}", None, is_mask=True),
+    "where": Operation(torch.where, "choose({0}, {1}, {2})", "tl.where({0}, {1}, {2})", _of_where),
+    "gt": Operation(torch.gt, "{0} > {1}", "{0} > {1}", None, is_mask=True),
+    "ge": Operation(torch.ge, "{0} >= {1}", "{0} >= {1}", None, is_mask=True),
+    "eq": Operation(torch.eq, "{0} == {1}", "{0} == {1}", None, is_mask=True),
+    "and": Operation(torch.logical_and, "{0} & {1}", "{0} & {1}", None, is_mask=True),
+    "or": Operation(torch.logical_or, "{0} | {1}", "{0} | {1}", None, is_mask=True),
+    "not": Operation(torch.logical_not, "~{0}", "~{0}", None, is_mask=True),
 }
 
 
@@ -313,3 +334,47 @@ def in_c(stores: Sequence[tuple[str, Node]], known: Mapping[Node, str]) -> list[
         names.known[node] = f"v{node.index}"
         names.lines.append(f"{kind} v{node.index} = {text};")
     return names.lines + [f"{place} = {names.of(node)};" for place, node in stores]
+
+
+def _triton_number(value: float | bool) -> str:
+    """A constant as float32 has it; one out of its range would make a whole block float64."""
+    if isinstance(value, bool):
+        return str(value)
+    rounded = torch.tensor(value, dtype=torch.float32).item()
+    if not math.isfinite(rounded):
+        return f'float("{rounded}")'
+    return repr(rounded if abs(rounded) >= torch.finfo(torch.float32).tiny else 0.0)
+
+
+def in_triton(
+    roots: Sequence[Node], known: Mapping[Node, str]
+) -> tuple[list[str], dict[Node, str]]:
+    """Triton statements, of blocks, that compute nodes; and the text of each node by then.
+
+    Args:
+        roots: the nodes that are wanted.
+        known: the text of what is there already, as in `in_c`.
+    """
+    names, lines = dict(known), list[str]()
+    numbers: dict[Node, float | bool] = {}
+    for node in reachable(roots, known):
+        if node in names:
+            continue
+        operation = OPERATIONS.get(node.op)
+        if operation is None:
+            numbers[node] = node.value
+        elif all(arg in numbers for arg in node.args):
+            # Not by Triton, whose functions are of blocks.
+            given = (torch.tensor(numbers[arg], dtype=_dtype_of(arg)) for arg in node.args)
+            numbers[node] = operation.evaluate(*given).item()
+        else:
+            names[node] = f"v{node.index}"
+            text = operation.triton.format(*(names[arg] for arg in node.args))
+            lines.append(f"{names[node]} = {text}")
+        if node in numbers:
+            names[node] = _triton_number(numbers[node])
+    return lines, names
+
+
+def _dtype_of(node: Node) -> torch.dtype:
+    return torch.bool if node.is_mask else torch.float64

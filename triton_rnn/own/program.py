@@ -1,4 +1,4 @@
-"""A cell's two steps as the C loops take them: forward, what it keeps, and the derived backward."""
+"""A cell's two steps as the backends take them: forward, what it keeps, the derived backward."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -16,7 +16,8 @@ class Program(NamedTuple):
         starts: for each product the gate whose input's part it is added to before the step sees
             it, or -1: then the step has both apart.
         results: the next states.
-        kept: what forward keeps for the backward, besides the first state.
+        kept: what forward keeps for the backward, besides the first state (the C loops'; the Triton
+            kernels keep masks too, see `to_keep`).
         grads: the different gradients of preactivations.
         input_slots, hidden_slots: which of `grads` belongs to a gate's input, and to a product.
         grad_states, grad_units: gradients of the states before, and of a row's share of the unit
@@ -74,25 +75,35 @@ def _fold(
     return folded, [made[node] for node in results], tuple(starts)
 
 
-def _to_keep(results: Sequence[Node], roots: Sequence[Node]) -> list[Node]:
+def to_keep(
+    results: Sequence[Node], roots: Sequence[Node], masks: bool = False
+) -> tuple[Node, ...]:
     """What a backward that computes `roots` reads of the forward: leaves, and results of functions.
 
     Sums and products are made again from these. The first state is there anyway, for the gradient
     of weight_hh, and so are the unit weights.
+
+    Args:
+        masks: keep what was true rather than what it was made of: where numbers are rounded when
+            they are kept, it may not be true of the rounded ones.
     """
-    forward = reachable(results)
+    forward = set(reachable(results))
     changes: set[Node] = set()
-    for node in forward:
-        given = node.op == "leaf" and node.value[0] != "unit"
-        if given or any(arg in changes for arg in node.args):
+    of_grads: set[Node] = set()
+    for node in reachable((*results, *roots)):
+        kind = node.value[0] if node.op == "leaf" else ""
+        if kind == "grad" or any(arg in of_grads for arg in node.args):
+            of_grads.add(node)
+        elif kind not in ("", "unit") or any(arg in changes for arg in node.args):
             changes.add(node)
     keepable = {
         node
         for node in changes
         if (node.op == "leaf" and node.value != ("state", 0))
-        or (node.op in OPERATIONS and OPERATIONS[node.op].costly)
+        or (node.op in OPERATIONS and OPERATIONS[node.op].costly and node in forward)
+        or (masks and node.is_mask)
     }
-    return [node for node in reachable(roots, keepable) if node in keepable]
+    return tuple(node for node in reachable(roots, keepable) if node in keepable)
 
 
 def derive(
@@ -136,7 +147,7 @@ def derive(
         leaves,
         starts,
         tuple(results),
-        tuple(_to_keep(results, roots)),
+        to_keep(results, roots),
         tuple(slots),
         input_slots,
         hidden_slots,

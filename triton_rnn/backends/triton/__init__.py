@@ -1,5 +1,6 @@
 """The GPU backend: Triton kernels for the input's projection and the recurrence.
 
+A user's cell runs on the same ones, by functions that are generated from its step (`own`).
 `triton` is imported at the first call that this backend serves. Under Triton's interpreter
 (TRITON_INTERPRET=1) the kernels run on CPU tensors, very slowly; for that they must be asked for by
 name.
@@ -33,8 +34,8 @@ def _missing() -> str | None:
 
 def cannot(request: Request) -> str | None:
     """Why the kernels cannot serve a request, as far as that is known without the device."""
-    if isinstance(request.cell, OwnCell):
-        return "a user's cell has no Triton kernels"
+    if isinstance(request.cell, OwnCell) and request.cell.states > 2:
+        return f"the Triton kernels carry one or two states, {request.cell.name} has more"
     device = request.device.type
     if device == "cpu" and not _interpreter():
         return "the Triton kernels run on a GPU, the input is on the CPU"
@@ -118,7 +119,8 @@ def forward(
         input: (T, N, I) or, packed, (sum of lengths, I), any strides.
         batch_sizes: rows of every step of a packed batch, empty for a padded one.
         h_0: (D, N, H_out). c_0: (D, N, H) or None.
-        weights: weight_ih, weight_hh[, bias_ih, bias_hh][, weight_hr] of each direction in turn.
+        weights: weight_ih, weight_hh[, bias_ih, bias_hh][, weight_hr] of each direction in turn; of
+            a user's cell (unit_weights, H) behind them, whichever are empty.
 
     Returns:
         (output (T, N, D * H_out) or, packed, (sum of lengths, D * H_out), h_n[, c_n]), and what the

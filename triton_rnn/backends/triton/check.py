@@ -15,6 +15,7 @@ from torch import Tensor
 
 from triton_rnn import health, reference
 from triton_rnn.backends.triton import launch
+from triton_rnn.cells import OwnCell
 from triton_rnn.kernels.plan import Plan
 from triton_rnn.request import Request
 
@@ -31,7 +32,9 @@ def _wanted() -> bool:
 
 def obstacle(request: Request) -> str | None:
     """Why the kernels cannot serve a request on its device, or None."""
-    largest = request.directions * 4 * request.hidden_size * request.batch
+    cell = launch.kernel_cell(request.cell)
+    blocks = max(4, cell.row, cell.width)
+    largest = request.directions * blocks * request.hidden_size * request.batch
     if largest >= 2**31:
         return f"a step has {largest} numbers, more than 32 bits can count"
     architecture = launch.chip_of(request.device).architecture
@@ -115,12 +118,14 @@ def compare(request: Request) -> float:
 
     # As torch initialises them: the preactivations stay where the gates are alive.
     bound = size**-0.5
+    rows_hh = (cell.products if isinstance(cell, OwnCell) else cell.gates) * size
     shapes: list[tuple[int, ...]] = [
         (cell.gates * size, request.input_size),
-        (cell.gates * size, request.output_size),
+        (rows_hh, request.output_size),
     ]
-    shapes += [(cell.gates * size,)] * 2 if request.biased else []
+    shapes += [(cell.gates * size,), (rows_hh,)] if request.biased else []
     shapes += [(request.output_size, size)] if cell.projected else []
+    shapes += [(cell.unit_weights, size)] if isinstance(cell, OwnCell) else []
     weights = [random(*shape, scale=bound) for shape in shapes * directions]
     # A packed batch is one with a sequence less in the last step.
     sizes = [batch] * request.seq_len
@@ -133,13 +138,13 @@ def compare(request: Request) -> float:
     h_0, c_0 = states[0], states[1] if len(states) > 1 else None
     grads = [random(rows.size(0), directions * request.output_size), *map(torch.randn_like, states)]
 
+    # A user's cell may do without some weights.
+    needs = [True] * 3 + [weight.numel() > 0 for weight in weights]
     batch_sizes = sizes if request.packed else []
     results, saved = layer.forward(request, input, batch_sizes, h_0, c_0, weights)
     found: list[Tensor | None] = list(results)
     if request.needs_grad:
-        found += layer.backward(
-            request, input, batch_sizes, h_0, c_0, weights, saved, grads, [True] * len(weights) * 2
-        )
+        found += layer.backward(request, input, batch_sizes, h_0, c_0, weights, saved, grads, needs)
     arguments = [t.double().requires_grad_() for t in (rows, *states, *weights)]
     with torch.enable_grad():
         expected = reference.layer(
@@ -152,7 +157,13 @@ def compare(request: Request) -> float:
         )
     right: list[Tensor] = [t.detach() for t in expected]
     if request.needs_grad:
-        right += torch.autograd.grad(expected, arguments, [g.double() for g in grads])
+        right += torch.autograd.grad(
+            expected,
+            [argument for argument in arguments if argument.numel() > 0],
+            [grad.double() for grad in grads],
+            allow_unused=True,
+            materialize_grads=True,
+        )
     pairs = zip((t for t in found if t is not None), right, strict=True)
     return max(_error(actual, wanted) for actual, wanted in pairs)
 

@@ -11,7 +11,8 @@ import triton
 from torch import Tensor
 
 from triton_rnn import health
-from triton_rnn.cells import Cell
+from triton_rnn.backends.triton import own
+from triton_rnn.cells import Cell, OwnCell
 from triton_rnn.kernels.backward import recurrence_backward
 from triton_rnn.kernels.cells import KERNEL_CELLS, KernelCell
 from triton_rnn.kernels.forward import recurrence_forward
@@ -26,6 +27,8 @@ interpreted = bool(triton.knobs.runtime.interpret)
 
 def kernel_cell(cell: Cell) -> KernelCell:
     """The cell of the recurrence; a projected LSTM is a plain one with W_hh W_hr for W_hh."""
+    if isinstance(cell, OwnCell):
+        return own.kernel_cell(cell)
     return KERNEL_CELLS["lstm" if cell.projected else cell.name]
 
 
@@ -56,18 +59,32 @@ def forced_variant() -> str | None:
     return os.environ.get("TRITON_RNN_VARIANT") or None
 
 
+def shape_of(
+    cell: KernelCell, kernel: str, hidden_size: int, directions: int, batch: int, itemsize: int,
+    copies: int,
+) -> Shape:  # fmt: skip
+    """One kernel over one layer, as the planner sees it."""
+    numbers = cell.products + 2 * cell.inputs + cell.saved
+    if kernel == "backward":
+        numbers = cell.saved + cell.carried + cell.width
+    return Shape(
+        kernel, cell.products, hidden_size, directions, batch, itemsize, copies, numbers
+    )  # fmt: skip
+
+
 def plan_of(request: Request, kernel: str) -> Plan | None:
     """The plan of a request's forward or backward; None if nothing fits the chip."""
-    shape = Shape(
+    chip = chip_of(request.device)
+    shape = shape_of(
+        kernel_cell(request.cell),
         kernel,
-        request.cell.gates,
         request.hidden_size,
         request.directions,
         request.batch,
         request.dtype.itemsize,
-        copies(precision(request.dtype, chip_of(request.device).backend)),
+        copies(precision(request.dtype, chip.backend)),
     )
-    return plan(shape, chip_of(request.device), forced_variant())
+    return plan(shape, chip, forced_variant())
 
 
 def precision(dtype: torch.dtype, backend: str) -> str:
@@ -92,7 +109,7 @@ def _constants(
 ) -> dict[str, Any]:
     """What both recurrences are compiled for."""
     return {
-        "GATES": cell.gates,
+        "GATES": cell.products,
         "H": hidden_size,
         "D": directions,
         "AT_ONCE": plan.at_once,
@@ -117,9 +134,12 @@ def forward_constants(
     return {
         **_constants(cell, plan, hidden_size, directions, packed, precision),
         "CELL": cell.forward,
-        "WIDTH": cell.width if save else cell.gates,
-        "HAS_BIAS": biased and cell.gates == 3,
-        "SAVE": save and cell.saves,
+        "INPUTS": cell.inputs,
+        "ROW": cell.row if save else cell.inputs,
+        "VECTORS": cell.biases + cell.units,
+        "ABSENT": 0 if biased else cell.biases,
+        "SAVED": cell.saved if save else 0,
+        "SAVE_C": save and cell.keeps_c,
     }
 
 
@@ -131,8 +151,11 @@ def backward_constants(
         **_constants(cell, plan, hidden_size, directions, packed, precision),
         "FACTORS": cell.factors,
         "CELL": cell.backward,
+        "TURN": cell.turn,
         "WIDTH": cell.width,
-        "SAVED": cell.width if cell.saves else 0,
+        "SAVED": cell.saved,
+        "ROW": cell.row,
+        "UNITS": cell.units,
     }
 
 
@@ -340,7 +363,7 @@ def forward(
     output: Tensor,
     gates: Tensor,
     w_hh: Sequence[Tensor],
-    b_hn: Sequence[Tensor | None],
+    vectors: Sequence[Tensor | None],
     h_0: Tensor,
     c_0: Tensor | None,
     packing: Packing | None,
@@ -349,8 +372,8 @@ def forward(
 
     Args:
         output: (R, D * H) in any shape, contiguous; written.
-        gates: (R, D, WIDTH * H), replaced by what a backward needs if one is to follow.
-        w_hh: (G * H, H) of each direction. b_hn: (H,) of each, or None.
+        gates: (R, D, ROW * H), replaced by what a backward needs if one is to follow.
+        w_hh: (P * H, H) of each direction. vectors: what `unit_vectors` loads, of each, or None.
         h_0, c_0: (D, N, H).
     """
     plan = plan_of(request, "forward")
@@ -360,7 +383,7 @@ def forward(
     h_n = torch.empty_like(h_0, memory_format=torch.contiguous_format)
     c_n = None if c_0 is None else torch.empty_like(c_0, memory_format=torch.contiguous_format)
     cells = None
-    if request.needs_grad and cell.has_c:
+    if request.needs_grad and cell.keeps_c:
         cells = gates.new_empty(rows, request.directions, request.hidden_size)
     if plan.exchange == "flag":
         _unwritten(output)
@@ -382,7 +405,7 @@ def forward(
         (
             gates,
             *pair(w_hh, missing),
-            *pair(b_hn, missing),
+            *pair(vectors, missing),
             h_0,
             output,
             missing if cells is None else cells,
@@ -403,6 +426,7 @@ def backward(
     states: Tensor,
     initial: Tensor,
     w_hh: Sequence[Tensor],
+    units: Sequence[Tensor | None],
     grad_h_n: Tensor,
     grad_c_n: Tensor | None,
     packing: Packing | None,
@@ -411,6 +435,7 @@ def backward(
 
     Args:
         gates: what forward saved. states, initial: cells and c_0, or output and h_0.
+        units: the unit weights (U, H) of each direction, or None.
     """
     plan = plan_of(request, "backward")
     assert plan is not None, "supports() has found one"
@@ -435,7 +460,15 @@ def backward(
         recurrence_backward,
         plan,
         request,
-        (grad_output, gates, states, initial, grad_gates, *pair(w_hh, missing)),
+        (
+            grad_output,
+            gates,
+            states,
+            initial,
+            grad_gates,
+            *pair(w_hh, missing),
+            *pair(units, missing),
+        ),
         (grad_h_n, grad_c_n, grad_h_0, grad_c_0),
         packing,
         request.seq_len + 1,

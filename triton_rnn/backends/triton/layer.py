@@ -15,6 +15,8 @@ from torch import Tensor
 
 from triton_rnn.backends.triton import launch, products
 from triton_rnn.backends.triton.launch import Packing
+from triton_rnn.cells import OwnCell
+from triton_rnn.kernels.cells import KernelCell
 from triton_rnn.profiling import ranges
 from triton_rnn.request import Request
 
@@ -28,6 +30,7 @@ class Weights:
     bias_ih: list[Tensor | None]
     bias_hh: list[Tensor | None]
     weight_hr: list[Tensor]
+    units: list[Tensor | None]
 
 
 def _by_direction(request: Request, weights: Sequence[Tensor]) -> Weights:
@@ -43,6 +46,7 @@ def _by_direction(request: Request, weights: Sequence[Tensor]) -> Weights:
         [w[2] for w in own] if request.biased else none,
         [w[3] for w in own] if request.biased else none,
         [w[-1] for w in own] if request.cell.projected else [],
+        [w[-1] for w in own] if isinstance(request.cell, OwnCell) else none,
     )
 
 
@@ -51,6 +55,39 @@ def _recurrent_weights(own: Weights) -> list[Tensor]:
     if not own.weight_hr:
         return own.weight_hh
     return [hh @ hr for hh, hr in zip(own.weight_hh, own.weight_hr, strict=True)]
+
+
+def _folded(cell: KernelCell, bias_hh: Sequence[Tensor | None]) -> tuple[list[Tensor | None], int]:
+    """What is added to the input's preactivations, and so many elements of it."""
+    first = bias_hh[0]
+    if first is None or not cell.products:
+        return [None] * len(bias_hh), 0
+    size = first.size(0) // cell.products
+    count = cell.products - cell.biases
+    if cell.starts[:count] == tuple(range(count)):
+        return list(bias_hh), count * size
+    found: list[Tensor | None] = []
+    for bias in bias_hh:
+        assert bias is not None
+        parts = [bias.new_zeros(size)] * cell.inputs
+        for product, start in enumerate(cell.starts):
+            if start >= 0:
+                parts[start] = bias[product * size : (product + 1) * size]
+        found.append(torch.cat(parts))
+    return found, cell.inputs * size
+
+
+def _vectors(cell: KernelCell, bias_hh: Tensor | None, units: Tensor | None) -> Tensor | None:
+    """The numbers of each unit that the forward is given: biases of products, unit weights."""
+    parts = []
+    if bias_hh is not None and cell.biases:
+        blocks = bias_hh.view(cell.products, -1)
+        parts += [blocks[p] for p, start in enumerate(cell.starts) if start < 0]
+    if units is not None and cell.units:
+        parts.append(units.view(-1))
+    if len(parts) < 2:
+        return parts[0] if parts else None
+    return torch.cat(parts)
 
 
 def _on(device: torch.device) -> contextlib.AbstractContextManager[object]:
@@ -123,25 +160,27 @@ def forward(
         c_0 = None if c_0 is None else c_0.contiguous()
         hidden_size, directions = request.hidden_size, request.directions
         rows = math.prod(input.shape[:-1])
-        width = cell.width if request.needs_grad else cell.gates
-        gates = input.new_empty(rows, directions, width * hidden_size)
+        row = cell.row if request.needs_grad else cell.inputs
+        gates = input.new_empty(rows, directions, row * hidden_size)
         # What a GRU's reset gate multiplies has its bias inside, the others' are added up here.
-        fold = (cell.gates - 1 if cell.gates == 3 else cell.gates) * hidden_size
+        folded, fold = _folded(cell, own.bias_hh)
         with ranges.phase(request.cell, "projection", "both"):
-            products.project(input, own.weight_ih, own.bias_ih, own.bias_hh, fold, gates)
+            products.project(input, own.weight_ih, own.bias_ih, folded, fold, gates)
         initial = h_0
         if request.cell.projected:
             for d in range(directions):
                 first = _first_rows(request, rows, d, packing)
                 gates[first, d] += h_0[d] @ own.weight_hh[d].t()
             initial = h_0.new_zeros(directions, request.batch, hidden_size)
-        b_hn = [None if bias is None else bias[fold:] for bias in own.bias_hh]
+        vectors = [
+            _vectors(cell, bias, units) for bias, units in zip(own.bias_hh, own.units, strict=True)
+        ]
         # Results are no views: autograd would forbid to change them in place.
         leading = input.shape[:-1]
         output = input.new_empty((*leading, directions * hidden_size))
         with ranges.phase(request.cell, "recurrence", "both"):
             cells, h_n, c_n = launch.forward(
-                request, output, gates, _recurrent_weights(own), b_hn, initial, c_0, packing
+                request, output, gates, _recurrent_weights(own), vectors, initial, c_0, packing
             )
         saved = [output]
         if request.needs_grad:
@@ -197,9 +236,10 @@ def backward(
                 request,
                 grad_states,
                 gates,
-                rest[1] if cell.has_c else output,
-                (initial if c_0 is None else c_0.contiguous()),
+                rest[1] if cell.keeps_c else output,
+                c_0.contiguous() if cell.keeps_c and c_0 is not None else initial,
                 _recurrent_weights(own),
+                own.units,
                 grad_h_n,
                 grad_c_n,
                 packing,
@@ -236,7 +276,9 @@ def _after_the_loop(
     grad_h_0, grad_c_0 = grad_states
     directions, hidden_size = request.directions, request.hidden_size
     count = (len(needs) - 3) // directions
-    grad_preact = grad_gates[:, :, (cell.width - cell.gates) * hidden_size :]
+    end = (cell.width - cell.units) * hidden_size
+    grad_preact = grad_gates[:, :, end - cell.inputs * hidden_size : end]
+    turned = cell.turn * hidden_size
     results: list[Tensor | None] = [
         products.grad_input(grad_preact, own.weight_ih) if needs[0] else None
     ]
@@ -245,7 +287,7 @@ def _after_the_loop(
     grad_h: list[Tensor] = []
     for d in range(directions):
         wanted = needs[3 + d * count : 3 + (d + 1) * count]
-        preact, hidden = grad_preact[:, d], _hidden_side(grad_gates[:, d], cell.gates)
+        preact, hidden = grad_preact[:, d], grad_gates[:, d, : cell.products * hidden_size]
         states = output[:, d * hidden_size : (d + 1) * hidden_size]
         if request.cell.projected:
             # Of h_t: what comes from outside, and what the next step sends through W_hh.
@@ -254,16 +296,19 @@ def _after_the_loop(
             grad_of_h = grad_projected[d] + recurrent
             states_m, states = states, states @ own.weight_hr[d].t()
         found.append(products.grad_weight(preact, rows) if wanted[0] else None)
-        if wanted[1]:
+        if wanted[1] and cell.products:
             before = _shift(states, h_0[d], request, d, packing)
-            found.append(_in_torch_order(products.grad_weight(hidden, before), cell.gates))
+            found.append(_in_torch_order(products.grad_weight(hidden, before), turned))
         else:
             found.append(None)
         if request.biased:
             found.append(preact.sum(0) if wanted[2] else None)
-            found.append(_in_torch_order(hidden.sum(0), cell.gates) if wanted[3] else None)
+            found.append(_in_torch_order(hidden.sum(0), turned) if wanted[3] else None)
         if request.cell.projected:
             found.append(products.grad_weight(grad_of_h, states_m) if wanted[-1] else None)
+        if isinstance(request.cell, OwnCell):
+            units = grad_gates[:, d, end:]
+            found.append(units.sum(0).view(cell.units, hidden_size) if wanted[-1] else None)
     if request.cell.projected:
         grad_h_0 = torch.stack(grad_h)
     return [*results, grad_h_0, grad_c_0, *found]
@@ -281,13 +326,6 @@ def _grad_projected(
     return parts
 
 
-def _hidden_side(grad_gates: Tensor, gates: int) -> Tensor:
-    """The gradient of the recurrent product: all gates, or [m r z] of a GRU."""
-    return grad_gates[:, : grad_gates.size(1) // 4 * 3] if gates == 3 else grad_gates
-
-
-def _in_torch_order(grad: Tensor, gates: int) -> Tensor:
-    """[m r z] as [r z m], the order of a GRU's weight_hh."""
-    if gates != 3:
-        return grad
-    return grad.roll(-(grad.size(0) // 3), 0)
+def _in_torch_order(grad: Tensor, turned: int) -> Tensor:
+    """The products' rows, which lie in a ring that begins at row `turned`, from the first on."""
+    return grad.roll(turned, 0) if turned else grad

@@ -8,6 +8,7 @@ measured on this code; `bench/gpu_session.py` measures both sides, and its resul
 import torch
 
 from triton_rnn.backends.triton import launch
+from triton_rnn.cells import OwnCell
 from triton_rnn.request import Request
 
 # A plan's floor counts what cannot be avoided; so much more a step may take.
@@ -54,6 +55,9 @@ def cudnn_step_us(request: Request, kernel: str) -> float:
 
 def slower_than_torch(request: Request) -> str | None:
     """Why `auto` leaves a request to cuDNN, or None."""
+    if isinstance(request.cell, OwnCell):
+        # The alternative is the plain loop, which launches dozens of kernels for a step.
+        return None
     kernels = ("forward", "backward") if request.needs_grad else ("forward",)
     ours = theirs = 0.0
     for kernel in kernels:
