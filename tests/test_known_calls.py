@@ -16,6 +16,7 @@ import pytest
 import torch
 from tolerances import assert_same_results, flat_outputs, random, random_state, run, twins
 from torch.nn.utils.rnn import pack_padded_sequence
+from torch.utils._pytree import tree_leaves
 
 import triton_rnn
 from triton_rnn import functional
@@ -153,6 +154,66 @@ def test_a_known_call_of_a_cell_is_torchs(monkeypatch, kind, bias, batch, given)
         check(False)
     if kind == "gru":
         check(True)
+
+
+class Mixed(triton_rnn.Recurrent, gates=2, states=2, products=1, unit_weights=1):
+    @staticmethod
+    def step(input, hidden, state, weight):
+        h, c = state
+        c = torch.sigmoid(input[0]) * c + weight[0] * torch.tanh(input[1] + hidden[0])
+        return torch.tanh(c) + 0.1 * h, c
+
+
+class Other(triton_rnn.Recurrent, gates=2, states=2, products=1, unit_weights=1):
+    """The same numbers and other arithmetic."""
+
+    @staticmethod
+    def step(input, hidden, state, weight):
+        h, c = state
+        c = torch.sigmoid(input[0]) * c - weight[0] * torch.tanh(input[1] + hidden[0])
+        return torch.tanh(c) - 0.1 * h, c
+
+
+@pytest.mark.parametrize("form", ["padded", "batch_first", "unbatched"])
+@pytest.mark.parametrize("bias", [True, False], ids=["bias", "no bias"])
+@pytest.mark.parametrize("grad", [False, True], ids=["no grad", "grad"])
+@pytest.mark.parametrize("kind", [Mixed, Other, triton_rnn.IndRNN, triton_rnn.CoupledLSTM])
+def test_a_known_call_of_a_users_cell_is_the_references(monkeypatch, kind, grad, bias, form):
+    options = {"num_layers": 2, "bidirectional": True, "batch_first": form == "batch_first"}
+    # What is known of one cell is of no other.
+    modules = [cell(5, 7, bias=bias, **options).double() for cell in (Mixed, Other, kind)]
+    shape = (6, 5) if form == "unbatched" else (6, 3, 5)
+    batch = {"padded": (3,), "batch_first": (6,)}.get(form, ())
+
+    def arguments(module, seed):
+        states = [random(4, *batch, 7, seed=seed + k) for k in range(module.cell.states)]
+        return random(*shape, seed=seed), tuple(states) if len(states) > 1 else states[0]
+
+    def results(module, seed):
+        x, hx = arguments(module, seed)
+        found = tree_leaves(module(x, hx))
+        if grad:
+            total = sum((value * torch.cos(value)).sum() for value in found)
+            found += torch.autograd.grad(total, list(module.parameters()))
+        return found
+
+    with torch.set_grad_enabled(grad):
+        for module in modules:
+            with triton_rnn.use_backend("native"):
+                results(module, 0)
+        expected = []
+        for module in modules:
+            with triton_rnn.use_backend("reference"):
+                expected.append(results(module, 10))
+
+        def refuse(*args):
+            raise AssertionError("the call was decided anew")
+
+        monkeypatch.setattr("triton_rnn.own.call.prepare", refuse)
+        with triton_rnn.use_backend("native"):
+            for module, right in zip(modules, expected, strict=True):
+                for mine, other in zip(results(module, 10), right, strict=True):
+                    torch.testing.assert_close(mine, other)
 
 
 def _dense(shape, dtype=torch.float64):
@@ -396,9 +457,10 @@ def test_no_memory_raises_in_a_known_call(monkeypatch):
     request = functional.prepare(gru, x, None).request
     with torch.no_grad():
         gru(x)
-        key = functional._known(
-            gru, x, None, "reference", "layer", functional._DECIDING, gru._flat_weights_names
-        )
+        with triton_rnn.use_backend("reference"):
+            key = functional.seen_before(
+                gru, x, None, "layer", functional._TORCHS_DECIDING, gru._flat_weights_names
+            )
         monkeypatch.setattr(functions, "forward", native._Function.of(failing, 1))
         decided = functional.Decided(request._replace(needs_grad=False), native, "padded", 1, 0.0)
         native.remember(key, decided)

@@ -1,7 +1,8 @@
 """What a cell is: one frozen record each, and one table of all cells."""
 
+import itertools
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from triton_rnn.own.program import Program
@@ -43,6 +44,7 @@ class OwnCell(Cell):
         unit_weights: how many numbers are learned for each hidden unit.
         step: the user's function.
         program: what it computes.
+        number: tells it from all others of the process.
     """
 
     fifth: bool = True
@@ -50,6 +52,7 @@ class OwnCell(Cell):
     unit_weights: int = 0
     step: Callable[..., Any] = tuple
     program: Program | None = None
+    number: int = field(default_factory=itertools.count().__next__)
 
 
 RNN_TANH = Cell("rnn_tanh", gates=1)

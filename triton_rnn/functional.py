@@ -1,7 +1,7 @@
 """A recurrent module's call: layers, directions and dropout over the layer op, padded or packed."""
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from types import ModuleType
 from typing import Any, NamedTuple
 
@@ -20,12 +20,11 @@ from triton_rnn.request import Request, weight_shapes, zero_states
 _PLAIN = (Tensor, torch.nn.Parameter)
 _CELL_WEIGHTS = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
 _is_grad_enabled = torch.is_grad_enabled
-# A layer's attributes that decide how its call is done, and a cell's of each kind.
-_DECIDING = (
-    "mode",
+# Attributes that decide how a call is done: a layer's (a user's too), torch's beside, and a cell's
+# of each kind.
+DECIDING = (
     "input_size",
     "hidden_size",
-    "proj_size",
     "num_layers",
     "bias",
     "batch_first",
@@ -33,6 +32,7 @@ _DECIDING = (
     "bidirectional",
     "training",
 )
+_TORCHS_DECIDING = (*DECIDING, "mode", "proj_size")
 _CELL_DECIDING = {
     "RNN": ("nonlinearity", "input_size", "hidden_size", "bias"),
     "GRU": ("input_size", "hidden_size", "bias"),
@@ -393,7 +393,8 @@ class Decided(NamedTuple):
     drop: float
 
 
-def _form_of(module: Any, input: Any) -> str:
+def form_of(module: Any, input: Any) -> str:
+    """The form of a layer's call: see `Decided`."""
     if isinstance(input, PackedSequence):
         return "packed"
     if input.dim() == 2:
@@ -401,7 +402,22 @@ def _form_of(module: Any, input: Any) -> str:
     return "batch_first" if module.batch_first else "padded"
 
 
-def _remember(key: bytes | None, decided: Decided) -> None:
+def seen_before(
+    module: Any, input: Any, hx: Any, kind: str, deciding: Sequence[str], names: Sequence[str]
+) -> Any:
+    """What is known of a call, as `known` of calls.c answers; None where nothing can be known.
+
+    Args:
+        kind: tells the module from others with the same attributes.
+        deciding: its attributes that decide how the call is done.
+        names: those of its weights.
+    """
+    if _known is None:
+        return None
+    return _known(module, input, hx, dispatch.requested(), kind, deciding, names)
+
+
+def remember(key: bytes | None, decided: Decided) -> None:
     """Spare the next call of this kind the deciding.
 
     Args:
@@ -415,7 +431,7 @@ def _remember(key: bytes | None, decided: Decided) -> None:
         _known = native.known()
 
 
-def _again(decided: Decided, input: Tensor, hx: Any, weights: list[Tensor]) -> Call:
+def again(decided: Decided, input: Tensor, hx: Any, weights: list[Tensor]) -> Call:
     """A call of a kind that was decided about, as `prepare` and `prepare_cell` would have it."""
     h_0, c_0 = hx if isinstance(hx, (tuple, list)) else (hx, None)
     form = decided.form
@@ -444,16 +460,13 @@ def forward(module: torch.nn.RNNBase, input: Any, hx: Any) -> tuple[Any, Any] | 
     if is_compiling():
         # Before anything else: Dynamo would trace what follows, and cannot.
         return compiled.forward(module, input, hx)
-    seen = None
-    if _known is not None:
-        names = module._flat_weights_names
-        seen = _known(module, input, hx, dispatch.requested(), "layer", _DECIDING, names)
-        if type(seen) is tuple:
-            return seen
+    seen = seen_before(module, input, hx, "layer", _TORCHS_DECIDING, module._flat_weights_names)
+    if type(seen) is tuple:
+        return seen
     call: Call | None
     if type(seen) is list:
         decided = seen.pop()
-        call = _again(decided, input, hx, seen)
+        call = again(decided, input, hx, seen)
     else:
         if hx is not None and module.mode == "LSTM" and isinstance(input, PackedSequence):
             _check_packed_cell_state(module, input, hx)
@@ -465,9 +478,9 @@ def forward(module: torch.nn.RNNBase, input: Any, hx: Any) -> tuple[Any, Any] | 
             return None
         backend = dispatch.backend_module(dispatch.choose(call.request, wanted).backend)
         drop = module.dropout if module.training else 0.0
-        form = _form_of(module, input)
+        form = form_of(module, input)
         decided = Decided(call.request, backend, form, module.num_layers, drop)
-        _remember(seen, decided)
+        remember(seen, decided)
     backend = decided.backend
     run = vars(backend).get("stack", stack)
     if ranges.on():
@@ -579,10 +592,9 @@ def cell_forward(module: torch.nn.RNNCellBase, input: Any, hx: Any) -> tuple[Ten
     first = module._parameters.get("weight_ih")
     is_trained = first is not None and first.requires_grad and _is_grad_enabled()
     is_gru = isinstance(module, torch.nn.GRUCell)
-    if _known is not None and (is_gru or not is_trained):
+    if is_gru or not is_trained:
         kind = _kind_of_cell(module)
-        asked, names = dispatch.requested(), _CELL_DECIDING[kind]
-        seen = _known(module, input, hx, asked, kind, names, _CELL_WEIGHTS)
+        seen = seen_before(module, input, hx, kind, _CELL_DECIDING[kind], _CELL_WEIGHTS)
         if type(seen) is tuple:
             return seen
         if seen is False:
@@ -590,7 +602,7 @@ def cell_forward(module: torch.nn.RNNCellBase, input: Any, hx: Any) -> tuple[Ten
     call: Call | None
     if type(seen) is list:
         decided = seen.pop()
-        call = _again(decided, input, hx, seen)
+        call = again(decided, input, hx, seen)
     else:
         wanted = _route()
         if wanted is None or wanted == "aten":
@@ -608,7 +620,7 @@ def cell_forward(module: torch.nn.RNNCellBase, input: Any, hx: Any) -> tuple[Ten
             return None
         form = "cell" if input.dim() == 2 else "unbatched cell"
         decided = Decided(call.request, dispatch.backend_module(choice.backend), form, 1, 0.0)
-        _remember(seen, decided)
+        remember(seen, decided)
     if ranges.on():
         with ranges.call(call.request.cell):
             h, *states = stack(call, decided.backend, 1, 0.0)

@@ -71,6 +71,23 @@ def parameter_shapes(module: "Recurrent") -> dict[str, tuple[int, ...]]:
     return {name: shape for name, shape in _shapes_of(module) if shape[0]}
 
 
+def _names_of(module: "Recurrent") -> tuple[str, ...]:
+    return _names(_shapes_of(module))
+
+
+@functools.lru_cache(maxsize=1024)
+def _names(shapes: tuple[tuple[str, tuple[int, ...]], ...]) -> tuple[str, ...]:
+    return tuple(name for name, shape in shapes if shape[0])
+
+
+def _with_empty(module: "Recurrent", weights: list[Tensor]) -> list[Tensor]:
+    """All weights in the layer op's order, of those that are not empty."""
+    given = iter(weights)
+    return [
+        next(given) if shape[0] else weights[0].new_empty(shape) for _, shape in _shapes_of(module)
+    ]
+
+
 def _weights(module: "Recurrent", autocast: bool) -> list[Tensor]:
     """All weights in the layer op's order; empty tensors for what the cell does without.
 
@@ -261,11 +278,23 @@ def forward(module: "Recurrent", input: Any, hx: Any) -> tuple[Any, Any]:
         RuntimeError, ValueError, TypeError: the call is malformed.
         BackendError: a backend was asked for by name that cannot run it.
     """
-    call = prepare(module, input, hx)
-    backend = dispatch.backend_module(choose(call).backend)
-    drop = module.dropout if module.training else 0.0
+    kind, names = f"own{module.cell.number}", _names_of(module)
+    seen = functional.seen_before(module, input, hx, kind, functional.DECIDING, names)
+    if type(seen) is tuple:
+        return seen
+    if type(seen) is list:
+        decided = seen.pop()
+        call = functional.again(decided, input, hx, _with_empty(module, seen))
+    else:
+        call = prepare(module, input, hx)
+        backend = dispatch.backend_module(choose(call).backend)
+        drop = module.dropout if module.training else 0.0
+        form = functional.form_of(module, input)
+        decided = functional.Decided(call.request, backend, form, module.num_layers, drop)
+        if module.cell.states <= 2:
+            functional.remember(seen, decided)
     with ranges.call(module.cell):
-        output, h_n, *others = functional.stack(call, backend, module.num_layers, drop)
+        output, h_n, *others = functional.stack(call, decided.backend, decided.layers, decided.drop)
     states = [h_n]
     for state in others:
         states += state.chunk(module.cell.states - 1, -1) if module.cell.states > 2 else [state]

@@ -598,6 +598,16 @@ _FORMS = {
 leave = calls.leave
 
 
+def _places_without_empty(request: Request, places: bytes) -> bytes:
+    """Which weight is at each place, if a user's cell has no tensors for those that are empty."""
+    cell = request.cell
+    if not isinstance(cell, OwnCell):
+        return places
+    rows = (cell.gates, cell.products, cell.gates, cell.products, cell.unit_weights)
+    there = [at != _NOWHERE and rows[place % 5] > 0 for place, at in enumerate(places)]
+    return bytes(sum(there[:place]) if one else _NOWHERE for place, one in enumerate(there))
+
+
 def remember(key: bytes, decided: Any) -> None:
     """Have `known` tell how calls of a kind are done; it does them, if that is all in C.
 
@@ -621,13 +631,14 @@ def remember(key: bytes, decided: Any) -> None:
             request = request._replace(input_size=width)
         frame = _frame(request)
         team = _team(request, frame.teams, rows)
-        parts.append((frame.functions.forward.address, team, frame.shared, frame.places))
+        places = _places_without_empty(request, frame.places)
+        parts.append((frame.functions.forward.address, team, frame.shared, places))
     calls.learn(
         key,
         calls.record(
             form,
             request.directions,
-            sum(at != _NOWHERE for at in frame.places),
+            sum(at != _NOWHERE for at in places),
             request.seq_len,
             request.batch,
             (width, request.output_size, frame.others),
