@@ -215,7 +215,7 @@ static PyObject *call(PyObject *self, PyObject *const *arguments, Py_ssize_t cou
    and types of tensors, and switches. Here they are gathered, and looked up among those of calls that
    Python has decided about before (calls.py); nothing is decided anew. */
 
-enum { MOST_QUESTIONS = 8, MOST_FACTS = 384, MOST_OWNED = 144, MOST_LAYERS = 8 };
+enum { MOST_QUESTIONS = 8, MOST_FACTS = 384, MOST_OWNED = 256, MOST_LAYERS = 8 };
 
 /* Made once, and never given back. */
 static PyObject *tensor_type, *parameter_type, *known_calls;

@@ -50,12 +50,18 @@ class Functions(NamedTuple):
     known: Callable[..., Any]
 
 
+def _has_gil() -> bool:
+    ask: Callable[[], bool] | None = getattr(sys, "_is_gil_enabled", None)
+    return ask is None or ask()
+
+
 @functools.cache
 def functions() -> Functions | None:
     """None where they cannot be had: Python does the same."""
     name = b"dlpack_exchange_api"
     capsule = getattr(Tensor, "__dlpack_c_exchange_api__", None)
-    if capsule is None:
+    if capsule is None or not _has_gil():
+        # What calls.c borrows from the dictionary of calls is only safe with the GIL.
         return None
     pointer_of = ctypes.pythonapi.PyCapsule_GetPointer
     pointer_of.argtypes, pointer_of.restype = (ctypes.py_object, ctypes.c_char_p), ctypes.c_void_p
