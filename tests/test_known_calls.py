@@ -22,6 +22,7 @@ import triton_rnn
 from triton_rnn import functional
 from triton_rnn.backends import native
 from triton_rnn.backends.native import calls
+from triton_rnn.profiling import ranges
 
 pytestmark = pytest.mark.skipif(native.known() is None, reason="calls.c cannot be used here")
 
@@ -466,6 +467,23 @@ def test_no_memory_raises_in_a_known_call(monkeypatch):
         native.remember(key, decided)
         with triton_rnn.use_backend("reference"), pytest.raises(MemoryError, match="layer"):
             gru(x)
+
+
+def test_an_interrupt_inside_of_a_known_call_is_not_lost(monkeypatch):
+    gru, x = triton_rnn.GRU(3, 4), torch.randn(5, 2, 3)
+    once = [KeyboardInterrupt]
+
+    def interrupted():
+        if once:
+            raise once.pop()
+        return False
+
+    with torch.no_grad():
+        gru(x)
+        monkeypatch.setattr(ranges, "_profiler_enabled", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            gru(x)
+        assert gru(x)[0].shape == (5, 2, 4)
 
 
 def test_calls_are_forgotten_before_they_are_too_many(monkeypatch):

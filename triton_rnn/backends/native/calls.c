@@ -22,10 +22,11 @@ typedef struct _object PyObject;
 typedef intptr_t Py_ssize_t;
 extern PyObject _Py_NoneStruct, _Py_TrueStruct, _Py_FalseStruct;
 extern PyObject PyBytes_Type, PyFloat_Type, PyList_Type, PyLong_Type, PyTuple_Type, PyUnicode_Type;
-extern PyObject *PyExc_MemoryError;
+extern PyObject *PyExc_Exception, *PyExc_MemoryError;
 PyObject *PyCFunction_NewEx(void *definition, PyObject *self, PyObject *module);
 PyObject *PyErr_Occurred(void);
 void PyErr_Clear(void);
+int PyErr_ExceptionMatches(PyObject *type);
 void PyErr_SetString(PyObject *type, const char *message);
 void *PyEval_SaveThread(void);
 void PyEval_RestoreThread(void *state);
@@ -223,7 +224,7 @@ static PyObject *questions[MOST_QUESTIONS], *switches[MOST_QUESTIONS], *is_grad_
 static Py_ssize_t question_count, switch_count;
 static PyObject *new_empty, *parameters, *requires_grad, *transpose;
 
-/* How the results of a call are shaped, see `_Form` of known.py. */
+/* How the results of a call are shaped, see `PADDED` and the others of calls.py. */
 enum { PADDED, BATCH_FIRST, UNBATCHED, CELL, UNBATCHED_CELL };
 /* What Python says about a call: this, and then a Layer for each. Widths are those of a row of the
    output, of h and of c, 0 without c. */
@@ -249,11 +250,13 @@ static void note(Seen *seen, i64 fact)
     else
         seen->usual = 0;
 }
-/* Nothing, where there is no such object. */
+/* Nothing, where there is no such object. Errors mean that a call is not usual, and the other way
+   will meet them again; but an interrupt comes once, and is left to be raised. */
 static PyObject *own(Seen *seen, PyObject *object)
 {
     if (!object) {
-        PyErr_Clear();
+        if (PyErr_ExceptionMatches(PyExc_Exception))
+            PyErr_Clear();
         seen->usual = 0;
     } else if (seen->owned_count < MOST_OWNED) {
         seen->owned[seen->owned_count++] = object;
@@ -282,6 +285,8 @@ static void note_value(Seen *seen, PyObject *value)
     char text[24] = {0};
     Py_ssize_t size = 0;
     i64 words[3];
+    if (!seen->usual)
+        return;
     if (value == &_Py_NoneStruct) {
         note(seen, 0);
     } else if (value == &_Py_TrueStruct || value == &_Py_FalseStruct) {
@@ -317,6 +322,8 @@ static void note_value(Seen *seen, PyObject *value)
 static void note_tensor(Seen *seen, PyObject *object, int dense, Tensor *tensor)
 {
     i64 elements = 1;
+    if (!seen->usual)
+        return;
     if ((!is_a(object, tensor_type) && !is_a(object, parameter_type))
         || !look_at(object, dense, tensor)) {
         seen->usual = 0;
@@ -341,15 +348,17 @@ static int note_weights(Seen *seen, PyObject *module, PyObject *names, PyObject 
                         i64 *pointers)
 {
     int found = 0;
-    Tensor tensor;
+    Tensor tensor = {0};
     PyObject *by_name = own(seen, PyObject_GetAttr(module, parameters));
-    const Py_ssize_t count = PySequence_Size(names);
+    const Py_ssize_t count = by_name ? PySequence_Size(names) : 0;
     note(seen, count);
+    if (count < 0)
+        own(seen, NULL);
     if (count > MOST_WEIGHTS * MOST_LAYERS)
         seen->usual = 0;
     for (Py_ssize_t i = 0; i < count && seen->usual; i++) {
         PyObject *name = PySequence_GetItem(names, i);
-        PyObject *weight = name && by_name ? PyDict_GetItemWithError(by_name, name) : NULL;
+        PyObject *weight = name ? PyDict_GetItemWithError(by_name, name) : NULL;
         if (weight)
             Py_IncRef(weight);
         weight = own(seen, weight);
@@ -373,10 +382,8 @@ static void note_states(Seen *seen, PyObject *hx, Tensor *h_0, Tensor *c_0)
     note(seen, hx == &_Py_NoneStruct ? -2 : pair ? -3 : -4);
     if (pair && PySequence_Size(hx) == 2) {
         PyObject *h = own(seen, PySequence_GetItem(hx, 0)), *c = own(seen, PySequence_GetItem(hx, 1));
-        if (seen->usual)
-            note_tensor(seen, h, 64, h_0);
-        if (seen->usual)
-            note_tensor(seen, c, 64, c_0);
+        note_tensor(seen, h, 64, h_0);
+        note_tensor(seen, c, 64, c_0);
     } else if (pair) {
         seen->usual = 0;
     } else if (hx != &_Py_NoneStruct) {
@@ -508,6 +515,37 @@ static PyObject *told(PyObject *const *weights, int count, PyObject *decided)
     return list;
 }
 
+/* All facts of a call, while it is usual; how many weights there are. */
+static int gather(Seen *seen, PyObject *const *arguments, PyObject **weights, i64 *pointers,
+                  Tensor *input, Tensor *h_0, Tensor *c_0)
+{
+    PyObject *module = arguments[0], *attributes = arguments[5];
+    if (is_disturbed(seen)) {
+        seen->usual = 0;
+        return 0;
+    }
+    PyObject *has_grad = own(seen, PyObject_CallNoArgs(is_grad_enabled));
+    if (!has_grad)
+        return 0;
+    seen->has_grad = is_true(has_grad);
+    const int found = note_weights(seen, module, arguments[6], weights, pointers);
+    note_tensor(seen, arguments[1], 1, input);
+    if (seen->usual)
+        note_states(seen, arguments[2], h_0, c_0);
+    note_value(seen, arguments[3]);
+    note_value(seen, arguments[4]);
+    const Py_ssize_t many = PySequence_Size(attributes);
+    for (Py_ssize_t i = 0; i < many && seen->usual; i++) {
+        PyObject *name = own(seen, PySequence_GetItem(attributes, i));
+        PyObject *value = name ? own(seen, PyObject_GetAttr(module, name)) : NULL;
+        if (value)
+            note_value(seen, value);
+    }
+    note_switches(seen);
+    note(seen, seen->needs_grad);
+    return found;
+}
+
 /* In this order: the module, its input, its state or None; the backend that is asked for; what kind
    of module it is; the names of its attributes that matter, those of its weights. Returns the
    results, a tuple, where the call was done; where it is known what to do a list, see `told`, or
@@ -519,47 +557,30 @@ static PyObject *known(PyObject *self, PyObject *const *arguments, Py_ssize_t co
     Tensor input = {0}, h_0 = {0}, c_0 = {0};
     PyObject *weights[MOST_WEIGHTS * MOST_LAYERS], *result = NULL;
     i64 pointers[MOST_WEIGHTS * MOST_LAYERS];
+    int found = 0;
     (void)self;
     seen.fact_count = seen.owned_count = seen.needs_grad = 0;
     seen.usual = count == 7;
-    if (seen.usual && !is_disturbed(&seen)) {
-        PyObject *module = arguments[0], *attributes = arguments[5];
-        PyObject *has_grad = own(&seen, PyObject_CallNoArgs(is_grad_enabled));
-        seen.has_grad = has_grad && is_true(has_grad);
-        const int found = note_weights(&seen, module, arguments[6], weights, pointers);
-        note_tensor(&seen, arguments[1], 1, &input);
-        if (seen.usual)
-            note_states(&seen, arguments[2], &h_0, &c_0);
-        note_value(&seen, arguments[3]);
-        note_value(&seen, arguments[4]);
-        const Py_ssize_t many = PySequence_Size(attributes);
-        for (Py_ssize_t i = 0; i < many && seen.usual; i++) {
-            PyObject *name = own(&seen, PySequence_GetItem(attributes, i));
-            PyObject *value = name ? own(&seen, PyObject_GetAttr(module, name)) : NULL;
-            if (value)
-                note_value(&seen, value);
-        }
-        note_switches(&seen);
-        note(&seen, seen.needs_grad);
-        PyObject *key = NULL, *record = NULL;
-        if (seen.usual)
-            key = own(&seen, PyBytes_FromStringAndSize((const char *)seen.facts,
-                                                       seen.fact_count * (Py_ssize_t)sizeof(i64)));
-        if (key)
-            record = PyDict_GetItemWithError(known_calls, key);
-        if (record) {
-            Py_IncRef(record);
-            own(&seen, record);
-        }
-        if (key && !record)
-            Py_IncRef(result = key);
-        else if (record && !is_a(record, &PyBytes_Type))
-            result = told(weights, found, record);
-        else if (record && PyBytes_Size(record) == 0)
-            Py_IncRef(result = &_Py_FalseStruct);
-        else if (record && seen.usual)
-            result = run(&seen, arguments[1], PyBytes_AsString(record), &input, pointers, &h_0, &c_0);
+    if (seen.usual)
+        found = gather(&seen, arguments, weights, pointers, &input, &h_0, &c_0);
+    PyObject *key = NULL, *record = NULL;
+    if (seen.usual)
+        key = own(&seen, PyBytes_FromStringAndSize((const char *)seen.facts,
+                                                   seen.fact_count * (Py_ssize_t)sizeof(i64)));
+    if (key)
+        record = PyDict_GetItemWithError(known_calls, key);
+    if (record) {
+        Py_IncRef(record);
+        own(&seen, record);
     }
+    if (key && !record)
+        Py_IncRef(result = key);
+    else if (record && !is_a(record, &PyBytes_Type))
+        result = told(weights, found, record);
+    else if (record && PyBytes_Size(record) == 0)
+        Py_IncRef(result = &_Py_FalseStruct);
+    else if (record && seen.usual)
+        result = run(&seen, arguments[1], PyBytes_AsString(record), &input, pointers, &h_0, &c_0);
     while (seen.owned_count)
         Py_DecRef(seen.owned[--seen.owned_count]);
     if (!result && !PyErr_Occurred())
