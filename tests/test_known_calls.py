@@ -21,7 +21,7 @@ from torch.utils._pytree import tree_leaves
 import triton_rnn
 from triton_rnn import functional
 from triton_rnn.backends import native
-from triton_rnn.backends.native import calls
+from triton_rnn.backends.native import calls, parts
 from triton_rnn.profiling import ranges
 
 pytestmark = pytest.mark.skipif(native.known() is None, reason="calls.c cannot be used here")
@@ -462,7 +462,7 @@ def test_no_memory_raises_in_a_known_call(monkeypatch):
             key = functional.seen_before(
                 gru, x, None, "layer", functional._TORCHS_DECIDING, gru._flat_weights_names
             )
-        monkeypatch.setattr(functions, "forward", native._Function.of(failing, 1))
+        monkeypatch.setattr(functions, "forward", parts.Function.of(failing, 1))
         decided = functional.Decided(request._replace(needs_grad=False), native, "padded", 1, 0.0)
         native.remember(key, decided)
         with triton_rnn.use_backend("reference"), pytest.raises(MemoryError, match="layer"):

@@ -19,7 +19,7 @@ from torch.nn.utils.rnn import pack_padded_sequence
 
 import triton_rnn
 from triton_rnn.backends import native
-from triton_rnn.backends.native import build, rules
+from triton_rnn.backends.native import build, parts, rules
 
 ROOT = Path(__file__).parent.parent
 FUNCTIONS = {"sigmoid": 0, "tanh": 1}
@@ -270,7 +270,7 @@ def test_only_what_is_wanted_is_computed():
 def test_no_memory_raises(monkeypatch, quick):
     functions = native.library(torch.float64, "gru")
     failing = ctypes.CFUNCTYPE(ctypes.c_int64, ctypes.c_char_p)(lambda call: 1)
-    monkeypatch.setattr(functions, "forward", native._Function.of(failing, 1))
+    monkeypatch.setattr(functions, "forward", parts.Function.of(failing, 1))
     monkeypatch.setattr(native, "_quick", lambda: quick)
     _, ours = twins("gru", 3, 4)
     with triton_rnn.use_backend("native"), pytest.raises(MemoryError, match="recurrent layer"):
@@ -321,7 +321,7 @@ def test_without_a_compiler_torchscript_runs_and_everybody_is_told(tmp_path):
 
 
 def test_the_struct_of_the_c_file_is_what_python_packs():
-    source = native._SOURCE.read_text()
+    source = parts.SOURCE.read_text()
     body = re.search(r"typedef struct \{(?:(?!typedef).)*\} Call;", source, re.DOTALL).group()
     body = re.sub(r"/\*.*?\*/", "", body, flags=re.DOTALL)
     fields = 0
@@ -423,8 +423,8 @@ def sanitized(tmp_path, source=None):
     program = ["tests/native_fuzz.py"]
     if source is not None:
         code = (
-            "import pathlib, runpy; from triton_rnn.backends import native;"
-            f"native._SOURCE = pathlib.Path({str(source)!r});"
+            "import pathlib, runpy; from triton_rnn.backends.native import parts;"
+            f"parts.SOURCE = pathlib.Path({str(source)!r});"
             "runpy.run_path('tests/native_fuzz.py', run_name='__main__')"
         )
         program = ["-c", code]
@@ -447,7 +447,7 @@ def test_no_array_is_read_or_written_outside(tmp_path):
 def test_the_sanitizers_would_see_a_store_beyond_a_row(tmp_path):
     """What the test above is worth: a whole vector stored at the end of a caller's row is seen."""
     source = tmp_path / "recurrence.c"
-    text = native._SOURCE.read_text()
+    text = parts.SOURCE.read_text()
     right = "if (count >= LANES)\n        store(to, value);"
     assert right in text
     source.write_text(text.replace(right, "if (count >= 1)\n        store(to, value);"))

@@ -15,16 +15,16 @@ import struct
 import sys
 import threading
 from array import array
-from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from types import MappingProxyType, ModuleType
-from typing import Any, NamedTuple, cast
+from types import ModuleType
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from triton_rnn.backends.native import build, calls, rules
+from triton_rnn.backends.native import calls, rules
+from triton_rnn.backends.native.parts import TYPES, Function, Library, parts_of
 from triton_rnn.cells import OwnCell
 from triton_rnn.profiling import ranges
 from triton_rnn.request import Request
@@ -36,7 +36,6 @@ TAKES_NO_STATE = True
 # Which module has the `ExtendedLayer` of this backend.
 TAKES_EXTRAS = f"{__name__}.extended"
 
-_SOURCE = Path(__file__).with_name("recurrence.c")
 _NORMALIZED = Path(__file__).with_name("normalized.h")
 # What `call` of calls.c answers where it leaves a call to `_call`; no place, among `places`.
 _UNUSUAL = 2
@@ -44,7 +43,6 @@ _NOWHERE = 127
 _CELLS = {"rnn_tanh": 0, "rnn_relu": 1, "gru": 2, "lstm": 3, "lstm_projected": 4}
 _CELLS |= {"gru_normalized": 2, "lstm_normalized": 3}
 _USERS = 5
-_TYPES = {torch.float32: "float", torch.float64: "double"}
 # One library serves the cells whose arithmetic is one: ONLY of recurrence.c, and NORMALIZED.
 _KINDS = {
     "rnn_tanh": "RNN_TANH",
@@ -65,125 +63,6 @@ _BACKWARD = struct.Struct("17q")
 _NO_BACKWARD = bytes(_BACKWARD.size)
 
 _UNWATCHED = contextlib.nullcontext()
-
-
-class _Function(NamedTuple):
-    """A function of `recurrence.c`'s: to be called with bytes, and where it lies."""
-
-    run: Callable[..., int]
-    address: int
-
-    @classmethod
-    def of(cls, function: Any, records: int) -> "_Function":
-        # ctypes lets go of the GIL while a CDLL's function runs.
-        function.argtypes = (ctypes.c_char_p,) * records
-        function.restype = ctypes.c_int64
-        return cls(function, ctypes.cast(function, ctypes.c_void_p).value or 0)
-
-
-# What -DPART of recurrence.c names: a forward, a backward, both for calls with Extras.
-_PARTS = ("FORWARD", "BACKWARD", "EXTENDED")
-
-
-def _parts_of(request: Request) -> tuple[str, ...]:
-    """The parts that a request's calls are made to."""
-    if request.extras not in ((), ("layer_norm",)):
-        return ("EXTENDED",)
-    return ("FORWARD", "BACKWARD") if request.needs_grad else ("FORWARD",)
-
-
-class Library:
-    """The functions for one type of numbers and one kind of cell; each part compiled when needed.
-
-    Args:
-        extra, headers: as `build.library`; what a user's cell is, or layer normalization.
-    """
-
-    def __init__(
-        self,
-        dtype: torch.dtype,
-        kind: str,
-        extra: Sequence[str] = (),
-        headers: Mapping[str, str] = MappingProxyType({}),
-    ) -> None:
-        self._flags = (f"-DREAL={_TYPES[dtype]}", f"-DONLY={kind}", *extra)
-        self._headers = headers
-        self._parts: dict[str, ctypes.CDLL | str] = {}
-        self._building = threading.Lock()
-
-    def _build(self, part: str) -> "ctypes.CDLL | str":
-        try:
-            return build.library(_SOURCE, (*self._flags, f"-DPART={part}"), self._headers)
-        except build.BuildError as error:
-            return str(error)
-
-    def need(self, parts: Sequence[str]) -> str | None:
-        """Have parts compiled, side by side; why there are none, or None. Each is tried once."""
-        if not all(part in self._parts for part in parts):
-            with self._building:
-                missing = [part for part in parts if part not in self._parts]
-                with ThreadPoolExecutor(1 + len(missing)) as pool:
-                    # Whatever is called, it goes through these.
-                    pool.submit(calls.functions)
-                    self._parts.update(zip(missing, pool.map(self._build, missing), strict=True))
-        reasons = (found for found in map(self._parts.get, parts) if isinstance(found, str))
-        return next(reasons, None)
-
-    def _part(self, part: str) -> ctypes.CDLL:
-        reason = self.need((part,))
-        if reason is not None:
-            raise RuntimeError(reason)
-        found = self._parts[part]
-        assert not isinstance(found, str)
-        return found
-
-    def _number(self, name: str, arguments: int) -> Callable[..., int]:
-        """A function from numbers to a number, which all parts have."""
-        at_hand = (part for part in _PARTS if isinstance(self._parts.get(part), ctypes.CDLL))
-        function = getattr(self._part(next(at_hand, "FORWARD")), name)
-        function.argtypes = (ctypes.c_int64,) * arguments
-        function.restype = ctypes.c_int64
-        return cast(Callable[..., int], function)
-
-    # These take the bytes of a Call.
-
-    @functools.cached_property
-    def forward(self) -> _Function:
-        return _Function.of(self._part("FORWARD").forward, 1)
-
-    @functools.cached_property
-    def backward(self) -> _Function:
-        return _Function.of(self._part("BACKWARD").backward, 1)
-
-    # And these those of an Extras too.
-
-    @functools.cached_property
-    def forward_extended(self) -> _Function:
-        return _Function.of(self._part("EXTENDED").forward_extended, 2)
-
-    @functools.cached_property
-    def backward_extended(self) -> _Function:
-        return _Function.of(self._part("EXTENDED").backward_extended, 2)
-
-    @functools.cached_property
-    def saved_numbers(self) -> Callable[..., int]:
-        return self._number("saved_numbers", 5)
-
-    @functools.cached_property
-    def saved_numbers_extended(self) -> Callable[..., int]:
-        return self._number("saved_numbers_extended", 7)
-
-    @functools.cached_property
-    def lanes(self) -> Callable[[], int]:
-        return self._number("lanes", 0)
-
-    @functools.cached_property
-    def pointwise(self) -> Callable[..., None]:
-        """Of a number of numbers the sigmoid (0) or the tanh (1), for tests."""
-        function = self._part("FORWARD").pointwise
-        function.argtypes = (ctypes.c_int64, ctypes.c_int64, ctypes.c_void_p, ctypes.c_void_p)
-        function.restype = None
-        return cast(Callable[..., None], function)
 
 
 @functools.cache
@@ -270,18 +149,18 @@ def supports(request: Request) -> str | None:
     """Why this backend cannot serve a request; None when it can."""
     if request.device.type != "cpu":
         return f"the C loops run on the CPU, the input is on {request.device}"
-    if request.dtype not in _TYPES:
+    if request.dtype not in TYPES:
         return f"dtype {request.dtype} is not float32 or float64"
     if struct.calcsize("P") != 8:
         return "pointers are not of eight bytes here"
-    return _library_of(request).need(_parts_of(request))
+    return _library_of(request).need(parts_of(request))
 
 
 def declines(request: Request) -> str | None:
     """Why `auto` leaves a request to others."""
     # The rule first: no compiler is started for what it would not be used for.
     plain = not isinstance(request.cell, OwnCell)
-    if plain and request.device.type == "cpu" and request.dtype in _TYPES:
+    if plain and request.device.type == "cpu" and request.dtype in TYPES:
         reason = rules.slower(request)
         if reason is not None:
             return reason
@@ -298,7 +177,7 @@ def slower_than_torchs_cell(request: Request) -> bool:
 def describe(request: Request, rows: int) -> str:
     """How this backend would go about a request, in a line."""
     found = _library_of(request)
-    reason = found.need(_parts_of(request))
+    reason = found.need(parts_of(request))
     if reason is not None:
         return reason
     threads = rules.threads(request, rows)
@@ -416,7 +295,7 @@ def _in_places(tensors: Sequence[Tensor | None], places: bytes) -> list[int]:
 
 
 def _call(
-    function: _Function,
+    function: Function,
     request: Request,
     team: bytes,
     sizes: int,
@@ -462,7 +341,7 @@ def _call(
 
 
 def run(
-    function: _Function,
+    function: Function,
     phase: str,
     request: Request,
     sizes: "array[int] | None",

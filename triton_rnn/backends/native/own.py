@@ -9,14 +9,14 @@ from collections.abc import Sequence
 
 import torch
 
-from triton_rnn.backends import native
+from triton_rnn.backends.native.parts import Library
 from triton_rnn.cells import OwnCell
 from triton_rnn.own.expression import Node, in_c
 from triton_rnn.own.program import Program
 
 _making = threading.Lock()
 # By cell, which is told apart by identity, and dtype.
-_made: dict[tuple[OwnCell, torch.dtype], native.Library] = {}
+_made: dict[tuple[OwnCell, torch.dtype], Library] = {}
 
 
 def macros(program: Program) -> tuple[str, ...]:
@@ -80,13 +80,13 @@ def header(program: Program) -> str:
     return forward + backward
 
 
-def library(cell: OwnCell, dtype: torch.dtype) -> native.Library:
+def library(cell: OwnCell, dtype: torch.dtype) -> Library:
     """The functions of a cell."""
     with _making:
         found = _made.get((cell, dtype))
         if found is None:
             assert cell.program is not None
             headers = {"own_cell.h": header(cell.program)}
-            found = native.Library(dtype, "OWN", macros(cell.program), headers)
+            found = Library(dtype, "OWN", macros(cell.program), headers)
             _made[cell, dtype] = found
         return found
