@@ -19,7 +19,7 @@ from torch.nn.utils.rnn import pack_padded_sequence
 from torch.utils._pytree import tree_leaves
 
 import triton_rnn
-from triton_rnn import functional
+from triton_rnn import functional, health
 from triton_rnn.backends import native
 from triton_rnn.backends.native import calls, parts
 from triton_rnn.profiling import ranges
@@ -409,6 +409,23 @@ def test_switches_are_facts(monkeypatch):
     finally:
         torch.set_num_threads(before)
     assert teams == [1, 2]
+
+
+def test_a_backend_that_failed_is_a_fact(monkeypatch):
+    gru, x = triton_rnn.GRU(3, 4), torch.randn(6, 2, 3)
+    with torch.no_grad():
+        for _ in range(2):
+            gru(x)
+        chosen = []
+        choose = functional.dispatch.choose
+        monkeypatch.setattr(
+            functional.dispatch, "choose", lambda *args: chosen.append(args) or choose(*args)
+        )
+        gru(x)
+        assert not chosen
+        monkeypatch.setitem(health._failures, ("triton", torch.device("cpu")), "a test")
+        gru(x)
+        assert len(chosen) == 1
 
 
 def test_the_dropout_of_a_known_call_is_drawn_anew():

@@ -420,9 +420,10 @@ static PyObject *empty(Seen *seen, PyObject *input, i64 a, i64 b, i64 c, i64 *po
     for (int i = 0; i < 3; i++)
         if (sizes[i])
             numbers[count++] = own(seen, PyLong_FromLongLong(sizes[i]));
-    PyObject *made = seen->usual ? own(seen, PyObject_CallMethodObjArgs(
-                                                 input, new_empty, numbers[0], numbers[1], numbers[2], NULL))
-                                 : NULL;
+    PyObject *made = NULL;
+    if (seen->usual)
+        made = own(seen, PyObject_CallMethodObjArgs(input, new_empty, numbers[0], numbers[1],
+                                                    numbers[2], NULL));
     Tensor tensor;
     if (!made || !look_at(made, 64, &tensor)) {
         seen->usual = 0;
@@ -490,7 +491,8 @@ static PyObject *run(Seen *seen, PyObject *input, const char *record, const Tens
     }
     PyEval_RestoreThread(state);
     if (failed) {
-        PyErr_SetString(PyExc_MemoryError, "triton_rnn: no memory for the buffers of a recurrent layer");
+        PyErr_SetString(PyExc_MemoryError,
+                        "triton_rnn: no memory for the buffers of a recurrent layer");
         return NULL;
     }
     if (is_cell)

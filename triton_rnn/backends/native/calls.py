@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from triton_rnn import health
 from triton_rnn.backends.native import build
 from triton_rnn.obstacles import QUESTIONS
 
@@ -84,7 +85,7 @@ def functions() -> Functions | None:
         exchange,
         (Tensor, torch.nn.Parameter),
         QUESTIONS,
-        (torch._C._get_mkldnn_enabled, torch.get_num_threads),
+        (torch._C._get_mkldnn_enabled, torch.get_num_threads, health.failures),
         torch.is_grad_enabled,
         _calls,
     )

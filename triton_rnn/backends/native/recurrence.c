@@ -150,7 +150,8 @@ typedef struct {
        OWN weight_hh and bias_hh have OWN_PRODUCTS*H rows. The last of OWN and of NORMALIZED is
        (UNIT_WEIGHTS, H). */
     const void *weights[2][5];
-    /* output (rows, D*P), h_n, c_n as h_0 and c_0, NULL if not wanted: dense. saved: saved_numbers() numbers. */
+    /* output (rows, D*P), h_n, c_n as h_0 and c_0, NULL if not wanted: dense. saved:
+       saved_numbers() numbers. */
     void *output, *h_n, *c_n, *saved;
     /* How many threads to ask for: 1, or more with libgomp's GOMP_parallel and
        omp_get_num_threads. */
@@ -913,7 +914,8 @@ INLINE void step_block(int cell, int R, int U, const Call *call, const Forward *
                 sum[(r * U + u) * K + k] = HAS_NORM ? (vec){0} : load(at + unit + u * LANES);
             }
     if (HAS_PRODUCT)
-        multiply(R, K * U, W, sum, f->operand + row * Pp, Pp, 1, f->is_direct ? 0 : call->output_size,
+        multiply(R, K * U, W, sum, f->operand + row * Pp, Pp, 1,
+                 f->is_direct ? 0 : call->output_size,
                  column_of(&f->state_weight, unit / LANES * K, W), W * LANES,
                  f->state_weight.panel);
 #if defined(NORMALIZED)
@@ -1387,8 +1389,8 @@ static void forward_direction(const Call *call, const i64 *offsets, int d, Forwa
     column = unit, last = end;
     f.is_direct = is_direct(call);
     if (!f.is_direct) {
-        f.input_weight = transpose(call->weights[d][0], G, H, call->input_size, WIDTH, 0, f.weight_ih,
-                                   unit, end);
+        f.input_weight = transpose(call->weights[d][0], G, H, call->input_size, WIDTH, 0,
+                                   f.weight_ih, unit, end);
         f.state_weight = transpose(call->weights[d][1], PRODUCTS[call->cell], H, P,
                                    step_width(call->cell), 1, f.weight_hh, unit, end);
     }
