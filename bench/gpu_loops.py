@@ -25,9 +25,9 @@ class DeviceLoop:
 
     def __call__(self, side: Side, calls: int) -> float:
         with side.context():
-            device, wall = self.stopwatch.loop(side.step, calls)
-        self.wall.setdefault(id(side), []).append(wall)
-        return device
+            times = self.stopwatch.loop(side.step, calls)
+        self.wall.setdefault(id(side), []).append(times.wall)
+        return times.device
 
     def wall_seconds(self, side: Side) -> float:
         """Median seconds per call on the wall."""

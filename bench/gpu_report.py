@@ -187,6 +187,7 @@ def case_line(row: Row) -> list[str]:
         number(row["ratio_auto"]),
         number(row["ratio_triton"]),
         number(row["wall_ratio_auto"]),
+        "/".join(f"{times[name]['host_s'] * 1e6:.0f}" for name in ("cudnn", "auto", "triton")),
         number(row["floor_us"]),
         number(row["floor_share"]),
         "/".join("-" if peak is None else f"{peak / 2**20:.0f}" for peak in peaks),
@@ -204,6 +205,7 @@ CASE_HEADER = (
     "ratio auto",
     "ratio kernels",
     "wall ratio",
+    "host us a call",
     "floor us",
     "floor/measured",
     "peak MiB",
@@ -337,8 +339,9 @@ def markdown(data: Data) -> str:
         failure_list(every),
         "## Time: torch.nn's over ours, geometric means\n",
         "Device time by events, of cuDNN as torch.nn calls it by default, in turn with ours on "
-        "`auto` and with the kernels asked for by name; wall time includes the launches. A step is "
-        "one of the sequence, all layers, projection included.\n",
+        "`auto` and with the kernels asked for by name; wall time includes the launches, host time "
+        "is Python and the launches alone. A step is one of the sequence, all layers, projection "
+        "included.\n",
         by_axis(rows),
         f"## Slower than torch.nn on auto: {len(slow)} of {len(rows)}\n",
         table(CASE_HEADER, map(case_line, slow)),

@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -26,6 +26,21 @@ ROUND_SECONDS, CASE_SECONDS = 0.008, 0.5
 FEWEST_ROUNDS, MOST_ROUNDS, MOST_CALLS = 3, 7, 50
 # Cycles that the device idles for, so that the CPU is ahead of it: about 1.5 ms.
 HEAD_START = 3_000_000
+
+
+class Times(NamedTuple):
+    """Seconds.
+
+    Attributes:
+        device: between two marks that the device passes.
+        wall: from before the first call until the device has done the last.
+        host: until the last call has been handed to the device: what Python and the launches take,
+            unless the device's queue was full.
+    """
+
+    device: float
+    wall: float
+    host: float
 
 
 class Stopwatch:
@@ -55,16 +70,21 @@ class Stopwatch:
         if self.device.type == "cuda":
             torch.cuda._sleep(HEAD_START)
 
-    def loop(self, step: Callable[[], object], calls: int) -> tuple[float, float]:
-        """Seconds per call: on the device, and on the wall with a synchronise at the end."""
+    def loop(self, step: Callable[[], object], calls: int) -> Times:
+        """Seconds per call."""
         self.wait()
         start = time.perf_counter()
         first = self.mark()
         for _ in range(calls):
             step()
         last = self.mark()
+        handed_over = time.perf_counter()
         self.wait()
-        return self.between(first, last) / calls, (time.perf_counter() - start) / calls
+        return Times(
+            self.between(first, last) / calls,
+            (time.perf_counter() - start) / calls,
+            (handed_over - start) / calls,
+        )
 
 
 @dataclass
@@ -168,14 +188,14 @@ def in_turn(
     names, once = list(sides), {}
     for name in names:
         with contexts[name]():
-            once[name] = min(watch.loop(sides[name], 1)[1] for _ in range(3))
+            once[name] = min(watch.loop(sides[name], 1).wall for _ in range(3))
     calls = {
         name: max(1, min(MOST_CALLS, round(ROUND_SECONDS / max(once[name], 1e-6))))
         for name in names
     }
     per_round = sum(calls[name] * once[name] for name in names)
     rounds = max(FEWEST_ROUNDS, min(MOST_ROUNDS, int(CASE_SECONDS / max(per_round, 1e-6))))
-    times: dict[str, list[tuple[float, float]]] = {name: [] for name in names}
+    times: dict[str, list[Times]] = {name: [] for name in names}
     for number in range(rounds):
         for name in names if number % 2 == 0 else names[::-1]:
             with contexts[name]():
@@ -183,12 +203,13 @@ def in_turn(
     return {name: _statistics(times[name], calls[name]) for name in names}
 
 
-def _statistics(times: Sequence[tuple[float, float]], calls: int) -> dict[str, Any]:
-    device = [seconds for seconds, _ in times]
+def _statistics(times: Sequence[Times], calls: int) -> dict[str, Any]:
+    device = [one.device for one in times]
     median = statistics.median(device)
     return {
         "device_s": median,
-        "wall_s": statistics.median(wall for _, wall in times),
+        "wall_s": statistics.median(one.wall for one in times),
+        "host_s": statistics.median(one.host for one in times),
         "spread": (max(device) - min(device)) / median,
         "rounds": len(times),
         "calls": calls,

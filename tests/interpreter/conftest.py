@@ -27,9 +27,9 @@ if INTERPRETED:
 
     @pytest.fixture(autouse=True, scope="session")
     def nothing_in_vain():
-        """A quarter of the interpreter's time goes into two things that change no result: it asks of
-        every sum of integers whether 64 bits would come to another, and without `debug` throws the
-        answer away; and it builds a table of numpy's types anew for every tensor."""
+        """A quarter of the interpreter's time goes into two things that change no result: it asks
+        of every sum of integers whether 64 bits would come to another, and without `debug` throws
+        the answer away; and it builds a table of numpy's types anew for every tensor."""
         options, dtype_of = interpreter.interpreter_builder.options, interpreter._get_np_dtype
         known = functools.cache(dtype_of)
         pointer = dtype_of(interpreter.tl.pointer_type(interpreter.tl.int8))

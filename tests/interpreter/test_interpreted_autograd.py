@@ -61,6 +61,21 @@ def test_the_callers_tensors_keep_every_bit(any_variant, kind, dtype, form):
 
 
 @pytest.mark.parametrize("kind", LAYERS)
+def test_a_gradient_that_is_changed_in_place_is_no_other_ones(variant, kind):
+    """The two biases' are the same numbers, but for a GRU: optimisers change each in place."""
+    _, ours = exact_and_ours(kind, 5, 9, bidirectional=True)
+    input, hx = input_and_hx(kind, ours, 3, 2, 5, batch=2)
+    leaves = [input.requires_grad_(), *ours.parameters()]
+    with triton_rnn.use_backend("triton"):
+        ours(input, hx)[0].sum().backward()
+    before = [leaf.grad.clone() for leaf in leaves]
+    for leaf in leaves:
+        leaf.grad.mul_(2)
+    for leaf, once in zip(leaves, before, strict=True):
+        assert torch.equal(leaf.grad, 2 * once)
+
+
+@pytest.mark.parametrize("kind", LAYERS)
 def test_results_share_no_memory_with_what_was_given(variant, kind):
     """One step, one row: where a state could be handed through instead of copied."""
     _, ours = exact_and_ours(kind, 5, 9)

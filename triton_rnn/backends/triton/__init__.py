@@ -156,5 +156,9 @@ def backward(
     """
     from triton_rnn.backends.triton import layer
 
-    dense = with_zeros(request, input, h_0, c_0, grads)
+    given = list(grads)
+    if c_0 is not None and given[1] is given[2] is None and h_0.shape == c_0.shape:
+        # One block serves both: nothing is written to a gradient that was given.
+        given[1] = given[2] = torch.zeros_like(c_0)
+    dense = with_zeros(request, input, h_0, c_0, given)
     return layer.backward(request, input, batch_sizes, h_0, c_0, weights, saved, dense, needs)

@@ -1,10 +1,11 @@
 """Launching the kernels: what each is compiled for, and what a device must hold for them."""
 
+import ctypes
 import functools
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from triton_rnn import health
 from triton_rnn.backends.triton import own
+from triton_rnn.backends.triton.launcher import Launcher
 from triton_rnn.cells import Cell, OwnCell
 from triton_rnn.kernels.backward import recurrence_backward
 from triton_rnn.kernels.cells import KERNEL_CELLS, KernelCell
@@ -22,7 +24,9 @@ from triton_rnn.request import Request
 # A wait looks so often before it gives up: seconds, where a step takes microseconds.
 POLLS = 1 << 22
 
-interpreted = bool(triton.knobs.runtime.interpret)
+# Of the compiler, for every kernel: a product and a sum are one instruction, which Triton 3.10 will
+# no longer take for granted.
+OPTIONS = {"enable_fp_fusion": True}
 
 
 def kernel_cell(cell: Cell) -> KernelCell:
@@ -161,7 +165,7 @@ def backward_constants(
 
 def recurrence_options(plan: Plan) -> dict[str, Any]:
     """Options of the compiler for a recurrence."""
-    options: dict[str, Any] = {"num_warps": plan.warps, "num_stages": 3}
+    options: dict[str, Any] = {**OPTIONS, "num_warps": plan.warps, "num_stages": 3}
     if torch.version.hip is None:
         # ptxas would rather spill a little than take all registers; one program runs at a time.
         options["maxnreg"] = 255
@@ -255,15 +259,21 @@ def _error_words(device: torch.device) -> Tensor:
     return torch.zeros(len(_KERNELS), dtype=torch.int64, pin_memory=device.type == "cuda")
 
 
+@functools.cache
+def _seen_errors(device: torch.device) -> ctypes.Array[ctypes.c_int64]:
+    """The same memory, for a look that costs no operator."""
+    return (ctypes.c_int64 * len(_KERNELS)).from_address(_error_words(device).data_ptr())
+
+
 def raise_failed_wait(device: torch.device) -> None:
     """Raise what an earlier launch on the device has left behind.
 
     Raises:
         RuntimeError: if one of its programs waited in vain; names kernel and step.
     """
-    words = _error_words(device)
-    if not words.any():
+    if not any(_seen_errors(device)):
         return
+    words = _error_words(device)
     failed = [
         f"{name} recurrence at step {int(word) - 1}"
         for name, word in zip(_KERNELS, words.tolist(), strict=True)
@@ -298,61 +308,110 @@ def pair(tensors: Sequence[Tensor | None], missing: Tensor) -> tuple[Tensor, Ten
     return first, missing if second is None else second
 
 
-def _launch_all(
-    kernel: Any,
-    plan: Plan,
+class Ready(NamedTuple):
+    """A recurrence of one request, all decided.
+
+    Attributes:
+        cell: as the kernels see it.
+        plan: how it is launched; launcher: by what.
+        error: where it notes a wait that ran out, one of `_error_words`.
+    """
+
+    cell: KernelCell
+    plan: Plan
+    launcher: Launcher
+    error: Tensor
+
+
+def ready(request: Request, kernel: str) -> Ready:
+    """The forward or backward recurrence of a request that `supports` has found a plan for."""
+    asked = precision(request.dtype, chip_of(request.device).backend)
+    return _ready(plan_of, request, kernel, asked, forced_variant())
+
+
+@functools.lru_cache(maxsize=4096)
+def _ready(
+    planner: Callable[[Request, str], Plan | None],
     request: Request,
-    arguments: Sequence[Any],
+    kernel: str,
+    precision: str,
+    variant: str | None,
+) -> Ready:
+    """All that decides is among the arguments: also whose plans these are, and of which variant."""
+    plan = planner(request, kernel)
+    assert plan is not None, "supports() has found one"
+    cell = kernel_cell(request.cell)
+    size, directions = request.hidden_size, request.directions
+    function: Any = recurrence_backward
+    if kernel == "forward":
+        function = recurrence_forward
+        constants = forward_constants(
+            cell,
+            plan,
+            size,
+            directions,
+            request.needs_grad,
+            request.biased,
+            request.packed,
+            precision,
+        )
+    else:
+        constants = backward_constants(cell, plan, size, directions, request.packed, precision)
+    launcher = Launcher(function, constants, recurrence_options(plan))
+    return Ready(cell, plan, launcher, _error_words(request.device)[_KERNELS.index(kernel) :])
+
+
+def _launch_all(
+    ready: Ready,
+    request: Request,
+    tensors: Sequence[Tensor],
     states: Sequence[Tensor | None],
     packing: Packing | None,
     last_step: int,
-    constants: dict[str, Any],
-    error: Tensor,
 ) -> None:
     """Launch a recurrence: once, once per direction, or once per step.
 
     Args:
-        arguments: those before the states. states: h and c before, h and c after.
+        tensors: the arguments before the states. states: h and c before, h and c after.
     """
-    device = request.device
+    device, plan = request.device, ready.plan
     missing = nothing(device, request.dtype)
-    sizes = nothing(device, torch.int32) if packing is None else packing.batch_sizes
-    offsets = nothing(device, torch.int64) if packing is None else packing.offsets
+    if packing is None:
+        sizes, offsets = nothing(device, torch.int32), nothing(device, torch.int64)
+    else:
+        sizes, offsets = packing.batch_sizes, packing.offsets
     counters = nothing(device, torch.int32)
     h_in, c_in, h_out, c_out = (missing if state is None else state for state in states)
     spans = [(0, last_step)]
-    if plan.exchange == "launch":
+    stepwise = plan.exchange == "launch"
+    if stepwise:
         # The states between the launches, in float32.
         h_in = h_in.to(torch.float32, copy=True)
         c_in = c_in.to(torch.float32, copy=True)
         spans = [(step, step + 1) for step in range(last_step)]
-    grid = (plan.programs,)
+    after = (h_in, c_in) if stepwise else (h_out, c_out)
     for first in range(0, request.directions, plan.at_once):
         if plan.exchange == "barrier":
             counters = torch.zeros(plan.slots * plan.at_once, dtype=torch.int32, device=device)
+        everything = [*tensors, h_in, c_in, *after, sizes, offsets, counters]
         for begin, end in spans:
-            last = plan.exchange != "launch"
-            kernel[grid](
-                *arguments,
-                h_in,
-                c_in,
-                h_out if last else h_in,
-                c_out if last else c_in,
-                sizes,
-                offsets,
-                counters,
-                error,
-                request.seq_len,
-                request.batch,
-                first,
-                begin,
-                end,
-                plan.slots,
-                POLLS,
-                **constants,
-                **recurrence_options(plan),
+            # The word for errors is pinned memory: Triton asks where the device sees it.
+            ready.launcher(
+                device,
+                plan.programs,
+                everything,
+                (
+                    ready.error,
+                    request.seq_len,
+                    request.batch,
+                    first,
+                    begin,
+                    end,
+                    plan.slots,
+                    POLLS,
+                ),
             )
-    if plan.exchange == "launch":
+    if stepwise:
         h_out.copy_(h_in)
         if states[3] is not None:
             c_out.copy_(c_in)
@@ -376,31 +435,17 @@ def forward(
         w_hh: (P * H, H) of each direction. vectors: what `unit_vectors` loads, of each, or None.
         h_0, c_0: (D, N, H).
     """
-    plan = plan_of(request, "forward")
-    assert plan is not None, "supports() has found one"
-    cell = kernel_cell(request.cell)
-    rows = gates.size(0)
+    found = ready(request, "forward")
     h_n = torch.empty_like(h_0, memory_format=torch.contiguous_format)
     c_n = None if c_0 is None else torch.empty_like(c_0, memory_format=torch.contiguous_format)
     cells = None
-    if request.needs_grad and cell.keeps_c:
-        cells = gates.new_empty(rows, request.directions, request.hidden_size)
-    if plan.exchange == "flag":
+    if request.needs_grad and found.cell.keeps_c:
+        cells = gates.new_empty(gates.size(0), request.directions, request.hidden_size)
+    if found.plan.exchange == "flag":
         _unwritten(output)
     missing = nothing(request.device, request.dtype)
-    constants = forward_constants(
-        cell,
-        plan,
-        request.hidden_size,
-        request.directions,
-        request.needs_grad,
-        request.biased,
-        request.packed,
-        precision(request.dtype, chip_of(request.device).backend),
-    )
     _launch_all(
-        recurrence_forward,
-        plan,
+        found,
         request,
         (
             gates,
@@ -413,8 +458,6 @@ def forward(
         (h_0, c_0, h_n, c_n),
         packing,
         request.seq_len,
-        constants,
-        _error_words(request.device),
     )
     return cells, h_n, c_n
 
@@ -437,28 +480,17 @@ def backward(
         gates: what forward saved. states, initial: cells and c_0, or output and h_0.
         units: the unit weights (U, H) of each direction, or None.
     """
-    plan = plan_of(request, "backward")
-    assert plan is not None, "supports() has found one"
-    cell = kernel_cell(request.cell)
+    found = ready(request, "backward")
     grad_gates = grad_output.new_empty(
-        grad_output.size(0), request.directions, cell.width * request.hidden_size
+        grad_output.size(0), request.directions, found.cell.width * request.hidden_size
     )
     grad_h_0 = torch.empty_like(grad_h_n)
     grad_c_0 = None if grad_c_n is None else torch.empty_like(grad_c_n)
-    if plan.exchange == "flag":
+    if found.plan.exchange == "flag":
         _unwritten(grad_gates)
     missing = nothing(request.device, request.dtype)
-    constants = backward_constants(
-        cell,
-        plan,
-        request.hidden_size,
-        request.directions,
-        request.packed,
-        precision(request.dtype, chip_of(request.device).backend),
-    )
     _launch_all(
-        recurrence_backward,
-        plan,
+        found,
         request,
         (
             grad_output,
@@ -472,7 +504,5 @@ def backward(
         (grad_h_n, grad_c_n, grad_h_0, grad_c_0),
         packing,
         request.seq_len + 1,
-        constants,
-        _error_words(request.device)[1:],
     )
     return grad_gates, grad_h_0, grad_c_0

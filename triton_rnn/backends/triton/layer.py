@@ -8,7 +8,7 @@ the loop. Only h_0 has no m: its part, W_hh h_0, is added to the preactivations 
 import contextlib
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,8 +21,7 @@ from triton_rnn.profiling import ranges
 from triton_rnn.request import Request
 
 
-@dataclass(frozen=True)
-class Weights:
+class Weights(NamedTuple):
     """The weights of a layer, one tensor per direction in each field."""
 
     weight_ih: list[Tensor]
@@ -36,7 +35,7 @@ class Weights:
 def _by_direction(request: Request, weights: Sequence[Tensor]) -> Weights:
     count = len(weights) // request.directions
     own = [
-        [w.detach().contiguous() for w in weights[i : i + count]]
+        [w if w.is_contiguous() else w.contiguous() for w in weights[i : i + count]]
         for i in range(0, len(weights), count)
     ]
     none: list[Tensor | None] = [None] * request.directions
@@ -285,6 +284,9 @@ def _after_the_loop(
     rows = input.reshape(-1, request.input_size) if any(needs[3::count]) else input
     found: list[Tensor | None] = []
     grad_h: list[Tensor] = []
+    # The gradients of biases and of unit weights, for which everything is read once.
+    summed = (request.biased or cell.units > 0) and any(needs[3:])
+    sums = grad_gates.sum(0) if summed else grad_gates[0]
     for d in range(directions):
         wanted = needs[3 + d * count : 3 + (d + 1) * count]
         preact, hidden = grad_preact[:, d], grad_gates[:, d, : cell.products * hidden_size]
@@ -302,13 +304,17 @@ def _after_the_loop(
         else:
             found.append(None)
         if request.biased:
-            found.append(preact.sum(0) if wanted[2] else None)
-            found.append(_in_torch_order(hidden.sum(0), turned) if wanted[3] else None)
+            found.append(sums[d, end - cell.inputs * hidden_size : end] if wanted[2] else None)
+            total = None
+            if wanted[3]:
+                total = sums[d, : cell.products * hidden_size]
+                # Never the memory of the other one's: each may be changed in place.
+                total = _in_torch_order(total, turned) if turned else total.clone()
+            found.append(total)
         if request.cell.projected:
             found.append(products.grad_weight(grad_of_h, states_m) if wanted[-1] else None)
         if isinstance(request.cell, OwnCell):
-            units = grad_gates[:, d, end:]
-            found.append(units.sum(0).view(cell.units, hidden_size) if wanted[-1] else None)
+            found.append(sums[d, end:].view(cell.units, hidden_size) if wanted[-1] else None)
     if request.cell.projected:
         grad_h_0 = torch.stack(grad_h)
     return [*results, grad_h_0, grad_c_0, *found]

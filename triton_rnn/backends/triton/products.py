@@ -5,15 +5,17 @@ where it follows the same rules, that is for 16-bit numbers; for float32 they ar
 whether it may use TF32 is a switch of its own for recurrent layers, which cuBLAS does not know.
 """
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
 from torch import Tensor
 
-from triton_rnn.backends.triton.launch import chip_of, nothing, pair, precision
+from triton_rnn.backends.triton.launch import OPTIONS, chip_of, nothing, pair, precision
+from triton_rnn.backends.triton.launcher import Launcher
 from triton_rnn.kernels.matmul import matmul
 from triton_rnn.kernels.plan import INTERPRETER, Chip
 
@@ -60,9 +62,9 @@ def matmul_constants(
     }
 
 
-def matmul_options(blocks: Blocks) -> dict[str, int]:
+def matmul_options(blocks: Blocks) -> dict[str, Any]:
     """Options of the compiler for `matmul`."""
-    return {"num_warps": blocks.warps, "num_stages": blocks.stages}
+    return {**OPTIONS, "num_warps": blocks.warps, "num_stages": blocks.stages}
 
 
 def _launch(
@@ -91,28 +93,60 @@ def _launch(
         folded: added to the first `fold` columns. total: sum the directions.
     """
     m, n, k = sizes
-    chip = chip_of(a.device)
-    asked = precision(a.dtype, chip.backend)
-    blocks = matmul_blocks(a.dtype.itemsize, n, asked, chip)
-    missing = nothing(a.device, a.dtype)
-    tiles = triton.cdiv(m, blocks.m) * triton.cdiv(n, blocks.n)
-    matmul[(tiles * splits * (1 if total else directions),)](
-        a,
-        *pair(b, missing),
-        *pair(bias, missing),
-        *pair(folded, missing),
-        out,
-        m,
+    device, dtype = a.device, a.dtype
+    missing = nothing(device, dtype)
+    inner, *a_strides = a_rows
+    strides = (*a_strides, a_k, a_d, *b_strides, *out_strides)
+    ready = _ready(
+        device,
+        dtype,
+        precision(dtype, chip_of(device).backend),
+        directions,
+        total,
+        splits,
+        bias[0] is not None,
+        fold,
+        # Rows may be more or fewer at the next launch: of them the kernel knows the width alone.
+        m < 2**31,
         n,
         k,
-        *a_rows,
-        a_k,
-        a_d,
-        *b_strides,
-        *out_strides,
-        **matmul_constants(blocks, directions, total, splits, bias[0] is not None, fold, asked),
-        **matmul_options(blocks),
+        *strides,
     )
+    tiles = -(-m // ready.blocks.m) * -(-n // ready.blocks.n)
+    ready.launcher(
+        device,
+        tiles * splits * (1 if total else directions),
+        (a, *pair(b, missing), *pair(bias, missing), *pair(folded, missing), out),
+        (m, n, k, inner, *strides),
+    )
+
+
+class Ready(NamedTuple):
+    """A product with all decided but its rows."""
+
+    blocks: Blocks
+    launcher: Launcher
+
+
+@functools.lru_cache(maxsize=4096)
+def _ready(
+    device: torch.device,
+    dtype: torch.dtype,
+    precision: str,
+    directions: int,
+    total: bool,
+    splits: int,
+    biased: bool,
+    fold: int,
+    few: bool,
+    columns: int,
+    size: int,
+    *strides: int,
+) -> Ready:
+    """All that the kernel is compiled for is among the arguments."""
+    blocks = matmul_blocks(dtype.itemsize, columns, precision, chip_of(device))
+    constants = matmul_constants(blocks, directions, total, splits, biased, fold, precision)
+    return Ready(blocks, Launcher(matmul, constants, matmul_options(blocks)))
 
 
 def _rows_of(input: Tensor) -> tuple[int, int, int]:
@@ -148,7 +182,7 @@ def project(
         0,
         weight_ih,
         (1, size, 0),
-        gates[:, :, width - columns :],
+        gates if width == columns else gates[:, :, width - columns :],
         (directions * width, width, 0),
         (rows, columns, size),
         directions,

@@ -1,0 +1,257 @@
+"""Launches after the first: what they start, and with what, against Triton's own way.
+
+With a driver that starts nothing, and nothing compiled: a kernel here is the key that Triton finds
+it by. Every launch is made both ways, and both must come to the same kernel and arguments.
+"""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+triton = pytest.importorskip("triton", reason="the kernels need triton, which is for Linux alone")
+
+from own_cells import MinimalGatedUnit, PeepholeLSTM, Uneven  # noqa: E402
+from triton.backends.compiler import GPUTarget  # noqa: E402
+from triton.runtime import driver  # noqa: E402
+from triton.runtime.jit import JITFunction  # noqa: E402
+
+import triton_rnn  # noqa: E402
+from triton_rnn.backends import triton as backend  # noqa: E402
+from triton_rnn.backends.triton import launch, launcher, products  # noqa: E402
+from triton_rnn.cells import CELLS, OwnCell  # noqa: E402
+from triton_rnn.kernels.plan import CHIPS  # noqa: E402
+from triton_rnn.request import Request  # noqa: E402
+
+# No machine has so many, so nothing that it may have compiled is found in the place of ours.
+DEVICE = 99
+
+
+class Kernel:
+    """What Triton would have compiled for a key."""
+
+    function, packed_metadata = 1, ()
+
+    def __init__(self, key, launches):
+        self.key, self.launches = key, launches
+
+    def launch_metadata(self, grid, stream, *args):
+        return "metadata"
+
+    def run(self, x, y, z, stream, function, packed, metadata, enter, leave, *arguments):
+        watched = enter is not None and bool(enter.calls)
+        self.launches.append((self.key, (x, y, z, stream), arguments, metadata, watched))
+
+
+@pytest.fixture
+def launches(monkeypatch):
+    """What was launched: key, grid and stream, arguments, metadata, whether hooks were called."""
+    made = []
+    fake = SimpleNamespace(
+        get_current_device=lambda: DEVICE,
+        get_current_stream=lambda device: 7,
+        get_current_target=lambda: GPUTarget("cuda", 90, 32),
+    )
+
+    def compile_nothing(self, key, *arguments):
+        kernel = self.device_caches[DEVICE][0][key] = Kernel((self.__name__, key), made)
+        return kernel
+
+    def forget():
+        for function in (launch._ready, products._ready):
+            function.cache_clear()
+        for kernel in (launch.recurrence_forward, launch.recurrence_backward, products.matmul):
+            kernel.device_caches.pop(DEVICE, None)
+
+    monkeypatch.setattr(JITFunction, "_do_compile", compile_nothing)
+    monkeypatch.setattr(driver, "_active", fake)
+    for module in (launch, products):
+        monkeypatch.setattr(module, "chip_of", lambda device: CHIPS["H200"])
+    forget()
+    yield made
+    forget()
+
+
+@pytest.fixture
+def both_ways(monkeypatch, launches):
+    """Every launch made twice, by the launcher and by Triton; those that the first made itself."""
+    short = []
+    right = launcher.Launcher.__call__
+
+    def call(self, device, programs, tensors, others):
+        right(self, device, programs, tensors, others)
+        found = launches.pop()
+        self._kernel[(programs,)](*tensors, *others, **self._constants, **self._options)
+        expected = launches.pop()
+        assert found[:2] == expected[:2]
+        assert len(found[2]) == len(expected[2])
+        for ours, theirs in zip(found[2], expected[2], strict=True):
+            if isinstance(theirs, torch.Tensor) and not isinstance(ours, torch.Tensor):
+                assert ours == theirs.data_ptr()
+            else:
+                assert ours is theirs or ours == theirs
+        if found[3] is None:
+            short.append(self)
+
+    monkeypatch.setattr(launcher.Launcher, "__call__", call)
+    return short
+
+
+def request_of(cell, dtype, **changes):
+    made = Request(
+        cell,
+        torch.device("cpu"),
+        dtype,
+        seq_len=5,
+        batch=3,
+        input_size=16,
+        hidden_size=32,
+        output_size=16 if cell.projected else 32,
+        directions=1,
+        biased=True,
+        packed=False,
+        needs_grad=True,
+    )
+    return made._replace(**changes)
+
+
+def run(request, sizes=None, input=None):
+    """A layer, forward and, if asked for, backward, on whatever is in memory."""
+    cell, size, dtype = request.cell, request.hidden_size, request.dtype
+    own = isinstance(cell, OwnCell)
+    rows_hh = cell.products if own else cell.gates
+    shapes = [(cell.gates * size, request.input_size), (rows_hh * size, request.output_size)]
+    shapes += [(cell.gates * size,), (rows_hh * size,)] if request.biased else []
+    shapes += [(request.output_size, size)] if cell.projected else []
+    shapes += [(cell.unit_weights, size)] if own else []
+    weights = [torch.zeros(shape, dtype=dtype) for shape in shapes * request.directions]
+    sizes = sizes if request.packed else []
+    if input is None:
+        leading = (sum(sizes),) if request.packed else (request.seq_len, request.batch)
+        input = torch.zeros(*leading, request.input_size, dtype=dtype)
+    h_0 = torch.zeros(request.directions, request.batch, request.output_size, dtype=dtype)
+    c_0 = None
+    if cell.states == 2:
+        c_0 = torch.zeros(request.directions, request.batch, size, dtype=dtype)
+    results, saved = backend.forward(request, input, sizes, h_0, c_0, weights)
+    if not request.needs_grad:
+        return
+    grads = [results[0].flatten(0, -2), *(None for _ in results[1:])]
+    needs = [True] * 3 + [weight.numel() > 0 for weight in weights]
+    backend.backward(request, input, sizes, h_0, c_0, weights, saved, grads, needs)
+
+
+OWN = {
+    kind.__name__: kind.cell for kind in (PeepholeLSTM, MinimalGatedUnit, Uneven, triton_rnn.IndRNN)
+}
+EVERY_CELL = {**CELLS, **OWN}
+
+
+@pytest.mark.parametrize("packed", [False, True], ids=["padded", "packed"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize("name", EVERY_CELL)
+def test_a_later_launch_is_the_one_that_triton_would_have_made(both_ways, name, dtype, packed):
+    """Other lengths, batches, sizes and layouts, each more than once and in turn."""
+    turns = 0
+    for _ in range(2):
+        for changes in (
+            {},
+            {"directions": 2},
+            {"needs_grad": False},
+            {"biased": False},
+            {"seq_len": 7, "batch": 16},
+            {"hidden_size": 200, "output_size": 16 if EVERY_CELL[name].projected else 200},
+            {"input_size": 1},
+        ):
+            request = request_of(EVERY_CELL[name], dtype, packed=packed, **changes)
+            sizes = [request.batch] * (request.seq_len - 1) + [1]
+            run(request, sizes)
+            run(request, [request.batch, *sizes[:-1]])
+            turns += 1
+    assert len(both_ways) > 3 * turns
+
+
+@pytest.mark.parametrize("variant", ["resident", "cooperative", "streaming", "stepwise"])
+@pytest.mark.parametrize("name", ["gru", "lstm"])
+def test_every_variant_is_launched_as_triton_would(both_ways, monkeypatch, name, variant):
+    monkeypatch.setenv("TRITON_RNN_VARIANT", variant)
+    for _ in range(2):
+        for directions in (1, 2):
+            run(request_of(CELLS[name], torch.bfloat16, hidden_size=128, output_size=128,
+                           directions=directions))  # fmt: skip
+    assert both_ways
+
+
+@pytest.mark.parametrize("layout", ["batch first", "every second", "reversed"])
+def test_an_input_is_read_by_its_own_strides(both_ways, layout):
+    request = request_of(CELLS["gru"], torch.float32)
+    plain = torch.zeros(5, 3, 16)
+    others = {
+        "batch first": torch.zeros(3, 5, 16).transpose(0, 1),
+        "every second": torch.zeros(5, 3, 32)[:, :, ::2],
+        "reversed": torch.zeros(16, 3, 5).permute(2, 1, 0),
+    }
+    for input in (plain, others[layout], plain, others[layout]):
+        run(request, input=input)
+    assert both_ways
+
+
+def test_a_tensor_that_is_not_aligned_gets_a_kernel_of_its_own(both_ways, launches, monkeypatch):
+    request = request_of(CELLS["gru"], torch.float32, needs_grad=False)
+    aligned = torch.zeros(5 * 3 * 16)
+    crooked = torch.zeros(5 * 3 * 16 + 4)[1:-3]
+    assert aligned.data_ptr() % 16 == 0 and crooked.data_ptr() % 16 == 4
+    # The first launch of all is a crooked one: it must not be taken for the others'.
+    for flat in (crooked, aligned, crooked, aligned, aligned):
+        run(request, input=flat.view(5, 3, 16))
+    # Of ten launches the crooked projections, and the first of each kernel, go Triton's way.
+    assert len(both_ways) == 10 - 2 - 2
+
+
+def test_float32_as_the_switch_says_at_every_call(both_ways, monkeypatch):
+    request = request_of(CELLS["lstm"], torch.float32)
+    for precision in ("tf32", "ieee", "tf32", "ieee"):
+        monkeypatch.setattr(torch.backends.cudnn.rnn, "fp32_precision", precision)
+        run(request)
+        both_ways.clear()
+        run(request)
+        kinds = [entry._constants["PRECISION"] for entry in both_ways]
+        # The projection, two recurrences, and what the input and both weights are given.
+        assert kinds == ["tf32" if precision == "tf32" else "tf32x3"] * 6
+
+
+def test_who_listens_to_launches_is_told_of_each(launches):
+    request = request_of(CELLS["lstm"], torch.float16, needs_grad=False)
+    hooks = triton.knobs.runtime.launch_enter_hook
+
+    def hook(metadata):
+        raise AssertionError("the driver calls it, and this one starts nothing")
+
+    def told():
+        launches.clear()
+        run(request)
+        assert len(launches) == 2
+        return [(metadata, watched) for *_, metadata, watched in launches]
+
+    told()
+    assert told() == [(None, False)] * 2
+    hooks.add(hook)
+    try:
+        assert told() == [("metadata", True)] * 2
+    finally:
+        hooks.remove(hook)
+    assert told() == [(None, False)] * 2
+
+
+def test_numbers_are_those_of_each_launch(launches):
+    """The steps of a stepwise plan are launches of one launcher."""
+    request = request_of(CELLS["lstm"], torch.float32, needs_grad=False)
+    launcher_of = launch.ready(request, "forward").launcher
+    tensors = [torch.zeros(64) for _ in range(15)]
+    error = torch.zeros(2, dtype=torch.int64)
+    for step in (3, 4, 5):
+        numbers = (9, 3, 0, step, step + 1, 1, 100)
+        launcher_of(request.device, 6, tensors, (error, *numbers))
+        *_, arguments, _, _ = launches[-1]
+        assert arguments[16:23] == numbers
+        assert arguments[15] is error
