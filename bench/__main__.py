@@ -1,5 +1,5 @@
-"""``python -m bench growth | scaling | beyond | report``: what stands beside ``pytest bench``, the
-benchmark itself.
+"""``python -m bench growth | scaling | beyond | host | report``: what stands beside ``pytest
+bench``, the benchmark itself.
 
 Each command is a module with ``add_options(parser)`` and ``run(options) -> exit code``, imported
 only when it is asked for.
@@ -18,6 +18,7 @@ COMMANDS = {
     "report": "tables, pictures and one page, from the JSON files of stored runs",
     "growth": "how cost grows with steps, batch, hidden size, layers and threads; first results",
     "beyond": "what torch.nn does not have, beside what its users write for it",
+    "host": "what a call on the Triton kernels costs the processor, without a device",
     "scaling": "a training step over one process and more, strong and weak",
 }
 

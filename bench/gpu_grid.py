@@ -174,6 +174,13 @@ OWN_CASES = (
     TimingCase("ind_rnn", "bfloat16", True, 512, 16, 256),
 )
 
+# Few steps, for which the launches cost more than the device: what `auto` does there is not decided
+# by the time of a step.
+SHORT_CASES = tuple(
+    TimingCase("lstm", "bfloat16", training, hidden, 16, steps)
+    for training, hidden, steps in itertools.product((False, True), (64, 512), (1, 8, 32))
+)
+
 REHEARSAL_CASES = (
     TimingCase("lstm", "float16", True, 16, 3, 2),
     TimingCase("gru", "float32", True, 16, 3, 2, directions=2, packed=True),
@@ -217,6 +224,7 @@ TUNING_POINTS = (
     TuningPoint("lstm", "float32", 512, 16, "backward"),
 )
 REHEARSAL_OWN_CASES = (TimingCase("mgu", "float32", True, 16, 3, 2),)
+REHEARSAL_SHORT_CASES = (TimingCase("lstm", "float32", False, 16, 3, 1),)
 REHEARSAL_POINTS = (
     TuningPoint("lstm", "float16", 16, 3, "forward", steps=3),
     TuningPoint("gru", "float32", 16, 3, "backward", steps=3),

@@ -34,10 +34,15 @@ def of(data: Data, part: str) -> list[Row]:
     return found
 
 
-def beside_timing(data: Data) -> list[Row]:
-    """What was timed beside the cases: parts of a step, users' cells."""
+# What is timed beside the cases, which goals and means are not about: parts of a step, users'
+# cells, few steps.
+BESIDE = ("phases", "own", "short")
+
+
+def beside_timing(data: Data, names: Sequence[str] = BESIDE) -> list[Row]:
+    """What was timed beside the cases."""
     timing = data.get("timing", {})
-    return [row for name in ("phases", "own") for row in timing.get(name, {}).get("results", [])]
+    return [row for name in names for row in timing.get(name, {}).get("results", [])]
 
 
 def failures(rows: Iterable[Row]) -> list[Row]:
@@ -127,7 +132,7 @@ def not_reached(data: Data) -> str:
     text = ""
     for part in ("correctness", "timing", "tuning"):
         names = list(data.get(part, {}).get("not_reached", []))
-        for beside in ("phases", "own"):
+        for beside in BESIDE:
             names += data.get(part, {}).get(beside, {}).get("not_reached", [])
         if names:
             text += f"- {part} ({len(names)}): {', '.join(names)}\n"
@@ -212,8 +217,8 @@ CASE_HEADER = (
 )
 
 
-def own_cells(data: Data) -> str:
-    rows = data.get("timing", {}).get("own", {}).get("results", [])
+def cases_beside(data: Data, name: str) -> str:
+    rows = beside_timing(data, [name])
     return table(CASE_HEADER, [case_line(row) for row in rows if row["status"] == "ok"])
 
 
@@ -356,7 +361,10 @@ def markdown(data: Data) -> str:
         phases(data),
         "## Users' cells\n",
         "Beside the plain loop of their steps, which stands where cuDNN does above.\n",
-        own_cells(data),
+        cases_beside(data, "own"),
+        "## Few steps\n",
+        "Where launches cost more than the device does.\n",
+        cases_beside(data, "short"),
         "## Plans of single recurrences\n",
         "One kernel alone, its buffers' allocation and filling included; fastest first.\n",
         tuning(data),

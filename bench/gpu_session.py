@@ -243,22 +243,24 @@ class Session:
         parts_of = gpu_grid.PHASE_CASES[: 2 if self.quick else None]
         if self.is_rehearsal:
             cases, parts_of = list(gpu_grid.REHEARSAL_CASES), gpu_grid.REHEARSAL_CASES[:1]
-        own_cases = gpu_grid.OWN_CASES
+        own_cases, short_cases = gpu_grid.OWN_CASES, gpu_grid.SHORT_CASES
         if self.is_rehearsal:
             own_cases = gpu_grid.REHEARSAL_OWN_CASES
-        phases, own = _empty_part(), _empty_part()
-        part.update(phases=phases, own=own)
+            short_cases = gpu_grid.REHEARSAL_SHORT_CASES
+        phases, own, short = _empty_part(), _empty_part(), _empty_part()
+        part.update(phases=phases, own=own, short=short)
         for first in range(0, len(cases), CHUNK):
             chunk = cases[first : first + CHUNK]
             if first > 0:
                 self._time(part, chunk, self._compile(part, chunk, budget), budget)
                 continue
             # After the anchors, the parts of a training step: soon done, and much is seen in them.
-            also = [case for case in (*parts_of, *own_cases) if case not in chunk]
+            also = [case for case in (*parts_of, *own_cases, *short_cases) if case not in chunk]
             failed = self._compile(part, [*chunk[:4], *also, *chunk[4:]], budget)
             self._time(part, chunk[:4], failed, budget)
             self.run(phases, [_task("phases", case) for case in parts_of], budget.part(0.25))
             self.run(own, [_task("time", case) for case in own_cases], budget.part(0.1))
+            self.run(short, [_task("time", case) for case in short_cases], budget.part(0.1))
             self._time(part, chunk[4:], failed, budget)
 
     def _compile(

@@ -416,6 +416,10 @@ def made_up() -> dict[str, Any]:
                 "results": [timed(case(cell="peephole", training=True), 20.0, 20.0)],
                 "not_reached": ["own-cell-that-had-no-time"],
             },
+            "short": {
+                "results": [timed(gpu_grid.SHORT_CASES[0], 9.0, 7.0)],
+                "not_reached": ["short-one-that-had-no-time"],
+            },
         },
         "tuning": {"results": [tuned()], "not_reached": []},
     }
@@ -469,6 +473,8 @@ def test_the_markdown_tells_what_failed_and_what_was_not_reached():
         "lstm-that-had-no-time",
         "phases-that-had-no-time",
         "own-cell-that-had-no-time",
+        "short-one-that-had-no-time",
+        f"| {gpu_grid.SHORT_CASES[0].id} |",
         "plain loop (no cuDNN)",
         "Slower than torch.nn on auto: 1 of 4",
         "OutOfResources",

@@ -4,72 +4,28 @@ With a driver that starts nothing, and nothing compiled: a kernel here is the ke
 it by. Every launch is made both ways, and both must come to the same kernel and arguments.
 """
 
-from types import SimpleNamespace
-
 import pytest
 import torch
 
 triton = pytest.importorskip("triton", reason="the kernels need triton, which is for Linux alone")
 
 from own_cells import MinimalGatedUnit, PeepholeLSTM, Uneven  # noqa: E402
-from triton.backends.compiler import GPUTarget  # noqa: E402
-from triton.runtime import driver  # noqa: E402
-from triton.runtime.jit import JITFunction  # noqa: E402
 
 import triton_rnn  # noqa: E402
+from bench.__main__ import main  # noqa: E402
+from bench.no_device import no_device  # noqa: E402
 from triton_rnn.backends import triton as backend  # noqa: E402
-from triton_rnn.backends.triton import launch, launcher, products  # noqa: E402
+from triton_rnn.backends.triton import launch, launcher  # noqa: E402
 from triton_rnn.cells import CELLS, OwnCell  # noqa: E402
-from triton_rnn.kernels.plan import CHIPS  # noqa: E402
 from triton_rnn.request import Request  # noqa: E402
-
-# No machine has so many, so nothing that it may have compiled is found in the place of ours.
-DEVICE = 99
-
-
-class Kernel:
-    """What Triton would have compiled for a key."""
-
-    function, packed_metadata = 1, ()
-
-    def __init__(self, key, launches):
-        self.key, self.launches = key, launches
-
-    def launch_metadata(self, grid, stream, *args):
-        return "metadata"
-
-    def run(self, x, y, z, stream, function, packed, metadata, enter, leave, *arguments):
-        watched = enter is not None and bool(enter.calls)
-        self.launches.append((self.key, (x, y, z, stream), arguments, metadata, watched))
 
 
 @pytest.fixture
-def launches(monkeypatch):
-    """What was launched: key, grid and stream, arguments, metadata, whether hooks were called."""
+def launches():
+    """What was launched: see `Told` of bench/no_device.py."""
     made = []
-    fake = SimpleNamespace(
-        get_current_device=lambda: DEVICE,
-        get_current_stream=lambda device: 7,
-        get_current_target=lambda: GPUTarget("cuda", 90, 32),
-    )
-
-    def compile_nothing(self, key, *arguments):
-        kernel = self.device_caches[DEVICE][0][key] = Kernel((self.__name__, key), made)
-        return kernel
-
-    def forget():
-        for function in (launch._ready, products._ready):
-            function.cache_clear()
-        for kernel in (launch.recurrence_forward, launch.recurrence_backward, products.matmul):
-            kernel.device_caches.pop(DEVICE, None)
-
-    monkeypatch.setattr(JITFunction, "_do_compile", compile_nothing)
-    monkeypatch.setattr(driver, "_active", fake)
-    for module in (launch, products):
-        monkeypatch.setattr(module, "chip_of", lambda device: CHIPS["H200"])
-    forget()
-    yield made
-    forget()
+    with no_device(tell=lambda *launch: made.append(launch)):
+        yield made
 
 
 @pytest.fixture
@@ -255,3 +211,12 @@ def test_numbers_are_those_of_each_launch(launches):
         *_, arguments, _, _ = launches[-1]
         assert arguments[16:23] == numbers
         assert arguments[15] is error
+
+
+def test_the_command_that_times_it_prints_and_writes_a_table(tmp_path, capsys):
+    path = tmp_path / "host.md"
+    assert main(["host", "--quick", "--save", str(path)]) == 0
+    rows = [line for line in path.read_text().splitlines() if line.startswith(("| RNN", "| LSTM"))]
+    assert len(rows) == 8
+    assert all(float(row.split("|")[2]) > 0 for row in rows)
+    assert "until a call's launches are made" in capsys.readouterr().out
