@@ -6,22 +6,17 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
-import os
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from rich.console import Console
-from rich.table import Table
 
 from bench import beyond_cells, beyond_loop, beyond_norm, beyond_stream
 from bench.children import RETURN_FREED, run_child
-from bench.machine import CommandError, describe_machine, write
-from bench.turns import QUICK_BUDGET, Budget, Rounds, measure
+from bench.machine import CommandError, check_place, write
+from bench.plain_table import show, to_markdown
+from bench.turns import QUICK_BUDGET, Budget, Rounds, Step, measure
 
 Pair = tuple[str, Callable[[], object], Callable[[], object]]
 SOURCES: tuple[Callable[..., Iterator[Pair]], ...] = (
@@ -33,12 +28,6 @@ SOURCES: tuple[Callable[..., Iterator[Pair]], ...] = (
 HEADER = ("case", "ours", "theirs", "theirs over ours")
 MEMORY_BATCH = 256
 MEMORY_HEADER = (f"peak of ours, N={MEMORY_BATCH}", "of theirs")
-
-
-@dataclass(frozen=True)
-class _Side:
-    step: Callable[[], object]
-    context: Callable[[], AbstractContextManager[object]] = contextlib.nullcontext
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -72,18 +61,10 @@ def _peaks(name: str) -> tuple[str, ...]:
     return tuple(found)
 
 
-def _markdown(header: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
-    facts = ", ".join(f"{name}: {value}" for name, value in describe_machine().items())
-    lines = ["# Beyond torch.nn", "", facts, f"{torch.get_num_threads()} threads", ""]
-    lines += ["| " + " | ".join(row) + " |" for row in (header, ("---",) * len(header), *rows)]
-    return "\n".join(lines) + "\n"
-
-
 def run(options: argparse.Namespace) -> int:
     """Measure and print; the file is written at the end, whole."""
     path: Path | None = options.save
-    if path is not None and (path.is_dir() or not os.access(path.parent, os.W_OK)):
-        raise CommandError(f"cannot write {path}")
+    check_place(path)
     if options.threads is not None:
         if options.threads < 1:
             raise CommandError(f"--threads {options.threads}: a number above 0")
@@ -98,17 +79,13 @@ def run(options: argparse.Namespace) -> int:
             print(name, file=sys.stderr)
             ours()
             theirs()
-            row = _row(name, measure({"ours": _Side(ours), "theirs": _Side(theirs)}, budget))
+            row = _row(name, measure({"ours": Step(ours), "theirs": Step(theirs)}, budget))
             rows.append(row + (_peaks(name) if options.memory else ()))
     if not rows:
         raise CommandError(f"--case {options.case}: there is none")
-    table = Table(title=f"{torch.get_num_threads()} threads")
     header = HEADER + (MEMORY_HEADER if options.memory else ())
-    for number, title in enumerate(header):
-        table.add_column(title, justify="right" if number else "left")
-    for row in rows:
-        table.add_row(*row)
-    Console().print(table)
+    threads = f"{torch.get_num_threads()} threads"
+    show(threads, header, rows)
     if path is not None:
-        write(path, _markdown(header, rows))
+        write(path, to_markdown("Beyond torch.nn", header, rows, threads))
     return 0

@@ -38,7 +38,7 @@ from rich.table import Table
 from bench import first_results
 from bench.cases import Size
 from bench.first_results import OURS, PROVIDERS, TORCH, make_step
-from bench.machine import CommandError, describe_machine, write
+from bench.machine import CommandError, check_place, describe_machine, write
 
 CELLS = ("rnn", "gru", "lstm")
 MODES = ("inference", "training")
@@ -310,8 +310,7 @@ def _axes(asked: Sequence[str] | None, cores: int) -> list[str]:
 def run(options: argparse.Namespace) -> int:
     """Measure, save after every curve, print; returns 1 if a fresh process failed."""
     path: Path | None = options.save
-    if path is not None and (path.is_dir() or not os.access(path.parent, os.W_OK)):
-        raise CommandError(f"cannot write {path}")
+    check_place(path)
     extent = QUICK if options.quick else FULL
     cores = usable_cores()
     axes = _axes(options.axis, cores)

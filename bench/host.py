@@ -9,22 +9,18 @@ they are one row. The sums on a GPU are others; what is left out is what the dri
 from __future__ import annotations
 
 import argparse
-import contextlib
-import os
+import functools
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager
-from dataclasses import dataclass
 from pathlib import Path
 from unittest import mock
 
 import torch
-from rich.console import Console
-from rich.table import Table
 
 import triton_rnn
-from bench.machine import CommandError, describe_machine, write
-from bench.turns import QUICK_BUDGET, Budget, measure
+from bench.machine import CommandError, check_place, write
+from bench.plain_table import show, to_markdown
+from bench.turns import QUICK_BUDGET, Budget, Step, measure
 
 HEADER = ("case", "ours, us", "Triton's way, us", "over ours")
 CELLS = ("RNN", "GRU", "LSTM")
@@ -32,10 +28,9 @@ CELLS = ("RNN", "GRU", "LSTM")
 STEPS, BATCH, HIDDEN = 2, 1, 64
 
 
-@dataclass(frozen=True)
-class _Side:
-    step: Callable[[], object]
-    context: Callable[[], AbstractContextManager[object]] = contextlib.nullcontext
+def _watched() -> bool:
+    """As if somebody listened to launches: he is told by Triton's way alone."""
+    return True
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -72,8 +67,7 @@ def _cases() -> Iterator[tuple[str, Callable[[], object]]]:
 def run(options: argparse.Namespace) -> int:
     """Measure and print; the file is written at the end, whole."""
     path: Path | None = options.save
-    if path is not None and (path.is_dir() or not os.access(path.parent, os.W_OK)):
-        raise CommandError(f"cannot write {path}")
+    check_place(path)
     try:
         from bench.no_device import no_device
         from triton_rnn.backends.triton import launcher
@@ -86,27 +80,15 @@ def run(options: argparse.Namespace) -> int:
         for name, step in _cases():
             print(name, file=sys.stderr)
             step()
-            # Somebody who listens to launches is told by Triton's way alone.
-            sides = {
-                "ours": _Side(step),
-                "Triton's": _Side(
-                    step, lambda: mock.patch.object(launcher, "_is_watched", return_value=True)
-                ),
-            }
+            # A function, not a mock's: that would cost as much as a launch.
+            triton_way = functools.partial(mock.patch.object, launcher, "_is_watched", _watched)
+            sides = {"ours": Step(step), "Triton's": Step(step, triton_way)}
             rounds = measure(sides, QUICK_BUDGET if options.quick else Budget())
             ours, theirs = (rounds.median(side) * 1e6 for side in sides)
             low, high = rounds.ratio_quartiles("ours", "Triton's")
             ratio = f"{theirs / ours:.2f} ({low:.2f}-{high:.2f})"
             rows.append((name, f"{ours:.0f}", f"{theirs:.0f}", ratio))
-    table = Table(title="until a call's launches are made")
-    for number, title in enumerate(HEADER):
-        table.add_column(title, justify="right" if number else "left")
-    for row in rows:
-        table.add_row(*row)
-    Console().print(table)
+    show("until a call's launches are made", HEADER, rows)
     if path is not None:
-        facts = ", ".join(f"{name}: {value}" for name, value in describe_machine().items())
-        lines = ["# Until a call's launches are made, with no device", "", facts, ""]
-        lines += ["| " + " | ".join(row) + " |" for row in (HEADER, ("---",) * len(HEADER), *rows)]
-        write(path, "\n".join(lines) + "\n")
+        write(path, to_markdown("Until a call's launches are made, with no device", HEADER, rows))
     return 0

@@ -77,6 +77,16 @@ def _load() -> str:
     return f"{os.getloadavg()[0]:.2f}" if sys.platform != "win32" else "unknown"
 
 
+def check_place(path: Path | None) -> None:
+    """Refuse a file that cannot be written, before anything is measured for it.
+
+    Raises:
+        CommandError: it is a folder, or in one that is not there or not ours.
+    """
+    if path is not None and (path.is_dir() or not os.access(path.parent, os.W_OK)):
+        raise CommandError(f"cannot write {path}")
+
+
 def write(path: Path, text: str) -> None:
     """All of the text or none of it: who reads the file meanwhile never sees a half.
 

@@ -38,7 +38,7 @@ from torch import nn
 import triton_rnn
 from bench.cases import Size
 from bench.growth import save, thread_counts, usable_cores
-from bench.machine import CommandError, describe_machine
+from bench.machine import CommandError, check_place, describe_machine
 
 ROOT = Path(__file__).parent.parent
 CELLS = ("rnn", "gru", "lstm")
@@ -262,8 +262,7 @@ def _counts(asked: str | None, cores: int, batch: int) -> list[int]:
 def run(options: argparse.Namespace) -> int:
     """Measure, save after every start, print; returns 1 if a start failed."""
     path: Path | None = options.save
-    if path is not None and (path.is_dir() or not os.access(path.parent, os.W_OK)):
-        raise CommandError(f"cannot write {path}")
+    check_place(path)
     if not dist.is_available() or not dist.is_gloo_available():
         raise CommandError("this torch was built without torch.distributed or gloo")
     extent = QUICK if options.quick else FULL

@@ -8,7 +8,7 @@ import os
 import statistics
 import time
 from collections.abc import Callable, Iterable, Mapping
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -26,6 +26,14 @@ class Side(Protocol):
 
     @property
     def context(self) -> Callable[[], AbstractContextManager[object]]: ...
+
+
+@dataclass(frozen=True)
+class Step:
+    """A side that is a function and, perhaps, what it is called inside of."""
+
+    step: Callable[[], object]
+    context: Callable[[], AbstractContextManager[object]] = nullcontext
 
 
 @dataclass(frozen=True)
