@@ -1,10 +1,11 @@
 """The compile gate: every kernel at every plan, compiled ahead of time, read as machine code.
 
 No GPU is needed. ``python -m bench.kernels`` prints a row per kernel: registers, stack, shared
-memory, and what lies inside the loop over time: barriers, global loads and stores, matrix
-instructions (instructions in the code, not times executed). A kernel fails the gate if it uses
-local memory, spills, takes more shared memory than the architecture has, or has no matrix
-instruction though it has a product. ``--all`` compiles the whole grid, which takes a good while.
+memory, and what lies inside the loop over time: instructions of a warp, and of these barriers,
+global loads and stores, matrix instructions (in the code, not times executed). A kernel fails the
+gate if it uses local memory, spills, takes more shared memory than the architecture has, has no
+matrix instruction though it has a product, or has W_hh in shared memory though the plan says
+registers. ``--all`` compiles the whole grid, which takes a good while.
 """
 
 from __future__ import annotations
@@ -78,7 +79,8 @@ class Row:
     Attributes:
         shared, limit: bytes it takes, bytes that there are.
         stack: bytes of local memory.
-        loop: instructions inside the loop over time (a product: over its inner dimension).
+        loop: instructions inside the loop over time (a product: over its inner dimension), by kind
+            and "all".
         problems: why it fails the gate; empty if it passes.
     """
 
@@ -131,6 +133,7 @@ def _recurrence(
     cell = cell_of(cell_name)
     # Full float32 takes other instructions; one plan in three is enough of that.
     asked = ["ieee"] if dtype != torch.float32 or chip.backend == "hip" else ["tf32", "tf32x3"]
+    ptx = launch.ptx(dtype, chip.backend)
     for kernel in ("forward", "backward"):
         for precision in asked:
             copies = launch.copies(precision)
@@ -152,7 +155,15 @@ def _recurrence(
                         dtype,
                         f"{what} {'training' if save else 'inference'}: {_blocks(found)}",
                         launch.forward_constants(
-                            cell, found, hidden_size, directions, save, True, packed, precision
+                            cell,
+                            found,
+                            hidden_size,
+                            directions,
+                            save,
+                            True,
+                            packed,
+                            precision,
+                            ptx,
                         ),
                         launch.recurrence_options(found),
                     )
@@ -163,7 +174,7 @@ def _recurrence(
                     dtype,
                     f"{what}: {_blocks(found)}",
                     launch.backward_constants(
-                        cell, found, hidden_size, directions, packed, precision
+                        cell, found, hidden_size, directions, packed, precision, ptx
                     ),
                     launch.recurrence_options(found),
                 )
@@ -214,9 +225,10 @@ def _short(dtype: torch.dtype) -> str:
 
 
 def _blocks(found: Plan) -> str:
+    kept = f", {found.in_registers} in registers" if found.in_registers else ""
     return (
         f"{found.variant} {found.block_h} x {found.block_n} x {found.block_k}"
-        f" / {found.splits}, {found.warps} warps"
+        f" / {found.splits}, {found.warps} warps{kept}"
     )
 
 
@@ -287,6 +299,13 @@ def examine(kernel: Kernel) -> Row:
         "matrix" in _kinds_of(line) for line in code
     ):
         problems.append("no matrix instruction")
+    constants = dict(kernel.constants)
+    if constants.get("IN_REGISTERS"):
+        weights = constants["GATES"] * constants["BLOCK_H"] ** 2 * kernel.dtype.itemsize
+        # On their way they pass through it a gate at a time. Small ones are hidden by what the step
+        # itself takes.
+        if binary.metadata.shared > weights >= 32 * 1024:
+            problems.append("W_hh is not in registers")
     return Row(
         kernel,
         registers,
@@ -365,6 +384,8 @@ _KINDS = {
     "atomic": r"(ATOM|RED\b|ATOMG|global_atomic|buffer_atomic|flat_atomic)",
     "fence": r"(MEMBAR|FENCE|CCTL|buffer_wbl2|buffer_inv)",
 }
+# Neither a label nor a directive nor a comment.
+_INSTRUCTION = re.compile(r"[A-Za-z]\w*[\w.]*(\s|;|$)")
 _LABEL = re.compile(r"^\s*(\.L_\w+|\.LBB\w+):")
 _BRANCH = re.compile(r"\b(?:BRA\S*|s_c?branch\w*)\s.*?(\.L_\w+|\.LBB\w+)")
 
@@ -392,19 +413,26 @@ def _in_loop(lines: list[str], timed: bool) -> dict[str, int]:
         longest[begin] = max(end, longest.get(begin, 0))
     nested = sorted(longest.items(), key=lambda loop: loop[0] - loop[1])
     begin, end = nested[1] if timed and len(nested) > 1 else nested[0]
-    return dict(Counter(kind for i, kind in kinds if begin < i < end))
+    found = Counter(kind for i, kind in kinds if begin < i < end)
+    found["all"] = sum(bool(_INSTRUCTION.match(_code(line))) for line in lines[begin:end])
+    return dict(found)
+
+
+def _code(line: str) -> str:
+    """An instruction, without what surrounds it."""
+    code = re.sub(r"/\*.*?\*/", "", line).strip()
+    return re.sub(r"^@!?U?P\w+\s+", "", code)
 
 
 def _kinds_of(line: str) -> list[str]:
-    code = re.sub(r"/\*.*?\*/", "", line).strip()
-    code = re.sub(r"^@!?U?P\w+\s+", "", code)
+    code = _code(line)
     return [kind for kind, pattern in _KINDS.items() if re.match(pattern, code)]
 
 
 def table(rows: Iterable[Row]) -> str:
     """The rows as Markdown."""
     kinds = [kind for kind in _KINDS if kind != "async"]
-    head = ["chip", "kernel", "what", "registers", "stack", "shared KB", *kinds, "gate"]
+    head = ["chip", "kernel", "what", "registers", "stack", "shared KB", "all", *kinds, "gate"]
     lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
     for row in rows:
         cells = [
@@ -414,7 +442,7 @@ def table(rows: Iterable[Row]) -> str:
             str(row.registers),
             str(row.stack),
             f"{row.shared / 1024:.0f}",
-            *(str(row.loop.get(kind, 0)) for kind in kinds),
+            *(str(row.loop.get(kind, 0)) for kind in ("all", *kinds)),
             "; ".join(row.problems) or "passes",
         ]
         lines.append("| " + " | ".join(cells) + " |")

@@ -96,6 +96,16 @@ def test_a_resident_step_neither_waits_nor_exchanges(rows):
     assert seen > 0
 
 
+def test_a_resident_step_of_16_bits_reads_no_weights_from_shared_memory(rows):
+    # That W_hh of larger layers is in registers is for the gate itself to see.
+    seen = [row for row in rows if "in registers" in row["what"]]
+    # MI300X, which has 64 KB of shared memory, keeps everything in registers anyway.
+    assert bool(seen) == (rows[0]["limit"] > 64 * 1024)
+    for row in seen:
+        if "H=100" in row["what"] and row["name"] == "forward":
+            assert row["shared"] < 64 * 1024, row
+
+
 KEYS = """
 import json, torch
 import triton_rnn

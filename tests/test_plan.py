@@ -123,6 +123,55 @@ def test_directions_that_do_not_fit_together_are_launched_in_turn():
     )
 
 
+@pytest.mark.parametrize("name", ["A100", "H200", "B200"])
+@pytest.mark.parametrize(
+    ("kernel", "products", "held"),
+    [("forward", 1, 1), ("forward", 4, 4), ("backward", 3, 2), ("backward", 4, 2)],
+)
+def test_a_resident_program_keeps_as_many_gates_in_registers_as_leave_room(
+    name, kernel, products, held
+):
+    """16 bits of 128 x 128 weights are 32 registers of each of 256 threads, which have 255."""
+    found = plan(Shape(kernel, products, 128, 1, 16, 2, 1, 4 * products), CHIPS[name])
+    assert (found.variant, found.block_n, found.warps) == ("resident", 8, 8)
+    assert found.in_registers == held
+    left = (products - held) * 128 * 128 * 2
+    assert left <= found.bytes_on_chip < left + 32 * 128 * 8
+
+
+def test_float32_is_kept_in_shared_memory():
+    for products in (1, 3, 4):
+        found = plan(Shape("forward", products, 64, 1, 16, 4), CHIPS["H200"])
+        assert (found.variant, found.in_registers) == ("resident", 0)
+
+
+def test_a_crowd_is_not_taken_eight_at_a_time():
+    # 2048 sequences are 256 blocks of eight, for 132 multiprocessors.
+    found = plan(Shape("forward", 1, 64, 1, 2048, 2, 1, 3), CHIPS["H200"])
+    assert found.variant == "resident"
+    assert found.block_n > 8
+    assert found.slots <= CHIPS["H200"].multiprocessors
+
+
+def test_where_even_narrow_products_lie_apart_a_backward_is_spread():
+    chip = replace(CHIPS["B200"], narrow_apart=True)
+    for products in (1, 4):
+        forward = plan(Shape("forward", products, 64, 1, 16, 2), chip)
+        assert (forward.variant, forward.in_registers) == ("resident", 0)
+        assert plan(Shape("backward", products, 64, 1, 16, 2), chip).variant == "cooperative"
+
+
+def test_numbers_are_looked_at_in_pairs_where_rows_and_blocks_are_of_whole_pairs():
+    chip = CHIPS["H200"]
+    seen = set()
+    for shape in shapes("forward"):
+        found = plan(shape, chip)
+        possible = shape.itemsize == 2 and shape.hidden_size % 2 == 0 and found.block_k >= 32
+        assert found.pairs == (found.exchange == "flag" and possible), (shape, found)
+        seen.add(found.pairs)
+    assert seen == {True, False}
+
+
 def test_a_chip_that_cannot_launch_cooperatively_gets_no_exchange():
     chip = replace(CHIPS["A100"], cooperative=False)
     for shape in shapes("backward"):

@@ -116,6 +116,7 @@ def exchanging(
     at_once=2,
     splits=2,
     together=1,
+    pairs=False,
 ):
     """Programs that exchange their states, which the planner never gives the interpreter.
 
@@ -135,6 +136,7 @@ def exchanging(
             block_k=block_k,
             splits=splits,
             together=together,
+            pairs=pairs,
             units=-(-request.hidden_size // block_h),
             slots=slots,
             at_once=min(at_once, request.directions),

@@ -20,9 +20,10 @@ from tolerances import run
 from triton.runtime import interpreter
 
 from triton_rnn.backends.triton import launch
-from triton_rnn.kernels import backward, exchange, forward, product
+from triton_rnn.kernels import backward, exchange, forward, product, steps
 
-KERNELS = {"forward": forward, "backward": backward}
+# Where each kernel's part in the exchange is called.
+KERNELS = {"forward": (forward, product), "backward": (backward, product, steps)}
 
 
 def never(*args):
@@ -99,7 +100,7 @@ def is_wrong(monkeypatch, expected, ours, input, hx):
             failed = bool(words.any())
             words.zero_()
         try:
-            assert_as_expected(actual, expected, torch.float32)
+            assert_as_expected(actual, expected, input.dtype)
         except AssertionError:
             return True
         if failed:
@@ -125,13 +126,16 @@ BREAKAGES = {
     ("flag", "no wait"): lambda: {"load_exchanged": load_with(none_of_them)},
     ("flag", "a wait for half a block"): lambda: {"load_exchanged": load_with(half_of_them)},
     ("flag", "no store"): lambda: {"store_exchanged": never},
+    ("pairs", "nothing"): dict,
+    ("pairs", "no wait"): lambda: {"load_exchanged": load_with(none_of_them)},
+    ("pairs", "a wait for half a block"): lambda: {"load_exchanged": load_with(half_of_them)},
 }
 
 
 def break_kernel(monkeypatch, kernel, breakage):
-    """Replace functions of the exchange in one kernel, or in what both of them call."""
+    """Replace functions of the exchange where one kernel calls them."""
     for name, value in breakage.items():
-        found = [module for module in (KERNELS[kernel], product) if hasattr(module, name)]
+        found = [module for module in KERNELS[kernel] if hasattr(module, name)]
         assert found, f"{name} is gone from the kernels: what is it now?"
         for module in found:
             monkeypatch.setattr(module, name, value)
@@ -145,8 +149,13 @@ def break_kernel(monkeypatch, kernel, breakage):
 def test_a_broken_exchange_is_seen(monkeypatch, way, breakage, kernel):
     """Memory that is not written yet is NaN. With nothing broken, the control, all is right."""
     monkeypatch.setattr(launch, "POLLS", 200)
-    exchanging(monkeypatch, *EXCHANGES[way])
-    exact, ours = exact_and_ours("gru", 5, 19)
+    if way == "pairs":
+        # Of two numbers of 16 bits, which rows of an even number of them have.
+        exchanging(monkeypatch, *EXCHANGES["flag"], block_k=32, splits=1, pairs=True)
+        exact, ours = exact_and_ours("gru", 5, 38, dtype=torch.float16)
+    else:
+        exchanging(monkeypatch, *EXCHANGES[way])
+        exact, ours = exact_and_ours("gru", 5, 19)
     input, hx = input_and_hx("gru", ours, 4, 3, 5, batch=3)
     expected = run(exact, input.double(), each_state(torch.Tensor.double, hx))
     break_kernel(monkeypatch, kernel, BREAKAGES[way, breakage]())

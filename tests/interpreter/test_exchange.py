@@ -8,6 +8,8 @@ import itertools
 
 import pytest
 import torch
+import triton
+import triton.language as tl
 from compare import (
     EXCHANGES,
     assert_torchs_numbers,
@@ -18,9 +20,11 @@ from compare import (
     run_on_kernels,
 )
 from threads import AsFarAsItCan, AtRandom, InTurn, Threads
-from tolerances import LAYERS, assert_same_bits
+from tolerances import LAYERS, TOLERANCES, assert_close, assert_same_bits
 
+import triton_rnn
 from triton_rnn.backends.triton import launch
+from triton_rnn.kernels import exchange as exchange_module
 from triton_rnn.kernels.plan import INTERPRETER, Shape, plan
 
 SCHEDULES = {
@@ -117,17 +121,90 @@ def test_no_cut_of_the_inner_dimension_loses_a_part(
     assert {programs for _, programs in threads.launches} == {4}
 
 
+# Sixteen bits have a pattern of their own for what is not written yet. They are looked at two at a
+# time where a row is of whole pairs and a block of 32 or more.
+SINGLE, IN_PAIRS = (19, 16, False), (22, 32, True)
+
+
+@pytest.mark.parametrize(
+    ("exchange", "cut"),
+    [("flag", SINGLE), ("flag", IN_PAIRS), ("barrier", SINGLE), ("streaming", SINGLE)],
+    ids=["flag", "flag_pairs", "barrier", "streaming"],
+)
 @pytest.mark.parametrize(
     ("kind", "form"), zip(LAYERS, itertools.cycle(["padded", "packed"]), strict=False)
 )
-def test_float16_is_exchanged_as_float32_is(monkeypatch, exchange, kind, form):
-    """Sixteen bits have a pattern of their own for what is not written yet."""
-    exchanging(monkeypatch, *EXCHANGES[exchange])
+def test_float16_is_exchanged_as_float32_is(monkeypatch, exchange, kind, form, cut):
+    hidden_size, block_k, pairs = cut
+    exchanging(monkeypatch, *EXCHANGES[exchange], block_k=block_k, pairs=pairs)
     Threads(monkeypatch, lambda: AtRandom(3))
-    exact, ours = exact_and_ours(kind, 5, 19, dtype=torch.float16, bidirectional=True)
+    exact, ours = exact_and_ours(kind, 5, hidden_size, dtype=torch.float16, bidirectional=True)
     input, hx = input_and_hx(kind, ours, 3, 3, 5, batch=3)
     prepare = pack([2, 3, 1]) if form == "packed" else as_it_is
     assert_torchs_numbers(exact, ours, input, hx, prepare=prepare)
+
+
+@pytest.mark.parametrize(
+    ("block_k", "splits", "together"), [(32, 1, 1), (32, 1, 2), (64, 1, 8), (32, 4, 1), (32, 2, 2)]
+)
+def test_no_cut_of_the_inner_dimension_loses_a_pair(monkeypatch, block_k, splits, together):
+    cut = {"block_k": block_k, "splits": splits, "together": together}
+    exchanging(monkeypatch, *EXCHANGES["flag"], pairs=True, **cut)
+    Threads(monkeypatch)
+    exact, ours = exact_and_ours("gru", 5, 54, dtype=torch.float16)
+    input, hx = input_and_hx("gru", ours, 3, 3, 5, batch=3)
+    assert_torchs_numbers(exact, ours, input, hx)
+
+
+def test_pairs_are_read_of_an_initial_state_that_begins_at_an_odd_place(monkeypatch):
+    """Half a pair: such an address a GPU refuses to read 32 bits from."""
+    hidden_size, block_k, pairs = IN_PAIRS
+    exchanging(monkeypatch, *EXCHANGES["flag"], block_k=block_k, pairs=pairs)
+    Threads(monkeypatch)
+    exact, ours = exact_and_ours("gru", 5, hidden_size, dtype=torch.float16)
+    input, hx = input_and_hx("gru", ours, 3, 3, 5, batch=3)
+    odd = torch.cat([hx.new_zeros(1), hx.flatten()])[1:].view_as(hx)
+    assert odd.data_ptr() % 4 == 2
+    addresses = []
+    launched = launch._launch_all
+
+    def watched(ready, request, tensors, *args):
+        # gates, w_hh and vectors of two directions, h_0
+        addresses.append(tensors[5].data_ptr())
+        return launched(ready, request, tensors, *args)
+
+    monkeypatch.setattr(launch, "_launch_all", watched)
+    with triton_rnn.use_backend("triton"), torch.no_grad():
+        actual = ours(input, odd)
+    for mine, torchs in zip(actual, exact(input.double(), odd.double()), strict=True):
+        assert_close(mine.double(), torchs, tolerance=TOLERANCES[torch.float16])
+    assert addresses[0] % 4 == 0
+
+
+@triton.jit
+def look(pairs_ptr, found_ptr, written, SIZE: tl.constexpr):
+    place = tl.arange(0, SIZE)
+    found = exchange_module._unwritten(tl.load(pairs_ptr + place), written != 0, True)
+    tl.store(found_ptr + place, (found != 0).to(tl.int32))
+
+
+def test_a_pair_is_unwritten_if_either_half_is_and_only_then():
+    """The pattern beside every other half, its neighbours among the integers, and many others."""
+    pattern = -2
+    near = torch.tensor([-1, 0, 1, pattern, -3, 0x7FFE, 0x7FFF, -0x8000, -0x7FFF, 0x00FE, -258])
+    halves = torch.cat([near, torch.randint(-0x8000, 0x8000, (1013,), generator=seeded())])
+    low = torch.cat([halves, torch.full_like(halves, pattern), *[halves.roll(i) for i in range(6)]])
+    high = torch.cat([torch.full_like(halves, pattern), halves, *[halves] * 6])
+    pairs = torch.stack([low, high], 1).to(torch.int16).view(torch.int32).flatten()
+    for written in (1, 0):
+        found = torch.full_like(pairs, -1)
+        look[(1,)](pairs, found, written, pairs.numel())
+        expected = ((low == pattern) | (high == pattern)) & bool(written)
+        assert torch.equal(found.bool(), expected)
+
+
+def seeded():
+    return torch.Generator().manual_seed(0)
 
 
 @pytest.mark.parametrize("kind", LAYERS)

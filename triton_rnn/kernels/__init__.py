@@ -1,8 +1,10 @@
 """The Triton kernels. What is here runs on a GPU, or tells how to launch what does.
 
 - `cells`: the pointwise arithmetic of every cell, forward and backward.
+- `functions`: sigmoid, tanh and others, which that is made of.
 - `exchange`: how the programs of one launch hand each other a state.
 - `forward`, `backward`: the recurrence, one kernel each, written over the cell.
+- `steps`, `product`: what both are made of.
 - `matmul`: the products that do not depend on time.
 - `plan`: which variant, which blocks, how many programs (plain Python, no triton).
 

@@ -12,15 +12,22 @@ after the loop: nothing is accumulated here, so the order of additions is always
 import triton
 import triton.language as tl
 
-from triton_rnn.kernels.exchange import arrive, store_exchanged, wait_for_arrivals
+from triton_rnn.kernels.exchange import arrive, wait_for_arrivals
 from triton_rnn.kernels.metadata import backward_metadata
-from triton_rnn.kernels.product import exchanged_product, inner_columns
+from triton_rnn.kernels.product import (
+    exchanged_product,
+    into_registers,
+    kept_weights,
+    on_top,
+    product_zeros,
+)
 from triton_rnn.kernels.steps import (
+    apart,
     load_blocks,
+    load_pair,
     note_failure,
     step_rows,
     store_blocks,
-    to_float,
     unit_vectors,
 )
 
@@ -46,27 +53,46 @@ def _weights(
 
 
 @triton.jit
-def _gate_weights(
+def _all_weights(
     w_hh_ptr,
-    g: tl.constexpr,
+    FIRST: tl.constexpr,
+    COUNT: tl.constexpr,
+    MOST: tl.constexpr,
     H: tl.constexpr,
     GATES: tl.constexpr,
     TURN: tl.constexpr,
     BLOCK_H: tl.constexpr,
 ):
-    """W_hh^T of the gate whose gradients are block g of `grad_gates`: (BLOCK_H, BLOCK_H)."""
-    unit = tl.arange(0, BLOCK_H)
-    row = (g + TURN) % GATES * H + unit
-    mask = (unit < H)[:, None] & (unit < H)[None, :]
-    return tl.load(w_hh_ptr + row[None, :] * H + unit[:, None], mask=mask, other=0.0)
+    """W_hh^T of COUNT gates, in blocks as `on_top` makes of their gradients."""
+    weights = ()
+    for k in tl.static_range(COUNT // MOST):
+        block = _wide_weights(w_hh_ptr, FIRST + k * MOST, MOST, H, GATES, TURN, BLOCK_H)
+        weights = weights + (block,)
+    if MOST == 4 and COUNT % 4 >= 2:
+        block = _wide_weights(w_hh_ptr, FIRST + COUNT // 4 * 4, 2, H, GATES, TURN, BLOCK_H)
+        weights = weights + (block,)
+    if MOST > 1 and COUNT % 2 == 1:
+        block = _wide_weights(w_hh_ptr, FIRST + COUNT - 1, 1, H, GATES, TURN, BLOCK_H)
+        weights = weights + (block,)
+    return weights
 
 
 @triton.jit
-def _before(ptrs, initial_ptrs, has_before, inside):
-    """The states before a step: those of another step, or the initial ones."""
-    later = tl.load(ptrs, mask=inside & has_before, other=0.0)
-    first = tl.load(initial_ptrs, mask=inside & (has_before == 0), other=0.0)
-    return tl.where(has_before, later, first)
+def _wide_weights(
+    w_hh_ptr,
+    g: tl.constexpr,
+    WIDTH: tl.constexpr,
+    H: tl.constexpr,
+    GATES: tl.constexpr,
+    TURN: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+):
+    """Those of gates g, g + 1, ... in the order of `grad_gates`."""
+    unit = tl.arange(0, BLOCK_H)[:, None]
+    column = tl.arange(0, WIDTH * BLOCK_H)[None, :]
+    sent = column % BLOCK_H
+    row = (g + column // BLOCK_H + TURN) % GATES * H + sent
+    return tl.load(w_hh_ptr + row * H + unit, mask=(unit < H) & (sent < H), other=0.0)
 
 
 @triton.jit(
@@ -115,10 +141,13 @@ def recurrence_backward(
     SPLITS: tl.constexpr,
     TOGETHER: tl.constexpr,
     EXCHANGE: tl.constexpr,
+    PAIRS: tl.constexpr,
     ON_CHIP: tl.constexpr,
+    IN_REGISTERS: tl.constexpr,
     HAS_C: tl.constexpr,
     PACKED: tl.constexpr,
     PRECISION: tl.constexpr,
+    PTX: tl.constexpr,
 ):
     """Steps begin <= s < end of AT_ONCE directions, s = 0 being the last step that forward made.
 
@@ -135,9 +164,10 @@ def recurrence_backward(
         The rest is as in `recurrence_forward`.
     """
     HELD: tl.constexpr = EXCHANGE == "none"
+    # Small blocks, taken together, would be shared out among a few threads only.
+    MOST: tl.constexpr = 4 if HELD else 1
     NUM_H: tl.constexpr = (H + BLOCK_H - 1) // BLOCK_H
     INNER: tl.constexpr = GATES * H
-    NUM_K: tl.constexpr = (INNER + SPLITS * BLOCK_K - 1) // (SPLITS * BLOCK_K)
     dtype: tl.constexpr = grad_gates_ptr.dtype.element_ty
 
     pid = tl.program_id(0)
@@ -154,12 +184,28 @@ def recurrence_backward(
 
     weights = ()
     if HELD:
-        for g in tl.static_range(GATES):
-            weights = weights + (_gate_weights(w_hh_ptr, g, H, GATES, TURN, BLOCK_H),)
+        weights = _all_weights(w_hh_ptr, 0, IN_REGISTERS, TOGETHER, H, GATES, TURN, BLOCK_H)
+        if GATES:
+            zeros = product_zeros(polls, BLOCK_H, BLOCK_N, dtype, PRECISION)
+        if IN_REGISTERS:
+            weights = into_registers(weights, zeros, len(weights))
+        weights = weights + _all_weights(
+            w_hh_ptr, IN_REGISTERS, GATES - IN_REGISTERS, TOGETHER, H, GATES, TURN, BLOCK_H
+        )
     elif ON_CHIP:
-        for k in tl.static_range(NUM_K):
-            column = inner_columns(k, INNER, BLOCK_K, SPLITS)
-            weights = weights + (_weights(w_hh_ptr, first, column, H, GATES, TURN, BLOCK_H),)
+        weights = kept_weights(
+            w_hh_ptr,
+            first,
+            _weights,
+            H,
+            GATES,
+            TURN,
+            INNER,
+            BLOCK_H,
+            BLOCK_K,
+            SPLITS,
+            PAIRS,
+        )
 
     unit = first + tl.arange(0, BLOCK_H)
     units = unit_vectors(units_ptr, unit, H, UNITS, 0, BLOCK_H)
@@ -177,6 +223,9 @@ def recurrence_backward(
         dh = tl.load(grad_h_in_ptr + first_state + state_offsets, mask=inside, other=0.0).to(
             tl.float32
         )
+        if HELD and GATES:
+            # From here on all of a step has the layout of the product.
+            dh += zeros
         dc = dh
         if HAS_C:
             dc = tl.load(grad_c_in_ptr + first_state + state_offsets, mask=inside, other=0.0).to(
@@ -191,22 +240,28 @@ def recurrence_backward(
         before_active, before_row = step_rows(t + ahead, T, N, batch_sizes_ptr, offsets_ptr, PACKED)
         now = inside & (n < active)[None, :]
         initial_ptrs = initial_ptr + first_state + state_offsets
-        grad_output = tl.load(grad_output_ptr + row * (D * H) + own, mask=now, other=0.0)
         state = tl.load(states_ptr + row * (D * H) + own, mask=now, other=0.0).to(tl.float32)
-        before = _before(
-            states_ptr + before_row * (D * H) + own,
-            initial_ptrs,
-            (n < before_active)[None, :],
+        if HELD and GATES:
+            state += zeros
+        pair = load_pair(
+            grad_output_ptr + row * (D * H) + own,
+            tl.where(
+                (n < before_active)[None, :],
+                states_ptr + before_row * (D * H) + own,
+                initial_ptrs,
+            ),
+            now,
             inside,
         )
-        before = before.to(tl.float32)
-        saved = load_blocks(gates_ptr + row * (D * ROW * H) + own_saved, now, H, SAVED)
-        factors = FACTORS(to_float(saved), state, before, units)
+        saved = load_blocks(gates_ptr + row * (D * ROW * H) + own_saved, now, H, SAVED, MOST)
 
-        grads = ()
+        sent = ()
         if HELD:
+            nothing = ()
             for _ in tl.static_range(GATES):
-                grads = grads + (tl.zeros((BLOCK_H, BLOCK_N), dtype),)
+                nothing = nothing + (tl.zeros((BLOCK_H, BLOCK_N), dtype),)
+            sent = on_top(nothing, 0, IN_REGISTERS, TOGETHER)
+            sent = sent + on_top(nothing, IN_REGISTERS, GATES - IN_REGISTERS, TOGETHER)
 
         for s in range(begin, end):
             # One step before they are needed, so that memory has a step's time to answer.
@@ -215,22 +270,29 @@ def recurrence_backward(
                 t + ahead, T, N, batch_sizes_ptr, offsets_ptr, PACKED
             )
             next_now = inside & (n < before_active)[None, :]
-            next_grad_output = tl.load(
-                grad_output_ptr + before_row * (D * H) + own, mask=next_now, other=0.0
-            )
-            next_before = _before(
-                states_ptr + next_before_row * (D * H) + own,
-                initial_ptrs,
-                (n < next_before_active)[None, :],
+            next_pair = load_pair(
+                grad_output_ptr + before_row * (D * H) + own,
+                tl.where(
+                    (n < next_before_active)[None, :],
+                    states_ptr + next_before_row * (D * H) + own,
+                    initial_ptrs,
+                ),
+                next_now,
                 inside,
             )
             next_saved = load_blocks(
-                gates_ptr + before_row * (D * ROW * H) + own_saved, next_now, H, SAVED
+                gates_ptr + before_row * (D * ROW * H) + own_saved, next_now, H, SAVED, MOST
             )
 
+            # What no gradient enters, while the others' gradients are still on their way.
+            grad_output, before = apart(pair, 2, 4)
+            if HELD and GATES:
+                before += zeros
+            factors = FACTORS(apart(saved, SAVED, MOST), state, before, units, PTX)
+
             if HELD:
-                for g in tl.static_range(GATES):
-                    dh = tl.dot(weights[g], grads[g], dh, input_precision=PRECISION)
+                for k in tl.static_range(len(weights)):
+                    dh = tl.dot(weights[k], sent[k], dh, input_precision=PRECISION)
             else:
                 if EXCHANGE == "barrier":
                     complete = wait_for_arrivals(counter_ptr, expected, polls * alive)
@@ -265,38 +327,46 @@ def recurrence_backward(
                     SPLITS,
                     TOGETHER,
                     EXCHANGE,
+                    PAIRS,
                     ON_CHIP,
                     PRECISION,
                 )
                 dh += product
 
-            whole_dh = dh + grad_output.to(tl.float32)
-            blocks, direct_dh, before_dc = CELL(factors, whole_dh, dc, units)
+            now = inside & (n < active)[None, :]
+            whole_dh = dh + grad_output
+            blocks, direct_dh, before_dc = CELL(factors, whole_dh, dc, units, PTX)
             if HELD:
                 grads = ()
                 for g in tl.static_range(GATES):
                     # Out of a sequence's steps nothing flows on.
                     grads = grads + (tl.where(now, blocks[g], 0.0).to(dtype),)
+                # Joined here, not where they are multiplied: of an operand that comes from a join
+                # Triton thinks that it was unpacked from 8 bits, and takes another layout.
+                sent = on_top(grads, 0, IN_REGISTERS, TOGETHER)
+                sent = sent + on_top(grads, IN_REGISTERS, GATES - IN_REGISTERS, TOGETHER)
             grad_ptrs = grad_gates_ptr + row * (D * WIDTH * H) + own_grads
-            for g in tl.static_range(GATES):
-                block = blocks[g]
-                if EXCHANGE == "barrier" or EXCHANGE == "flag":
-                    block = tl.where(alive, block, float("nan"))
-                store_exchanged(grad_ptrs + g * H, block, now, EXCHANGE)
+            if EXCHANGE == "none" or EXCHANGE == "launch":
+                store_blocks(grad_ptrs, blocks, now, H, 0, WIDTH, MOST, EXCHANGE)
+            else:
+                good = ()
+                for g in tl.static_range(GATES):
+                    good = good + (tl.where(alive, blocks[g], float("nan")),)
+                store_blocks(grad_ptrs, good, now, H, 0, GATES, MOST, EXCHANGE)
             if EXCHANGE == "barrier":
                 # What a program that gave up has stored is nothing to wait for.
                 if alive:
                     arrive(counter_ptr)
                 expected += NUM_H
-            store_blocks(grad_ptrs, blocks, now, H, GATES, WIDTH)
+            if EXCHANGE == "barrier" or EXCHANGE == "flag":
+                store_blocks(grad_ptrs, blocks, now, H, GATES, WIDTH, MOST, "none")
 
             dh = tl.where(now, direct_dh, dh)
             if HAS_C:
                 dc = tl.where(now, before_dc, dc)
-            factors = FACTORS(to_float(next_saved), before, next_before.to(tl.float32), units)
-            before = next_before.to(tl.float32)
-            grad_output = next_grad_output
-            now = next_now
+            state = before
+            pair = next_pair
+            saved = next_saved
             after_active, after_row = active, row
             active, row = before_active, before_row
             before_active, before_row = next_before_active, next_before_row

@@ -4,18 +4,18 @@ A cell is three functions. With `a` the parts of W_hh h (float32, one block of h
 rows each), `x` the parts of the input's preactivations, `v` numbers of each unit (one column of
 hidden units each):
 
-    forward(a, x, v, h, c) -> h, c, saved          `saved` is what the backward needs
-    factors(saved, state, before, v) -> factors    what a backward step needs that no gradient
-                                                   enters; `state` and `before` are the same state
-                                                   at t and t - 1: c where `keeps_c`, else h
-    backward(factors, dh, dc, v) -> grads, dh_before, dc_before
+    forward(a, x, v, h, c, PTX) -> h, c, saved        `saved` is what the backward needs
+    factors(saved, state, before, v, PTX) -> factors  what a backward step needs that no gradient
+                                                      enters; `state` and `before` are the state at
+                                                      t and t - 1: c where `keeps_c`, else h
+    backward(factors, dh, dc, v, PTX) -> grads, dh_before, dc_before
 
 Forward, `v` are biases of W_hh h that cannot be added to the input's (b_hn of a GRU), then the unit
-weights of a user's cell; backward, the unit weights alone. `backward` is all that stands between
-two steps of the chain. Its `grads` are WIDTH blocks in the order of `grad_gates`; `dh_before` is
-the part of the gradient of h_{t-1} that does not come through W_hh. The functions of a user's cell
-are generated (`backends.triton.own`). Of torch's, with dh, dc the gradients that reach h_t, c_t
-(formulas of torch.nn's documentation):
+weights of a user's cell; backward, the unit weights alone. PTX is as in `functions`. `backward` is
+all that stands between two steps of the chain. Its `grads` are WIDTH blocks in the order of
+`grad_gates`; `dh_before` is the part of the gradient of h_{t-1} that does not come through W_hh.
+The functions of a user's cell are generated (`backends.triton.own`). Of torch's, with dh, dc the
+gradients that reach h_t, c_t (formulas of torch.nn's documentation):
 
     rnn   da = dh (1 - h^2)                       [relu: dh (h > 0)]
     gru   dn = dh (1-z)(1-n^2)   dm = dn r   dr = dn m r(1-r)   dz = dh (h_before - n) z(1-z)
@@ -30,103 +30,78 @@ from typing import Any
 import triton
 import triton.language as tl
 
-
-@triton.jit
-def tanh(x):
-    """To float32's last digits, near zero relative to x itself: a series there, exp elsewhere."""
-    magnitude = tl.abs(x)
-    far = 1.0 - 2.0 / (tl.exp(2.0 * magnitude) + 1.0)
-    far = tl.where(x < 0, -far, far)
-    y = x * x
-    near = -17.0 / 315 + y * (62.0 / 2835)
-    near = -1.0 / 3 + y * (2.0 / 15 + y * near)
-    return tl.where(magnitude < 0.25, x + x * (y * near), far)
+from triton_rnn.kernels.functions import sigmoid, tanh
 
 
 @triton.jit
-def expm1(x):
-    """exp(x) - 1, near zero relative to the result: by tanh there."""
-    half = tanh(0.5 * x)
-    return tl.where(tl.abs(x) < 1.0, 2.0 * half / (1.0 - half), tl.exp(x) - 1.0)
+def rnn_tanh_forward(a, x, v, h, c, PTX: tl.constexpr):
+    return tanh(a[0] + x[0], PTX), c, ()
 
 
 @triton.jit
-def log1p(x):
-    """log(1 + x), near zero relative to the result: what 1 + x has rounded off is made up for."""
-    whole = 1.0 + x
-    lost = tl.where(whole == 1.0, x, tl.log(whole) * (x / (whole - 1.0)))
-    return tl.where(tl.abs(x) < 1.0, lost, tl.log(whole))
-
-
-@triton.jit
-def rnn_tanh_forward(a, x, v, h, c):
-    return tanh(a[0] + x[0]), c, ()
-
-
-@triton.jit
-def rnn_relu_forward(a, x, v, h, c):
+def rnn_relu_forward(a, x, v, h, c, PTX: tl.constexpr):
     preact = a[0] + x[0]
     # Not tl.maximum: a NaN must stay one.
     return tl.where(preact <= 0, 0.0, preact), c, ()
 
 
 @triton.jit
-def gru_forward(a, x, v, h, c):
+def gru_forward(a, x, v, h, c, PTX: tl.constexpr):
     m = a[2] + v[0]
-    r = tl.sigmoid(a[0] + x[0])
-    z = tl.sigmoid(a[1] + x[1])
-    n = tanh(x[2] + r * m)
+    r = sigmoid(a[0] + x[0], PTX)
+    z = sigmoid(a[1] + x[1], PTX)
+    n = tanh(x[2] + r * m, PTX)
     return (1.0 - z) * n + z * h, c, (m, r, z, n)
 
 
 @triton.jit
-def lstm_forward(a, x, v, h, c):
-    i = tl.sigmoid(a[0] + x[0])
-    f = tl.sigmoid(a[1] + x[1])
-    g = tanh(a[2] + x[2])
-    o = tl.sigmoid(a[3] + x[3])
+def lstm_forward(a, x, v, h, c, PTX: tl.constexpr):
+    i = sigmoid(a[0] + x[0], PTX)
+    f = sigmoid(a[1] + x[1], PTX)
+    g = tanh(a[2] + x[2], PTX)
+    o = sigmoid(a[3] + x[3], PTX)
     c = f * c + i * g
-    return o * tanh(c), c, (i, f, g, o)
+    return o * tanh(c, PTX), c, (i, f, g, o)
 
 
 @triton.jit
-def rnn_tanh_factors(saved, state, before, v):
+def rnn_tanh_factors(saved, state, before, v, PTX: tl.constexpr):
     return (1.0 - state * state,)
 
 
 @triton.jit
-def rnn_relu_factors(saved, state, before, v):
+def rnn_relu_factors(saved, state, before, v, PTX: tl.constexpr):
     # As torch has it: a NaN lets the gradient through.
     return (tl.where(state <= 0, 0.0, 1.0),)
 
 
 @triton.jit
-def rnn_tanh_backward(factors, dh, dc, v):
+def rnn_tanh_backward(factors, dh, dc, v, PTX: tl.constexpr):
     return (dh * factors[0],), tl.zeros_like(dh), dc
 
 
 @triton.jit
-def rnn_relu_backward(factors, dh, dc, v):
+def rnn_relu_backward(factors, dh, dc, v, PTX: tl.constexpr):
     # Selected, not multiplied: a NaN ends where the relu is off.
     return (tl.where(factors[0] == 0, 0.0, dh),), tl.zeros_like(dh), dc
 
 
 @triton.jit
-def gru_factors(saved, state, before, v):
+def gru_factors(saved, state, before, v, PTX: tl.constexpr):
     m, r, z, n = saved
     return (1.0 - z) * (1.0 - n * n), r, m * r * (1.0 - r), (before - n) * z * (1.0 - z), z
 
 
 @triton.jit
-def gru_backward(factors, dh, dc, v):
+def gru_backward(factors, dh, dc, v, PTX: tl.constexpr):
     dn = dh * factors[0]
     return (dn * factors[1], dn * factors[2], dh * factors[3], dn), dh * factors[4], dc
 
 
 @triton.jit
-def lstm_factors(saved, state, before, v):
+def lstm_factors(saved, state, before, v, PTX: tl.constexpr):
     i, f, g, o = saved
-    s = tanh(state)
+    s = tanh(state, PTX)
     return (
         o * (1.0 - s * s),
         g * i * (1.0 - i),
@@ -138,7 +113,7 @@ def lstm_factors(saved, state, before, v):
 
 
 @triton.jit
-def lstm_backward(factors, dh, dc, v):
+def lstm_backward(factors, dh, dc, v, PTX: tl.constexpr):
     dc = dc + dh * factors[0]
     grads = (dc * factors[1], dc * factors[2], dc * factors[3], dh * factors[4])
     return grads, tl.zeros_like(dh), dc * factors[5]

@@ -13,13 +13,19 @@ import triton.language as tl
 
 from triton_rnn.kernels.exchange import arrive, store_exchanged, wait_for_arrivals
 from triton_rnn.kernels.metadata import forward_metadata
-from triton_rnn.kernels.product import exchanged_product, inner_columns
+from triton_rnn.kernels.product import (
+    exchanged_product,
+    into_registers,
+    kept_weights,
+    product_zeros,
+)
 from triton_rnn.kernels.steps import (
+    apart,
     load_blocks,
     note_failure,
+    of_four,
     step_rows,
     store_blocks,
-    to_float,
     unit_vectors,
 )
 
@@ -57,15 +63,6 @@ def _gate_weights(w_hh_ptr, g: tl.constexpr, H: tl.constexpr, BLOCK_H: tl.conste
 
 
 @triton.jit
-def _of_four(pairs):
-    """(BLOCK_H, BLOCK_N, 2, 2) as four blocks."""
-    even, odd = tl.split(pairs)
-    first, third = tl.split(even)
-    second, fourth = tl.split(odd)
-    return (first, second, third, fourth)
-
-
-@triton.jit
 def _by_gate(product, GATES: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_N: tl.constexpr):
     """The merged product as one block per gate, and what is padding behind them."""
     if GATES == 1:
@@ -77,9 +74,9 @@ def _by_gate(product, GATES: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_N: tl.co
     elif GATES > 4:
         fours = tl.permute(tl.reshape(product, (BLOCK_H, 2, 2, 2, BLOCK_N)), (0, 4, 2, 3, 1))
         low, high = tl.split(fours)
-        blocks = _of_four(low) + _of_four(high)
+        blocks = of_four(low) + of_four(high)
     else:
-        blocks = _of_four(tl.permute(tl.reshape(product, (BLOCK_H, 2, 2, BLOCK_N)), (0, 3, 1, 2)))
+        blocks = of_four(tl.permute(tl.reshape(product, (BLOCK_H, 2, 2, BLOCK_N)), (0, 3, 1, 2)))
     return blocks
 
 
@@ -126,12 +123,15 @@ def recurrence_forward(
     SPLITS: tl.constexpr,
     TOGETHER: tl.constexpr,
     EXCHANGE: tl.constexpr,
+    PAIRS: tl.constexpr,
     ON_CHIP: tl.constexpr,
+    IN_REGISTERS: tl.constexpr,
     HAS_C: tl.constexpr,
     PACKED: tl.constexpr,
     SAVED: tl.constexpr,
     SAVE_C: tl.constexpr,
     PRECISION: tl.constexpr,
+    PTX: tl.constexpr,
 ):
     """Steps begin <= s < end of AT_ONCE directions; layouts as in the package's docstring.
 
@@ -151,12 +151,16 @@ def recurrence_forward(
         CELL: the cell's `forward`. GATES: P, the parts of the product. INPUTS: those of the input.
         ROW: blocks in a row of `gates`. SAVED: how many of them are replaced for the backward.
         VECTORS: how many numbers of each unit the cell is given; the first ABSENT are zeros.
-        EXCHANGE: "none" if a program owns all units, else one of those in `exchange`.
-        ON_CHIP: keep the rows of W_hh in shared memory for the whole launch; else they stream by.
+        EXCHANGE: "none" if a program owns all units, else one of those in `exchange`; PAIRS: with
+            "flag", whether numbers are looked at two at a time.
+        ON_CHIP: keep the rows of W_hh on the chip for the whole launch; else they stream by.
+        IN_REGISTERS: of how many gates, if a program owns all units, in registers.
+        PRECISION: of products of float32. PTX: see `functions`.
     """
     HELD: tl.constexpr = EXCHANGE == "none"
+    # Small blocks, taken together, would be shared out among a few threads only.
+    MOST: tl.constexpr = 4 if HELD else 1
     NUM_H: tl.constexpr = (H + BLOCK_H - 1) // BLOCK_H
-    NUM_K: tl.constexpr = (H + SPLITS * BLOCK_K - 1) // (SPLITS * BLOCK_K)
     ROWS: tl.constexpr = (GATES if GATES < 3 else (4 if GATES < 5 else 8)) * BLOCK_H
     dtype: tl.constexpr = output_ptr.dtype.element_ty
 
@@ -176,10 +180,24 @@ def recurrence_forward(
     if HELD:
         for g in tl.static_range(GATES):
             weights = weights + (_gate_weights(w_hh_ptr, g, H, BLOCK_H),)
+        if GATES:
+            zeros = product_zeros(polls, BLOCK_H, BLOCK_N, dtype, PRECISION)
+        if IN_REGISTERS:
+            weights = into_registers(weights, zeros, IN_REGISTERS)
     elif ON_CHIP:
-        for k in tl.static_range(NUM_K):
-            column = inner_columns(k, H, BLOCK_K, SPLITS)
-            weights = weights + (_weights(w_hh_ptr, first, column, H, GATES, 0, BLOCK_H),)
+        weights = kept_weights(
+            w_hh_ptr,
+            first,
+            _weights,
+            H,
+            GATES,
+            0,
+            H,
+            BLOCK_H,
+            BLOCK_K,
+            SPLITS,
+            PAIRS,
+        )
 
     unit = first + tl.arange(0, BLOCK_H)
     vectors = unit_vectors(vectors_ptr, unit, H, VECTORS, ABSENT, BLOCK_H)
@@ -195,6 +213,9 @@ def recurrence_forward(
         first_state = d.to(tl.int64) * N * H
         state_offsets = n[None, :] * H + unit[:, None]
         h = tl.load(h_in_ptr + first_state + state_offsets, mask=inside, other=0.0).to(tl.float32)
+        if HELD and GATES:
+            # From here on all of a step has the layout of the product.
+            h += zeros
         c = h
         if HAS_C:
             c = tl.load(c_in_ptr + first_state + state_offsets, mask=inside, other=0.0).to(
@@ -212,6 +233,7 @@ def recurrence_forward(
             inside & (n < active)[None, :],
             H,
             INPUTS,
+            MOST,
         )
 
         for s in range(begin, end):
@@ -223,6 +245,7 @@ def recurrence_forward(
                 inside & (n < next_active)[None, :],
                 H,
                 INPUTS,
+                MOST,
             )
 
             if HELD:
@@ -263,12 +286,13 @@ def recurrence_forward(
                     SPLITS,
                     TOGETHER,
                     EXCHANGE,
+                    PAIRS,
                     ON_CHIP,
                     PRECISION,
                 )
                 a = _by_gate(product, GATES, BLOCK_H, BLOCK_N)
 
-            new_h, new_c, saved = CELL(a, to_float(x), vectors, h, c)
+            new_h, new_c, saved = CELL(a, apart(x, INPUTS, MOST), vectors, h, c, PTX)
             if EXCHANGE == "barrier" or EXCHANGE == "flag":
                 new_h = tl.where(alive, new_h, float("nan"))
             now = inside & (n < active)[None, :]
@@ -280,7 +304,7 @@ def recurrence_forward(
                 expected += NUM_H
             if SAVED:
                 saved_ptrs = gates_ptr + row * (D * ROW * H) + own_gates
-                store_blocks(saved_ptrs, saved, now, H, 0, SAVED)
+                store_blocks(saved_ptrs, saved, now, H, 0, SAVED, MOST, "none")
             if SAVE_C:
                 tl.store(
                     cells_ptr + row * (D * H) + own,

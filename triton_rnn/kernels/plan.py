@@ -1,8 +1,9 @@
 """How to launch a recurrence: which variant, which blocks, how many programs. Plain Python.
 
 A plan is found by trying every shape of blocks that fits the chip and taking the one whose step has
-the lowest floor by `_step_us`. Nothing is measured at run time and nothing depends on the length of
-the sequences, so a plan can be read, tested and compiled ahead with no GPU at hand.
+the lowest floor: latencies, bytes, instructions. Nothing is measured at run time and nothing
+depends on the length of the sequences, so a plan can be read, tested and compiled ahead with no GPU
+at hand.
 
 Variants, the earlier the better where it fits:
 
@@ -21,9 +22,10 @@ import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
-# How long a step takes at the least, in microseconds, from published measurements on an H100; the
-# other chips are taken to be alike. The order of two plans is what counts.
-_WITHIN_US = 0.25  # two products' and one pointwise latency within a multiprocessor
+# How long a step takes at the least, in microseconds, from published measurements on an H100, and
+# how many instructions, from the machine code for it; the other chips are taken to be alike. The
+# order of two plans is what counts.
+_WITHIN_US = 0.25  # latencies of a product and of the pointwise part within a multiprocessor
 _FLAG_US = 0.6  # from one multiprocessor's store to another's load
 _LOOK_US = 0.15  # to look whether a group of blocks is complete
 _BARRIER_US = 1.0
@@ -31,6 +33,16 @@ _LOAD_US = 0.4  # to load what a barrier has let through
 _LAUNCH_US = 5.0
 _L2_BYTES_PER_US = 80e3  # into one multiprocessor, all of them reading
 _SHARED_BYTES_PER_US = 200e3  # from shared memory into the matrix units: 128 bytes a cycle
+_CYCLES_PER_US = 1700.0  # each of a multiprocessor's four schedulers starts an instruction in one
+# Instructions of the pointwise part for an element and a product, forward and backward alike: from
+# the machine code of torch's cells in float16; float32 has twice as many.
+_INSTRUCTIONS = 16
+# And for a number of 16 bits that other programs have computed: to bring it to the matrix unit, and
+# to look whether it is there, by itself or two at a time.
+_MOVED, _LOOKED_AT, _LOOKED_AT_IN_PAIRS = 3, 6, 2
+# `matrix_mflops` that a warp's own matrix instructions reach, which take operands from registers.
+# Later chips have faster ones of several warps, for which a program's few columns are too narrow.
+_WARP_MFLOPS = 4.5
 
 
 @dataclass(frozen=True)
@@ -45,6 +57,8 @@ class Chip:
         matrix_mflops: dense 16-bit arithmetic of one multiprocessor in 1e6 operations per
             microsecond.
         cooperative: whether the device can guarantee that all programs of a launch run at once.
+        narrow_apart: whether even products of eight columns are made in a memory of their own
+            (data-centre Blackwell, by Triton 3.8 and later).
     """
 
     name: str
@@ -54,6 +68,7 @@ class Chip:
     shared_memory: int
     matrix_mflops: float
     cooperative: bool = True
+    narrow_apart: bool = False
 
     @property
     def weight_room(self) -> int:
@@ -91,13 +106,16 @@ class Plan:
         block_h, block_n, block_k: hidden units and sequences of a program; the inner dimension of
             its product is taken block_k at a time.
         splits: parts of that dimension that are added up side by side.
-        together: blocks of it that are waited for together.
+        together: blocks of it that are waited for together; of a resident backward, gates that are
+            multiplied together.
         warps: of a program.
         units: programs along the hidden dimension.
         slots: programs along the batch; each takes every slots-th block of it.
         at_once: directions in a launch; 1 of 2 if both do not fit the chip together.
         bytes_on_chip: shared memory, or registers, that a program is expected to take.
         floor_us: the least a step can take, all sequences and directions, in microseconds.
+        in_registers: of how many gates a resident program keeps W_hh there, not in shared memory.
+        pairs: whether numbers of 16 bits are looked at two at a time, with "flag".
     """
 
     kernel: str
@@ -114,6 +132,8 @@ class Plan:
     at_once: int
     bytes_on_chip: int
     floor_us: float
+    in_registers: int = 0
+    pairs: bool = False
 
     @property
     def programs(self) -> int:
@@ -126,10 +146,11 @@ class Plan:
 
     def __str__(self) -> str:
         directions = "both directions" if self.at_once == 2 else "one direction"
+        held = f", {self.in_registers} gates' W_hh in registers" if self.in_registers else ""
         return (
             f"{self.kernel}: {self.variant} ({self.exchange}), blocks of {self.block_h} units x "
             f"{self.block_n} sequences x {self.block_k}, {self.programs} programs of {self.warps} "
-            f"warps for {directions} at once, {self.bytes_on_chip / 1024:.0f} KB each, floor "
+            f"warps for {directions} at once, {self.bytes_on_chip / 1024:.0f} KB each{held}, floor "
             f"{self.floor_us:.2f} us a step"
         )
 
@@ -187,30 +208,42 @@ def _independent(shape: Shape, chip: Chip) -> Iterator[Plan]:
     waves = _ceil(units * slots * shape.directions, chip.multiprocessors)
     yield Plan(
         shape.kernel, "independent", "none", block_h, block_n, block_h, 1, 1, warps, units, slots,
-        shape.directions, 0, waves * _WITHIN_US,
+        shape.directions, 0, waves * (_WITHIN_US + _pointwise_us(shape, block_h * block_n, warps)),
     )  # fmt: skip
 
 
 def _resident(shape: Shape, chip: Chip) -> Iterator[Plan]:
+    """One program for all units; of 16-bit weights as many gates in registers as leave room."""
     block = max(16, _power_of_two(shape.hidden_size))
-    weight = shape.products * block * block * shape.itemsize * shape.copies
-    if not _compiles_resident(shape, chip, block):
-        return
-    warps = 4 if block <= 64 else 8
     backward = shape.kernel == "backward"
-    small = block <= 32 and (backward or shape.itemsize == 4)
-    narrow = shape.copies > 1 or small or (backward and _multiplies_apart(chip))
-    for block_n in (16,) if narrow else (16, 32, 64):
-        state = block * block_n
+    gate = block * block * shape.itemsize * shape.copies
+    for block_n in (8, 16, 32, 64):
+        narrow = block_n == 8
+        # A matrix instruction has sixteen rows.
+        warps = min(8, max(block // 16, 1 if narrow else 4))
+        if not _compiles_resident(shape, chip, block_n, warps):
+            continue
+        threads = _threads(chip, warps)
+        held = 0
+        if narrow and shape.itemsize == 2:
+            room = (64 if shape.numbers <= 16 else 32) if backward else 128
+            held = min(shape.products, room * threads * 4 // gate)
+        together = 4 if backward and held else 1
+        weight = (shape.products - held) * gate
         # Forward h, backward the gradients of all gates; turned into an operand of the product.
-        sent = state * shape.itemsize * (shape.products if shape.kernel == "backward" else 1)
-        live = state * 4 * max(2 * shape.products + 4, 0.8 * shape.numbers)
-        if live > _threads(chip, warps) * 4 * 150 or weight + sent > chip.weight_room:
+        sent = block * block_n * shape.itemsize * (shape.products if backward else 1)
+        if weight + sent > chip.weight_room or not _fits_resident(
+            shape, chip, block * block_n / threads, narrow
+        ):
             continue
         slots = _ceil(shape.batch, block_n)
         waves = _ceil(slots * shape.directions, chip.multiprocessors)
         flops = 2 * shape.products * block * block * block_n
-        step = _WITHIN_US + _product_us(chip, shape, weight, flops)
+        step = (
+            _WITHIN_US
+            + _pointwise_us(shape, block * block_n, warps)
+            + _product_us(chip, shape, weight, flops, narrow)
+        )
         yield Plan(
             shape.kernel,
             "resident",
@@ -219,14 +252,34 @@ def _resident(shape: Shape, chip: Chip) -> Iterator[Plan]:
             block_n,
             block,
             1,
-            1,
+            together,
             warps,
             1,
             slots,
             shape.directions,
             weight + sent,
             waves * step,
+            held,
         )
+
+
+def _fits_resident(shape: Shape, chip: Chip, elements: float, narrow: bool) -> bool:
+    """Whether a resident program's numbers stay in registers, going by what the compiler made.
+
+    Args:
+        elements: of a block for each thread.
+        narrow: with eight sequences.
+    """
+    needed = elements * (1 + max(shape.products, shape.numbers / 4))
+    # Rows that do not begin at 16 bytes are loaded in pieces, with an address each.
+    in_pieces = shape.hidden_size * shape.itemsize % 16 > 0
+    if narrow:
+        apart = shape.copies > 1 and shape.products > 1 and _multiplies_apart(chip)
+        return needed <= (24 if in_pieces else 28) and not apart
+    if in_pieces:
+        return False
+    most = {2: (40, 32), 4: (32, 20)}[shape.itemsize][shape.kernel == "backward"]
+    return needed <= (most if shape.copies == 1 else most // 2)
 
 
 def _multiplies_apart(chip: Chip) -> bool:
@@ -234,28 +287,34 @@ def _multiplies_apart(chip: Chip) -> bool:
     return isinstance(chip.architecture, int) and 100 <= chip.architecture < 120
 
 
-def _compiles_resident(shape: Shape, chip: Chip, block: int) -> bool:
-    """Whether Triton makes of a resident kernel what it should.
-
-    Where products lie in a memory apart, the compiler (3.6 to 3.9) fails on the backward of one
-    gate, and runs out of registers on the larger float32 products.
-    """
-    if shape.copies > 1 and shape.products > 1 and (shape.kernel == "backward" or block > 32):
+def _compiles_resident(shape: Shape, chip: Chip, block_n: int, warps: int) -> bool:
+    """Whether Triton (3.6 to 3.9) makes what it should of a resident kernel."""
+    backward = shape.kernel == "backward"
+    narrow = block_n == 8
+    if shape.copies > 1 and backward and warps == 1:
+        # Spills.
         return False
-    if shape.copies > 1 and block > 64:
-        return False
-    if not _multiplies_apart(chip):
-        return True
-    if shape.copies > 1:
-        return False
-    if shape.kernel == "backward":
-        return shape.itemsize == 2 and shape.products > 1 and (block <= 64 or shape.products == 3)
-    return True
+    if narrow:
+        return chip.backend == "cuda" and not chip.narrow_apart
+    if chip.backend == "hip":
+        # Wider blocks spill.
+        return block_n == 16
+    # Where products lie in a memory apart, it fails on backwards and spills three products for one.
+    return not _multiplies_apart(chip) or not (backward or shape.copies > 1)
 
 
-def _product_us(chip: Chip, shape: Shape, weight_bytes: int, flops: int) -> float:
+def _pointwise_us(shape: Shape, elements: int, warps: int) -> float:
+    """The cell's arithmetic for so many elements of a program."""
+    each = _INSTRUCTIONS * max(1, shape.products) * shape.itemsize / 2
+    return each * elements / (32 * min(warps, 4)) / _CYCLES_PER_US
+
+
+def _product_us(
+    chip: Chip, shape: Shape, weight_bytes: int, flops: int, narrow: bool = False
+) -> float:
     """A program's part of a product: its weights must reach the matrix units, and be multiplied."""
-    rate = chip.matrix_mflops * 1e6 * (2 / shape.itemsize)
+    mflops = min(chip.matrix_mflops, _WARP_MFLOPS) if narrow else chip.matrix_mflops
+    rate = mflops * 1e6 * (2 / shape.itemsize)
     return max(weight_bytes / _SHARED_BYTES_PER_US, flops / rate)
 
 
@@ -266,13 +325,17 @@ def _spread(shape: Shape, chip: Chip, variant: str) -> Iterator[Plan]:
         exchanges.get(variant, ("launch",)),
         range(1, shape.directions + 1),
         (8, 16, 32, 64),
-        (16, 32, 64),
+        (8, 16, 32, 64),
         (4, 8),
     ):
+        # Blocks of eight sequences are a warp's own matrix instructions', as are those with splits.
+        narrow = block_n == 8
+        if narrow and (variant != "cooperative" or chip.backend == "hip"):
+            continue
         units = _ceil(shape.hidden_size, block_h)
         if variant != "stepwise" and units * at_once > chip.multiprocessors:
             continue
-        for splits in (1, warps):
+        for splits in (warps,) if narrow else (1, warps):
             for block_k in _block_ks(shape.inner, splits):
                 draft = Plan(
                     shape.kernel, variant, exchange, block_h, block_n, block_k, splits, 1, warps,
@@ -291,11 +354,10 @@ def _block_ks(inner: int, splits: int) -> list[int]:
     return [k for k in (128, 64, 32, 16) if _ceil(inner, splits * k) * k == least]
 
 
-def _fits_registers(shape: Shape, draft: Plan, waiting: int) -> bool:
-    """Whether a program's numbers stay in registers, going by what the compiler made of many plans.
+def _room_in_registers(shape: Shape, draft: Plan) -> int:
+    """Bytes of blocks that may be on their way from the others at a time; 0 if nothing fits.
 
-    Args:
-        waiting: bytes of a group of blocks on their way from the others.
+    Going by what the compiler made of many plans.
     """
     block_n, splits, warps = draft.block_n, draft.splits, draft.warps
     threads = 32 * warps
@@ -304,29 +366,26 @@ def _fits_registers(shape: Shape, draft: Plan, waiting: int) -> bool:
     elements = draft.block_h * block_n / threads
     # Wider elements take more instructions, and those more registers.
     wide = shape.itemsize // 2 * shape.copies
-    held = (48 if warps == 4 else 32) // wide
+    backward = shape.kernel == "backward"
     most = 2
-    if shape.kernel == "backward" and splits > 1:
+    if backward and splits > 1:
         most = 8 // warps if shape.products > 1 or shape.numbers > 6 else 16 // warps
     if not draft.on_chip:
-        if rows < (64 if splits == 1 else 16):
-            return False
-        stream = (
-            max(8, 24 // shape.itemsize) if shape.kernel == "backward" else 48 // shape.itemsize
-        )
-        return product <= 32 // wide and elements <= most and waiting <= threads * 4 * stream
-    if shape.kernel == "backward":
-        # A user's cell may have very many numbers; smaller blocks than half there are none.
-        elements *= min(2.0, max(1.0, shape.numbers / 24))
-    if splits == 1 and shape.copies > 1:
-        return False
+        if rows < (64 if splits == 1 else 16) or product > 32 // wide or elements > most:
+            return 0
+        stream = max(8, 24 // shape.itemsize) if backward else 48 // shape.itemsize
+        return threads * 4 * stream
     if splits == 1:
         # Matrix instructions that read W_hh by 64-bit descriptors, which stay in registers too.
-        large = shape.kernel == "forward" and shape.inner <= 512 and warps == 8 and rows >= 128
-        return large and block_n <= 64 // wide and waiting <= threads * 4 * 16
-    if shape.kernel == "forward":
-        return waiting <= threads * 4 * held and product <= 32 // wide and elements <= most
-    return waiting <= threads * 4 * held and elements <= most
+        large = not backward and shape.inner <= 512 and warps == 8 and rows >= 128
+        fits = large and shape.copies == 1 and block_n <= 64 // wide
+        return threads * 4 * 16 if fits else 0
+    if backward:
+        # A user's cell may have very many numbers; smaller blocks than half there are none.
+        fits = elements * min(2.0, max(1.0, shape.numbers / 20)) <= most
+    else:
+        fits = product <= 32 // wide and elements <= most
+    return threads * 4 * ((48 if warps == 4 else 32) // wide) if fits else 0
 
 
 def _most_blocks(shape: Shape, chip: Chip) -> int:
@@ -341,17 +400,18 @@ def _most_blocks(shape: Shape, chip: Chip) -> int:
 def _finished(shape: Shape, chip: Chip, draft: Plan) -> Plan | None:
     """A draft with what follows from its blocks; None if it does not fit the chip."""
     rows = rows_of(shape, draft.block_h)
+    if chip.backend == "hip" and rows < 16:
+        # Triton makes no matrix instruction of fewer.
+        return None
     blocks = _ceil(shape.inner, draft.splits * draft.block_k)
     inner = blocks * draft.splits * draft.block_k
     weight = rows * inner * shape.itemsize * shape.copies
     if chip.backend == "hip":
-        # In registers, sixteen rows at least.
-        weight = max(16, rows) * inner * shape.itemsize
+        # In registers.
+        weight = rows * inner * shape.itemsize
     one_block = draft.splits * draft.block_k * draft.block_n * shape.itemsize
     scratch = draft.splits * rows * draft.block_n * 4 + 2048
-    together = max(
-        (k for k in range(1, blocks + 1) if _fits_registers(shape, draft, k * one_block)), default=0
-    )
+    together = min(blocks, _room_in_registers(shape, draft) // one_block)
     if not together:
         return None
     if draft.on_chip:
@@ -383,14 +443,23 @@ def _finished(shape: Shape, chip: Chip, draft: Plan) -> Plan | None:
         "launch": _LAUNCH_US,
     }[draft.exchange]
     passing = inner * draft.block_n * shape.itemsize + (weight - kept)
+    flag = draft.exchange == "flag"
+    pairs = flag and shape.itemsize == 2 and shape.hidden_size % 2 == 0 and draft.block_k >= 32
+    each = _MOVED * shape.itemsize / 2
+    if flag:
+        each += _LOOKED_AT_IN_PAIRS if pairs else _LOOKED_AT
+    handling = each * inner * draft.block_n / 128 / _CYCLES_PER_US
     flops = 2 * max(16, rows) * inner * draft.block_n
     product = _product_us(chip, shape, weight, flops)
+    pointwise = _pointwise_us(shape, draft.block_h * draft.block_n, draft.warps)
     return replace(
         draft,
         together=together,
         slots=tiles if draft.variant == "stepwise" else min(tiles, side_by_side),
         bytes_on_chip=shared + kept,
-        floor_us=turns * (_WITHIN_US + latency + passing / _L2_BYTES_PER_US + product),
+        floor_us=turns
+        * (_WITHIN_US + latency + passing / _L2_BYTES_PER_US + handling + product + pointwise),
+        pairs=pairs,
     )
 
 
@@ -423,18 +492,22 @@ def _interpreted(shape: Shape, variant: str | None) -> Plan | None:
     block = max(16, _power_of_two(shape.hidden_size))
     block_n = min(64, max(16, _power_of_two(shape.batch)))
     slots = _ceil(shape.batch, block_n)
+    # As on a GPU: of 16-bit weights some of a backward are left where they are.
+    held = 0 if shape.itemsize > 2 else shape.products
+    if shape.kernel == "backward":
+        held = min(held, 2)
     resident = Plan(
-        shape.kernel, "resident", "none", block, block_n, block, 1, 1, 4, 1, slots,
-        shape.directions, 0, 0.0,
+        shape.kernel, "resident", "none", block, block_n, block, 1, 4 if held else 1, 4, 1, slots,
+        shape.directions, 0, 0.0, held,
     )  # fmt: skip
     if shape.products == 0:
-        independent = replace(resident, variant="independent")
+        independent = replace(resident, variant="independent", in_registers=0)
         return independent if variant in (None, "independent") else None
     if variant in (None, "resident"):
         return resident
     if variant != "stepwise":
         return None
-    spread = replace(resident, variant="stepwise", exchange="launch")
+    spread = replace(resident, variant="stepwise", exchange="launch", together=1, in_registers=0)
     half = max(8, block // 2)
     splits = 2 if shape.kernel == "backward" else 1
     return replace(

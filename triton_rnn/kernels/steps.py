@@ -3,6 +3,8 @@
 import triton
 import triton.language as tl
 
+from triton_rnn.kernels.exchange import store_exchanged
+
 
 @triton.jit
 def step_rows(t, T, N, batch_sizes_ptr, offsets_ptr, PACKED: tl.constexpr):
@@ -17,20 +19,124 @@ def step_rows(t, T, N, batch_sizes_ptr, offsets_ptr, PACKED: tl.constexpr):
     return active, row
 
 
+# Blocks side by side in memory are loaded and stored four at a time, as one block with one more
+# dimension: where the layout of memory is not that of the product, Triton then converts all four at
+# once, through shared memory with a barrier before and one behind.
+
+
 @triton.jit
-def load_blocks(ptrs, mask, stride, COUNT: tl.constexpr):
-    """Blocks `stride` elements apart, as they are in memory: a conversion would wait for them."""
+def load_blocks(ptrs, mask, stride, COUNT: tl.constexpr, MOST: tl.constexpr):
+    """COUNT blocks `stride` elements apart, as they are in memory, in groups of MOST (4 or 1).
+
+    `apart` takes them apart later: a conversion would wait for them.
+    """
+    groups = ()
+    for first in tl.static_range(0, COUNT, MOST):
+        groups = groups + (_load_group(ptrs, mask, stride, first, min(MOST, COUNT - first)),)
+    return groups
+
+
+@triton.jit
+def _load_group(ptrs, mask, stride, FIRST: tl.constexpr, LEFT: tl.constexpr):
+    if LEFT == 1:
+        group = tl.load(ptrs + FIRST * stride, mask=mask, other=0.0)
+    else:
+        WIDTH: tl.constexpr = 2 if LEFT == 2 else 4
+        j = tl.arange(0, WIDTH)[None, None, :]
+        every = mask[:, :, None] & (j < LEFT)
+        group = tl.load(ptrs[:, :, None] + (FIRST + j) * stride, mask=every, other=0.0)
+    return group
+
+
+@triton.jit
+def load_pair(first_ptrs, second_ptrs, first_mask, second_mask):
+    """Two blocks from different places: a group for `apart`."""
+    j = tl.arange(0, 2)[None, None, :]
+    ptrs = tl.where(j == 0, first_ptrs[:, :, None], second_ptrs[:, :, None])
+    mask = tl.where(j == 0, first_mask[:, :, None], second_mask[:, :, None])
+    return (tl.load(ptrs, mask=mask, other=0.0),)
+
+
+@triton.jit
+def of_four(pairs):
+    """(BLOCK_H, BLOCK_N, 2, 2) as four blocks."""
+    even, odd = tl.split(pairs)
+    first, third = tl.split(even)
+    second, fourth = tl.split(odd)
+    return (first, second, third, fourth)
+
+
+@triton.jit
+def apart(groups, COUNT: tl.constexpr, MOST: tl.constexpr):
+    """The blocks that `load_blocks` has loaded, in float32, and perhaps one more."""
     blocks = ()
-    for j in tl.static_range(COUNT):
-        blocks = blocks + (tl.load(ptrs + j * stride, mask=mask, other=0.0),)
+    for k in tl.static_range(len(groups)):
+        parts = _parts(groups[k], min(MOST, COUNT - MOST * k))
+        for j in tl.static_range(len(parts)):
+            # Converted one by one: shared memory takes them as they were loaded.
+            blocks = blocks + (parts[j].to(tl.float32),)
     return blocks
 
 
 @triton.jit
-def store_blocks(ptrs, blocks, mask, stride, FIRST: tl.constexpr, COUNT: tl.constexpr):
-    """Store blocks FIRST, FIRST + 1, ... of a tuple, `stride` elements apart."""
-    for j in tl.static_range(FIRST, COUNT):
-        tl.store(ptrs + j * stride, blocks[j].to(ptrs.dtype.element_ty), mask=mask)
+def _parts(group, LEFT: tl.constexpr):
+    if LEFT == 1:
+        parts = (group,)
+    elif LEFT == 2:
+        first, second = tl.split(group)
+        parts = (first, second)
+    else:
+        parts = of_four(tl.reshape(group, (group.shape[0], group.shape[1], 2, 2)))
+    return parts
+
+
+@triton.jit
+def joined(blocks, FIRST: tl.constexpr, WIDTH: tl.constexpr):
+    """Blocks FIRST, FIRST + 1, ... as one with WIDTH (2 or 4) for its third dimension.
+
+    Of what the tuple lacks the last one stands in.
+    """
+    LAST: tl.constexpr = len(blocks) - 1
+    even = blocks[FIRST]
+    odd = blocks[min(FIRST + 1, LAST)]
+    if WIDTH == 4:
+        even = tl.join(even, blocks[min(FIRST + 2, LAST)])
+        odd = tl.join(odd, blocks[min(FIRST + 3, LAST)])
+    pairs = tl.join(even, odd)
+    return tl.reshape(pairs, (pairs.shape[0], pairs.shape[1], WIDTH))
+
+
+@triton.jit
+def store_blocks(
+    ptrs,
+    blocks,
+    mask,
+    stride,
+    FIRST: tl.constexpr,
+    COUNT: tl.constexpr,
+    MOST: tl.constexpr,
+    EXCHANGE: tl.constexpr,
+):
+    """Store blocks FIRST, FIRST + 1, ... of a tuple, `stride` elements apart, as EXCHANGE says."""
+    narrow = ()
+    for j in tl.static_range(COUNT):
+        narrow = narrow + (blocks[j].to(ptrs.dtype.element_ty),)
+    for first in tl.static_range(FIRST, COUNT, MOST):
+        _store_group(ptrs, narrow, mask, stride, first, min(MOST, COUNT - first), EXCHANGE)
+
+
+@triton.jit
+def _store_group(
+    ptrs, blocks, mask, stride, FIRST: tl.constexpr, LEFT: tl.constexpr, EXCHANGE: tl.constexpr
+):
+    if LEFT == 1:
+        store_exchanged(ptrs + FIRST * stride, blocks[FIRST], mask, EXCHANGE)
+    else:
+        WIDTH: tl.constexpr = 2 if LEFT == 2 else 4
+        j = tl.arange(0, WIDTH)[None, None, :]
+        group = joined(blocks, FIRST, WIDTH)
+        every = mask[:, :, None] & (j < LEFT)
+        store_exchanged(ptrs[:, :, None] + (FIRST + j) * stride, group, every, EXCHANGE)
 
 
 @triton.jit
@@ -39,15 +145,6 @@ def note_failure(error_ptr, alive, complete, step):
     if alive & (complete == 0):
         tl.store(error_ptr, step + 1)
     return alive & complete
-
-
-@triton.jit
-def to_float(blocks):
-    """The same blocks in float32."""
-    converted = ()
-    for j in tl.static_range(len(blocks)):
-        converted = converted + (blocks[j].to(tl.float32),)
-    return converted
 
 
 @triton.jit

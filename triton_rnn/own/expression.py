@@ -170,20 +170,22 @@ OPERATIONS: dict[str, Operation] = {
     "div": Operation(torch.div, "{0} / {1}", "{0} / {1}", _of_div),
     "neg": Operation(torch.neg, "-{0}", "-{0}", lambda g, y, d: (g.apply("neg", d),)),
     "sigmoid": Operation(
-        torch.sigmoid, "sigmoid({0})", "tl.sigmoid({0})", _of_sigmoid, costly=True
+        torch.sigmoid, "sigmoid({0})", "sigmoid({0}, PTX)", _of_sigmoid, costly=True
     ),
-    "tanh": Operation(torch.tanh, "hyperbolic_tangent({0})", "tanh({0})", _of_tanh, costly=True),
+    "tanh": Operation(
+        torch.tanh, "hyperbolic_tangent({0})", "tanh({0}, PTX)", _of_tanh, costly=True
+    ),
     "exp": Operation(
         torch.exp,
         "exponential({0})",
-        "tl.exp({0})",
+        "exp({0}, PTX)",
         lambda g, y, d: (g.apply("mul", d, y),),
         costly=True,
     ),
     "expm1": Operation(
         torch.expm1,
         "EACH_LANE(expm1, {0})",
-        "expm1({0})",
+        "expm1({0}, PTX)",
         lambda g, y, d: (g.apply("mul", d, g.apply("add", y, g.constant(1))),),
         costly=True,
     ),

@@ -48,6 +48,7 @@ def chip_of(device: torch.device) -> Chip:
     if hip:
         architecture = properties.gcnArchName.split(":")[0]
     known = [c for c in CHIPS.values() if c.architecture == architecture]
+    version = tuple(int(part) for part in triton.__version__.split(".")[:2])
     return Chip(
         properties.name,
         "hip" if hip else "cuda",
@@ -55,6 +56,7 @@ def chip_of(device: torch.device) -> Chip:
         properties.multi_processor_count,
         limits["max_shared_mem"],
         known[0].matrix_mflops if known else CHIPS["A100"].matrix_mflops,
+        narrow_apart=properties.major == 10 and not hip and version >= (3, 8),
     )
 
 
@@ -108,9 +110,15 @@ def copies(precision: str) -> int:
     return 2 if precision == "tf32x3" else 1
 
 
+def ptx(dtype: torch.dtype, backend: str) -> str:
+    """What `functions` are compiled for; the interpreter follows the formulas of NVIDIA's."""
+    return "" if backend == "hip" else str(dtype).removeprefix("torch.")
+
+
 def _constants(
-    cell: KernelCell, plan: Plan, hidden_size: int, directions: int, packed: bool, precision: str
-) -> dict[str, Any]:
+    cell: KernelCell, plan: Plan, hidden_size: int, directions: int, packed: bool, precision: str,
+    ptx: str,
+) -> dict[str, Any]:  # fmt: skip
     """What both recurrences are compiled for."""
     return {
         "GATES": cell.products,
@@ -123,20 +131,23 @@ def _constants(
         "SPLITS": plan.splits,
         "TOGETHER": plan.together,
         "EXCHANGE": plan.exchange,
+        "PAIRS": plan.pairs,
         "ON_CHIP": plan.on_chip,
+        "IN_REGISTERS": plan.in_registers,
         "HAS_C": cell.has_c,
         "PACKED": packed,
         "PRECISION": precision,
+        "PTX": ptx,
     }
 
 
 def forward_constants(
     cell: KernelCell, plan: Plan, hidden_size: int, directions: int, save: bool, biased: bool,
-    packed: bool, precision: str,
+    packed: bool, precision: str, ptx: str,
 ) -> dict[str, Any]:  # fmt: skip
     """What `recurrence_forward` is compiled for."""
     return {
-        **_constants(cell, plan, hidden_size, directions, packed, precision),
+        **_constants(cell, plan, hidden_size, directions, packed, precision, ptx),
         "CELL": cell.forward,
         "INPUTS": cell.inputs,
         "ROW": cell.row if save else cell.inputs,
@@ -148,11 +159,12 @@ def forward_constants(
 
 
 def backward_constants(
-    cell: KernelCell, plan: Plan, hidden_size: int, directions: int, packed: bool, precision: str
-) -> dict[str, Any]:
+    cell: KernelCell, plan: Plan, hidden_size: int, directions: int, packed: bool, precision: str,
+    ptx: str,
+) -> dict[str, Any]:  # fmt: skip
     """What `recurrence_backward` is compiled for."""
     return {
-        **_constants(cell, plan, hidden_size, directions, packed, precision),
+        **_constants(cell, plan, hidden_size, directions, packed, precision, ptx),
         "FACTORS": cell.factors,
         "CELL": cell.backward,
         "TURN": cell.turn,
@@ -342,6 +354,7 @@ def _ready(
     assert plan is not None, "supports() has found one"
     cell = kernel_cell(request.cell)
     size, directions = request.hidden_size, request.directions
+    exactness = ptx(request.dtype, chip_of(request.device).backend)
     function: Any = recurrence_backward
     if kernel == "forward":
         function = recurrence_forward
@@ -354,9 +367,12 @@ def _ready(
             request.biased,
             request.packed,
             precision,
+            exactness,
         )
     else:
-        constants = backward_constants(cell, plan, size, directions, request.packed, precision)
+        constants = backward_constants(
+            cell, plan, size, directions, request.packed, precision, exactness
+        )
     launcher = Launcher(function, constants, recurrence_options(plan))
     return Ready(cell, plan, launcher, _error_words(request.device)[_KERNELS.index(kernel) :])
 
@@ -443,6 +459,9 @@ def forward(
         cells = gates.new_empty(gates.size(0), request.directions, request.hidden_size)
     if found.plan.exchange == "flag":
         _unwritten(output)
+        if h_0.data_ptr() % 4:
+            # It is read as what the others write, which may be two numbers at a time.
+            h_0 = h_0.clone()
     missing = nothing(request.device, request.dtype)
     _launch_all(
         found,

@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 
 from triton_rnn.cells import OwnCell
-from triton_rnn.kernels import cells
+from triton_rnn.kernels import functions
 from triton_rnn.kernels.cells import KernelCell
 from triton_rnn.own.expression import Graph, Node, in_triton, reachable
 from triton_rnn.own.program import Program, to_keep
@@ -157,7 +157,7 @@ class _Text:
         kept = [_number(node, names[node]) for node in self.kept]
         returned = ", ".join([*states, "c"][:2])
         lines += [*statements, f"return {returned}, {_tuple(kept)}"]
-        return _function("own_forward(a, x, v, h, c)", lines)
+        return _function("own_forward(a, x, v, h, c, PTX: tl.constexpr)", lines)
 
     def _units(self) -> dict[tuple[str, int], str]:
         return {("unit", k): f"v[{k}]" for k in range(self.program.unit_weights)}
@@ -172,7 +172,8 @@ class _Text:
         lines, names = in_triton(self.factors, known)
         found = [_number(node, names[node]) for node in self.factors]
         return _function(
-            "own_factors(saved, state, before, v)", [*lines, f"return {_tuple(found)}"]
+            "own_factors(saved, state, before, v, PTX: tl.constexpr)",
+            [*lines, f"return {_tuple(found)}"],
         )
 
     def backward(self) -> str:
@@ -187,7 +188,9 @@ class _Text:
             for nodes in (self.blocks, self.before)
         )
         returned = ", ".join([_tuple(blocks), *[*before, "dc"][:2]])
-        return _function("own_backward(factors, dh, dc, v)", [*lines, f"return {returned}"])
+        return _function(
+            "own_backward(factors, dh, dc, v, PTX: tl.constexpr)", [*lines, f"return {returned}"]
+        )
 
     def whole(self) -> str:
         return (self.forward() + self.factors_of() + self.backward()).rstrip() + "\n"
@@ -205,7 +208,7 @@ def _compiled(text: str) -> dict[str, Any]:
         "__name__": __name__,
         "triton": triton,
         "tl": tl,
-        **{function: getattr(cells, function) for function in ("tanh", "expm1", "log1p")},
+        **{name: getattr(functions, name) for name in ("sigmoid", "tanh", "exp", "expm1", "log1p")},
     }
     exec(compile(text, name, "exec"), namespace)
     return namespace

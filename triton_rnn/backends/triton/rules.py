@@ -11,8 +11,8 @@ from triton_rnn.backends.triton import launch
 from triton_rnn.cells import OwnCell
 from triton_rnn.request import Request
 
-# A plan's floor counts what cannot be avoided; so much more a step may take.
-_OVER_FLOOR = 1.5
+# A plan's floor counts latencies, bytes and instructions; so much more a step may take.
+_OVER_FLOOR = 1.2
 # cuDNN in microseconds per step: its kernels that keep the weights on the chip, and a product and a
 # pointwise kernel per step.
 _PERSISTENT_US = 2.0
