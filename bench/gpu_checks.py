@@ -237,11 +237,22 @@ def _own() -> list[CheckCase]:
     ]
 
 
+def _crowds() -> list[CheckCase]:
+    """So many sequences that resident programs take more than eight at once, or come in waves."""
+    case = CheckCase("numbers", "lstm", "float16", "resident", 64, 2500, 7, training=False)
+    return [
+        case,
+        replace(case, cell="gru", dtype="float32_tf32", hidden=32, training=True),
+        replace(case, cell="rnn_tanh", dtype="bfloat16", training=True, form="packed"),
+        replace(case, dtype="bfloat16", hidden=128, training=True),
+    ]
+
+
 def check_cases() -> list[CheckCase]:
     """All checks, the most informative first, the same at every call.
 
     1. A covering of all pairs of axis values, with the special checks let in between, one for two,
-    and users' cells after the first few; 2. every cell, dtype and variant once.
+    and users' cells and crowds after the first few; 2. every cell, dtype and variant once.
     """
     pairs = [CheckCase("numbers", **values) for values in covering(AXES, SEED, _allowed)]
     specials = _specials()
@@ -249,7 +260,7 @@ def check_cases() -> list[CheckCase]:
     for number in range(0, max(len(pairs), 2 * len(specials)), 2):
         mixed += pairs[number : number + 2]
         mixed += specials[number // 2 : number // 2 + 1]
-    return _once([*mixed[:24], *_own(), *mixed[24:], *_products()])
+    return _once([*mixed[:24], *_own(), *_crowds(), *mixed[24:], *_products()])
 
 
 def rehearsal_cases() -> list[CheckCase]:

@@ -181,8 +181,8 @@ def _neighbours(chosen: Plan, plans: Sequence[Plan]) -> list[Plan]:
 def candidates(point: TuningPoint, device: torch.device) -> list[Plan]:
     """The planner's choice first, then what is worth a try beside it.
 
-    The other exchange, other warps, and of all that the planner looks at by turns the nearest to
-    its choice and the one with the lowest floor.
+    The other exchange, W_hh not in registers or all of it, other warps, and of all that the planner
+    looks at by turns the nearest to its choice and the one with the lowest floor.
     """
     from triton_rnn.backends.triton import launch
 
@@ -200,6 +200,9 @@ def candidates(point: TuningPoint, device: torch.device) -> list[Plan]:
         )
         # The planner's own, if it knows it, for the floor.
         found.append(next((plan for plan in plans if _launch_of(plan) == _launch_of(other)), other))
+    if chosen.in_registers:
+        products = launch.kernel_cell(request.cell).products
+        found += [dataclasses.replace(chosen, in_registers=held) for held in (0, products)]
     found += [dataclasses.replace(chosen, warps=warps) for warps in (4, 8, 16)]
     found += [plan for pair in zip(near, fast, strict=True) for plan in pair]
     distinct: dict[Plan, Plan] = {}
