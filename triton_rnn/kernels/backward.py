@@ -24,7 +24,6 @@ from triton_rnn.kernels.product import (
 from triton_rnn.kernels.steps import (
     apart,
     load_blocks,
-    load_pair,
     note_failure,
     step_rows,
     store_blocks,
@@ -93,6 +92,19 @@ def _wide_weights(
     sent = column % BLOCK_H
     row = (g + column // BLOCK_H + TURN) % GATES * H + sent
     return tl.load(w_hh_ptr + row * H + unit, mask=(unit < H) & (sent < H), other=0.0)
+
+
+@triton.jit
+def _gradient_and_before(grad_output_ptrs, states_ptrs, initial_ptrs, has_before, now, inside):
+    """Of a step the gradient of its output and the state before it: a group for `apart`.
+
+    That state is another step's or the initial one.
+    """
+    j = tl.arange(0, 2)[None, None, :]
+    before_ptrs = tl.where(has_before, states_ptrs, initial_ptrs)
+    ptrs = tl.where(j == 0, grad_output_ptrs[:, :, None], before_ptrs[:, :, None])
+    mask = tl.where(j == 0, now[:, :, None], inside[:, :, None])
+    return (tl.load(ptrs, mask=mask, other=0.0),)
 
 
 @triton.jit(
@@ -243,13 +255,11 @@ def recurrence_backward(
         state = tl.load(states_ptr + row * (D * H) + own, mask=now, other=0.0).to(tl.float32)
         if HELD and GATES:
             state += zeros
-        pair = load_pair(
+        pair = _gradient_and_before(
             grad_output_ptr + row * (D * H) + own,
-            tl.where(
-                (n < before_active)[None, :],
-                states_ptr + before_row * (D * H) + own,
-                initial_ptrs,
-            ),
+            states_ptr + before_row * (D * H) + own,
+            initial_ptrs,
+            (n < before_active)[None, :],
             now,
             inside,
         )
@@ -270,13 +280,11 @@ def recurrence_backward(
                 t + ahead, T, N, batch_sizes_ptr, offsets_ptr, PACKED
             )
             next_now = inside & (n < before_active)[None, :]
-            next_pair = load_pair(
+            next_pair = _gradient_and_before(
                 grad_output_ptr + before_row * (D * H) + own,
-                tl.where(
-                    (n < next_before_active)[None, :],
-                    states_ptr + next_before_row * (D * H) + own,
-                    initial_ptrs,
-                ),
+                states_ptr + next_before_row * (D * H) + own,
+                initial_ptrs,
+                (n < next_before_active)[None, :],
                 next_now,
                 inside,
             )

@@ -49,15 +49,6 @@ def _load_group(ptrs, mask, stride, FIRST: tl.constexpr, LEFT: tl.constexpr):
 
 
 @triton.jit
-def load_pair(first_ptrs, second_ptrs, first_mask, second_mask):
-    """Two blocks from different places: a group for `apart`."""
-    j = tl.arange(0, 2)[None, None, :]
-    ptrs = tl.where(j == 0, first_ptrs[:, :, None], second_ptrs[:, :, None])
-    mask = tl.where(j == 0, first_mask[:, :, None], second_mask[:, :, None])
-    return (tl.load(ptrs, mask=mask, other=0.0),)
-
-
-@triton.jit
 def of_four(pairs):
     """(BLOCK_H, BLOCK_N, 2, 2) as four blocks."""
     even, odd = tl.split(pairs)

@@ -459,8 +459,8 @@ def forward(
         cells = gates.new_empty(gates.size(0), request.directions, request.hidden_size)
     if found.plan.exchange == "flag":
         _unwritten(output)
-        if h_0.data_ptr() % 4:
-            # It is read as what the others write, which may be two numbers at a time.
+        if found.plan.pairs and h_0.data_ptr() % 4:
+            # It is read as what the others write: two numbers at a time.
             h_0 = h_0.clone()
     missing = nothing(request.device, request.dtype)
     _launch_all(
