@@ -50,8 +50,9 @@ TOLERANCES = {
     "float16": Tolerance(6e-3, 0.1),
     # 2^-8 a rounding. 1.3e-2, 0.16
     "bfloat16": Tolerance(4e-2, 0.5),
-    # Both operands of every product keep 10 bits, as float16 does; everything else is float32.
-    "float32_tf32": Tolerance(5e-3, 0.1),
+    # Both operands of every product keep 10 bits; everything else is float32. They are cut, not
+    # rounded, so of few numbers the errors do not even out: 5.3e-3 after 37 steps of one unit.
+    "float32_tf32": Tolerance(1e-2, 0.1),
     # Three TF32 products keep 21 bits. 6e-7, 7e-6 with all 24
     "float32": Tolerance(1e-5, 2e-4),
 }

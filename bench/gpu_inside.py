@@ -55,7 +55,7 @@ def _environment(**variables: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def forced(variant: str) -> Iterator[None]:
-    """Plans of one variant only; "cooperative+barrier" replaces the exchange of its plans.
+    """Plans of one variant only; "cooperative+barrier" takes the best with that exchange.
 
     Without a variant all is as users have it. With one, the backend does not try its kernels out
     before it uses them, so that an error is the kernels' own, not the reason of a refusal.
@@ -69,7 +69,7 @@ def forced(variant: str) -> Iterator[None]:
         found = plan_of(request, kernel)
         if found is None or found.exchange not in ("flag", "barrier"):
             return found
-        return dataclasses.replace(found, exchange=exchange)
+        return best_exchanging(request, kernel, exchange) or found
 
     variables = {"TRITON_RNN_VARIANT": name}
     if name:
@@ -167,17 +167,6 @@ def request_of(point: TuningPoint, device: torch.device) -> Request:
     )
 
 
-def _neighbours(chosen: Plan, plans: Sequence[Plan]) -> list[Plan]:
-    """Plans by how many of the chosen one's blocks they change, then by their floor."""
-
-    def distance(plan: Plan) -> tuple[int, float]:
-        fields = ("variant", "block_h", "block_n", "block_k", "at_once")
-        changed = sum(getattr(plan, name) != getattr(chosen, name) for name in fields)
-        return changed, plan.floor_us
-
-    return sorted((plan for plan in plans if plan != chosen), key=distance)
-
-
 def candidates(point: TuningPoint, device: torch.device) -> list[Plan]:
     """The planner's choice first, then what is worth a try beside it.
 
@@ -190,20 +179,19 @@ def candidates(point: TuningPoint, device: torch.device) -> list[Plan]:
     chosen = launch.plan_of(request, point.kernel)
     if chosen is None:
         return []
-    plans = every_plan(request, point.kernel, chosen)
+    plans = every_plan(request, point.kernel) or [dataclasses.replace(chosen, block_n=32)]
     near = _neighbours(chosen, plans)
     fast = sorted(plans, key=lambda plan: plan.floor_us)
     found = [chosen]
     if chosen.variant == "cooperative":
-        other = dataclasses.replace(
-            chosen, exchange="barrier" if chosen.exchange == "flag" else "flag"
-        )
-        # The planner's own, if it knows it, for the floor.
-        found.append(next((plan for plan in plans if _launch_of(plan) == _launch_of(other)), other))
-    if chosen.in_registers:
+        exchange = "barrier" if chosen.exchange == "flag" else "flag"
+        found += [plan for plan in [best_exchanging(request, point.kernel, exchange)] if plan]
+    if chosen.variant == "resident" and chosen.in_registers:
         products = launch.kernel_cell(request.cell).products
         found += [dataclasses.replace(chosen, in_registers=held) for held in (0, products)]
-    found += [dataclasses.replace(chosen, warps=warps) for warps in (4, 8, 16)]
+    if chosen.exchange != "flag":
+        # Else a warp is a part of the inner dimension.
+        found += [dataclasses.replace(chosen, warps=warps) for warps in (4, 8)]
     found += [plan for pair in zip(near, fast, strict=True) for plan in pair]
     distinct: dict[Plan, Plan] = {}
     for plan in found:
@@ -227,13 +215,13 @@ def _neighbours(chosen: Plan, plans: Sequence[Plan]) -> list[Plan]:
     return sorted(plans, key=distance)
 
 
-def every_plan(request: Request, kernel: str, chosen: Plan) -> list[Plan]:
-    """All that the planner looks at."""
+def every_plan(request: Request, kernel: str) -> list[Plan]:
+    """All that the planner looks at; nothing for the interpreter."""
     from triton_rnn.backends.triton import launch
 
     chip = launch.chip_of(request.device)
     if chip == planner.INTERPRETER:
-        return [dataclasses.replace(chosen, block_n=2 * chosen.block_n)]
+        return []
     shape = launch.shape_of(
         launch.kernel_cell(request.cell),
         kernel,
@@ -241,12 +229,20 @@ def every_plan(request: Request, kernel: str, chosen: Plan) -> list[Plan]:
         request.directions,
         request.batch,
         request.dtype.itemsize,
-        1,
+        launch.copies(launch.precision(request.dtype, chip.backend)),
     )
-    plans = list(planner._resident(shape, chip))
-    for variant in ("cooperative", "streaming"):
-        plans += planner._spread(shape, chip, variant)
-    return plans
+    variants = ("resident", "cooperative", "streaming")
+    return [plan for name in variants for plan in planner._plans(shape, chip, name)]
+
+
+def best_exchanging(request: Request, kernel: str, exchange: str) -> Plan | None:
+    """The fastest cooperative plan with an exchange, by the model; None if there is none."""
+    plans = [
+        plan
+        for plan in every_plan(request, kernel)
+        if plan.variant == "cooperative" and plan.exchange == exchange
+    ]
+    return min(plans, key=lambda plan: plan.floor_us, default=None)
 
 
 @contextlib.contextmanager

@@ -37,7 +37,7 @@ from bench.gpu_workers import Budget, Pool, Result, Task, serve
 ROOT = Path(__file__).parent.parent
 
 # Shares of the time of the parts that run, and what is kept for the last writing.
-SHARES = {"correctness": 0.36, "timing": 0.42, "tuning": 0.22}
+SHARES = {"correctness": 0.28, "timing": 0.5, "tuning": 0.22}
 KEPT_SECONDS = 15.0
 # The process is ended so long before its time, should everything else fail.
 LAST_SECONDS = 4.0

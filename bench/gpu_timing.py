@@ -270,13 +270,15 @@ def measure(case: TimingCase, device: torch.device) -> Result:
         "algorithm": algorithm(case, cudnn),
         "algorithm_backward": algorithm(case, cudnn, backward=True) if case.training else "",
     }
-    explained = triton_rnn.explain(auto.layer, auto.input)
+    # As the sides are called: without gradients less is to be done, and another backend may do it.
+    with torch.set_grad_enabled(case.training):
+        explained = triton_rnn.explain(auto.layer, auto.input)
+        with kernels.context():
+            result["plan"] = str(triton_rnn.explain(kernels.layer, kernels.input))
+            plans = gpu_inside.plans_of(kernels.layer, kernels.input)
     result["backend"] = explained.backend
     # Why `auto` did not take the kernels, if it did not.
     result["why"] = explained.reasons.get("triton", "")
-    with kernels.context():
-        result["plan"] = str(triton_rnn.explain(kernels.layer, kernels.input))
-        plans = gpu_inside.plans_of(kernels.layer, kernels.input)
     result["floor_us"] = gpu_inside.floor_us(plans)
 
     sides = {"cudnn": theirs, "auto": auto, "triton": kernels}

@@ -300,7 +300,15 @@ def examine(kernel: Kernel) -> Row:
     ):
         problems.append("no matrix instruction")
     constants = dict(kernel.constants)
-    if constants.get("IN_REGISTERS"):
+    if constants.get("EXCHANGE") == "flag":
+        # Nothing but the parts of the product.
+        rows = constants["BLOCK_H"]
+        if kernel.name == "forward":
+            rows *= 1 << (constants["GATES"] - 1).bit_length()
+        parts = 4 * constants["SPLITS"] * rows * constants["BLOCK_N"]
+        if binary.metadata.shared > parts + 1024:
+            problems.append("more than a product's parts in shared memory")
+    elif constants.get("IN_REGISTERS"):
         weights = constants["GATES"] * constants["BLOCK_H"] ** 2 * kernel.dtype.itemsize
         # On their way they pass through it a gate at a time. Small ones are hidden by what the step
         # itself takes.
@@ -382,7 +390,7 @@ _KINDS = {
     "async": r"(LDGSTS|UBLKCP)",
     "shared": r"(LDS|STS|LDSM|STSM|ds_read|ds_write|ds_load|ds_store)",
     "atomic": r"(ATOM|RED\b|ATOMG|global_atomic|buffer_atomic|flat_atomic)",
-    "fence": r"(MEMBAR|FENCE|CCTL|buffer_wbl2|buffer_inv)",
+    "fence": r"(MEMBAR|FENCE|CCTL\.(?!E\.PF)|buffer_wbl2|buffer_inv)",
 }
 # Neither a label nor a directive nor a comment.
 _INSTRUCTION = re.compile(r"[A-Za-z]\w*[\w.]*(\s|;|$)")

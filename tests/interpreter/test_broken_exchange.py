@@ -6,6 +6,7 @@ in which nobody has to wait.
 
 import pytest
 import torch
+import triton.language as tl
 from compare import (
     EXCHANGES,
     assert_as_expected,
@@ -23,7 +24,7 @@ from triton_rnn.backends.triton import launch
 from triton_rnn.kernels import backward, exchange, forward, product, steps
 
 # Where each kernel's part in the exchange is called.
-KERNELS = {"forward": (forward, product), "backward": (backward, product, steps)}
+KERNELS = {"forward": (forward, product), "backward": (backward, product)}
 
 
 def never(*args):
@@ -39,18 +40,26 @@ def not_at_all(counter_ptr, target, polls):
 
 
 class StoresAfterArriving:
-    """What is stored before the arrival is written after it."""
+    """What is stored between a wait and the arrival is written after it."""
 
     def __init__(self):
         self.stores = {}
 
+    def wait(self, *args):
+        self.stores[running_program()] = []
+        return exchange.wait_for_arrivals(*args)
+
     def store(self, *args):
-        self.stores.setdefault(running_program(), []).append(args)
+        late = self.stores.get(running_program())
+        if late is None:
+            steps.store_blocks(*args)
+        else:
+            late.append(args)
 
     def arrive(self, counter_ptr):
         exchange.arrive(counter_ptr)
-        for store in self.stores.pop(running_program(), []):
-            exchange.store_exchanged(*store)
+        for store in self.stores.pop(running_program()):
+            steps.store_blocks(*store)
 
 
 def running_program():
@@ -58,30 +67,31 @@ def running_program():
 
 
 def load_with(change):
-    """`load_exchanged` that takes other elements for written by other programs."""
-    original = exchange.load_exchanged
+    """`load_when_written` that waits for other words."""
+    original = exchange.load_when_written
 
-    def load_exchanged(*args):
+    def load_when_written(*args):
         named = dict(zip(original.arg_names, args, strict=True))
-        named["written"] = change(named)
+        named["polls"] = type(named["polls"])([change(polls) for polls in named["polls"]])
         return original(**named)
 
-    return load_exchanged
+    return load_when_written
 
 
-def none_of_them(named):
-    return named["written"] & False
+def none_of_them(polls):
+    return polls * 0
 
 
-def half_of_them(named):
-    """The first eight units of every sixteen: a block is another program's too."""
-    return named["written"] & (named["column"] % 16 < 8)
+def half_of_them(polls):
+    """Of every four threads of a row the first two: a part of it is another program's too."""
+    quarter = tl.arange(0, 4)[None, None, :]
+    return tl.where(quarter < 2, polls, 0)
 
 
 def half(buffer):
     """`_unwritten` of the first half."""
     rows = buffer[: buffer.size(0) // 2]
-    rows.view(torch.int16 if buffer.itemsize == 2 else torch.int32).fill_(-2)
+    rows.view(torch.int32).fill_(-1)
 
 
 def is_wrong(monkeypatch, expected, ours, input, hx):
@@ -110,7 +120,7 @@ def is_wrong(monkeypatch, expected, ours, input, hx):
 
 def late_stores():
     late = StoresAfterArriving()
-    return {"store_exchanged": late.store, "arrive": late.arrive}
+    return {"store_blocks": late.store, "arrive": late.arrive, "wait_for_arrivals": late.wait}
 
 
 BREAKAGES = {
@@ -123,12 +133,9 @@ BREAKAGES = {
     ("streaming", "the arrival before the stores"): late_stores,
     ("streaming", "a wait for one too few"): lambda: {"wait_for_arrivals": one_too_few},
     ("flag", "nothing"): dict,
-    ("flag", "no wait"): lambda: {"load_exchanged": load_with(none_of_them)},
-    ("flag", "a wait for half a block"): lambda: {"load_exchanged": load_with(half_of_them)},
-    ("flag", "no store"): lambda: {"store_exchanged": never},
-    ("pairs", "nothing"): dict,
-    ("pairs", "no wait"): lambda: {"load_exchanged": load_with(none_of_them)},
-    ("pairs", "a wait for half a block"): lambda: {"load_exchanged": load_with(half_of_them)},
+    ("flag", "no wait"): lambda: {"load_when_written": load_with(none_of_them)},
+    ("flag", "a wait for half a block"): lambda: {"load_when_written": load_with(half_of_them)},
+    ("flag", "no store"): lambda: {"send": never},
 }
 
 
@@ -149,13 +156,8 @@ def break_kernel(monkeypatch, kernel, breakage):
 def test_a_broken_exchange_is_seen(monkeypatch, way, breakage, kernel):
     """Memory that is not written yet is NaN. With nothing broken, the control, all is right."""
     monkeypatch.setattr(launch, "POLLS", 200)
-    if way == "pairs":
-        # Of two numbers of 16 bits, which rows of an even number of them have.
-        exchanging(monkeypatch, *EXCHANGES["flag"], block_k=32, splits=1, pairs=True)
-        exact, ours = exact_and_ours("gru", 5, 38, dtype=torch.float16)
-    else:
-        exchanging(monkeypatch, *EXCHANGES[way])
-        exact, ours = exact_and_ours("gru", 5, 19)
+    exchanging(monkeypatch, *EXCHANGES[way])
+    exact, ours = exact_and_ours("gru", 5, 20)
     input, hx = input_and_hx("gru", ours, 4, 3, 5, batch=3)
     expected = run(exact, input.double(), each_state(torch.Tensor.double, hx))
     break_kernel(monkeypatch, kernel, BREAKAGES[way, breakage]())
@@ -167,7 +169,7 @@ def test_a_broken_exchange_is_seen(monkeypatch, way, breakage, kernel):
 def test_a_missing_fill_is_seen(monkeypatch, fill):
     monkeypatch.setattr(launch, "POLLS", 200)
     exchanging(monkeypatch, *EXCHANGES["flag"])
-    exact, ours = exact_and_ours("gru", 5, 19)
+    exact, ours = exact_and_ours("gru", 5, 20)
     input, hx = input_and_hx("gru", ours, 4, 3, 5, batch=3)
     expected = run(exact, input.double(), each_state(torch.Tensor.double, hx))
     monkeypatch.setattr(launch, "_unwritten", fill)

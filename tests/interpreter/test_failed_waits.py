@@ -58,14 +58,14 @@ def right_or_nan(actual, expected):
 def test_what_depends_on_a_program_that_never_runs_is_nan(monkeypatch, exchange, kind, missing):
     threads = Threads(monkeypatch)
     threads.withheld["recurrence_forward"] = (missing,)
-    exact, ours = exact_and_ours(kind, 5, 19)
+    exact, ours = exact_and_ours(kind, 5, 20)
     input, hx = input_and_hx(kind, ours, 4, 3, 5, batch=3)
     expected = flat_outputs(exact, exact(input.double(), each_state(torch.Tensor.double, hx)))
     with triton_rnn.use_backend("triton"):
         actual = flat_outputs(ours, ours(input, hx))
     lost = right_or_nan(actual["output"], expected["output"])
     assert lost[1:].all(), "a number of a step that waited in vain"
-    others = torch.ones(19, dtype=torch.bool)
+    others = torch.ones(20, dtype=torch.bool)
     others[8 * missing : 8 * missing + 8] = False
     assert torch.equal(lost[0].any(0), ~others), "the first step needs nobody else"
     assert all(actual[name].isnan().all() for name in ("h_n", "c_n") if name in actual)
@@ -94,7 +94,7 @@ def test_a_program_that_gave_up_is_not_counted_for_the_one_that_is_missing(
     """Else who waits a little longer goes on, with what the memory held before the launch."""
     threads = Threads(monkeypatch)
     threads.withheld["recurrence_forward"] = (2,)
-    _, ours = exact_and_ours(kind, 5, 19)
+    _, ours = exact_and_ours(kind, 5, 20)
     input, hx = input_and_hx(kind, ours, 4, 3, 5, batch=3)
     with triton_rnn.use_backend("triton"):
         output = ours(input, hx)[0]
@@ -110,7 +110,7 @@ def test_no_final_state_is_plausible_if_the_last_step_waited_in_vain(monkeypatch
     """Of the programs that did run: what they waited for was whatever the memory held."""
     threads = Threads(monkeypatch)
     threads.withheld["recurrence_forward"] = (2,)
-    _, ours = exact_and_ours(kind, 5, 19)
+    _, ours = exact_and_ours(kind, 5, 20)
     input, hx = input_and_hx(kind, ours, 2, 3, 5, batch=3)
     with triton_rnn.use_backend("triton"):
         states = flat_outputs(ours, ours(input, hx))
@@ -127,7 +127,7 @@ def test_no_initial_gradient_is_plausible_if_the_last_step_waited_in_vain(
 ):
     threads = Threads(monkeypatch)
     threads.withheld["recurrence_backward"] = (2,)
-    _, ours = exact_and_ours(kind, 5, 19)
+    _, ours = exact_and_ours(kind, 5, 20)
     input, hx = input_and_hx(kind, ours, 1, 3, 5, batch=3)
     results = run_on_kernels(ours, input, hx)
     raised(FAILED.format("backward", ANY))
@@ -140,7 +140,7 @@ def test_no_initial_gradient_is_plausible_if_the_last_step_waited_in_vain(
 def test_gradients_that_depend_on_a_program_that_never_runs_are_nan(monkeypatch, exchange, kind):
     threads = Threads(monkeypatch)
     threads.withheld["recurrence_backward"] = (1,)
-    _, ours = exact_and_ours(kind, 5, 19)
+    _, ours = exact_and_ours(kind, 5, 20)
     input, hx = input_and_hx(kind, ours, 4, 3, 5, batch=3)
     results = run_on_kernels(ours, input, hx)
     assert results["output"].isfinite().all()
@@ -162,7 +162,7 @@ def test_a_program_that_comes_when_the_others_are_gone_adds_no_wrong_number(
     """As happens when the programs of a launch do not all fit the device."""
     threads = Threads(monkeypatch)
     threads.late["recurrence_forward"] = (late,)
-    exact, ours = exact_and_ours(kind, 5, 19)
+    exact, ours = exact_and_ours(kind, 5, 20)
     input, hx = input_and_hx(kind, ours, 4, 3, 5, batch=3)
     expected = flat_outputs(exact, exact(input.double(), each_state(torch.Tensor.double, hx)))
     with triton_rnn.use_backend("triton"):
@@ -177,21 +177,21 @@ def test_the_other_direction_does_not_suffer(monkeypatch, exchange):
     threads = Threads(monkeypatch)
     # Programs 3, 4, 5 are the second direction's.
     threads.withheld["recurrence_forward"] = (4,)
-    exact, ours = exact_and_ours("gru", 5, 19, bidirectional=True)
+    exact, ours = exact_and_ours("gru", 5, 20, bidirectional=True)
     input, hx = input_and_hx("gru", ours, 4, 3, 5, batch=3)
     expected = exact(input.double(), hx.double())[0]
     with triton_rnn.use_backend("triton"):
         output = ours(input, hx)[0]
     lost = right_or_nan(output, expected)
-    assert not lost[..., :19].any()
-    assert lost[:3, :, 19:].all()
+    assert not lost[..., :20].any()
+    assert lost[:3, :, 20:].all()
     raised(FAILED.format("forward", ANY))
 
 
 def test_a_failed_wait_is_raised_by_the_next_call_and_remembered(monkeypatch, exchange):
     threads = Threads(monkeypatch)
     threads.withheld["recurrence_forward"] = (0,)
-    exact, ours = exact_and_ours("gru", 5, 19)
+    exact, ours = exact_and_ours("gru", 5, 20)
     input, hx = input_and_hx("gru", ours, 3, 3, 5, batch=3)
     with torch.no_grad(), triton_rnn.use_backend("triton"):
         ours(input, hx)
@@ -232,7 +232,7 @@ def test_both_kernels_are_named_if_both_failed():
 def sentinel(tensor):
     """The bit pattern that means: not written yet."""
     bits = tensor.view(torch.int16 if tensor.itemsize == 2 else torch.int32)
-    bits.fill_(-2)
+    bits.fill_(-1)
     assert tensor.isnan().all()
 
 
@@ -245,7 +245,7 @@ def test_a_callers_nan_that_looks_like_unwritten_memory_is_just_a_nan(
 ):
     """Of one sequence, one unit, or one step: nobody may wait for it, as no other number comes."""
     Threads(monkeypatch, schedule)
-    exact, ours = exact_and_ours(kind, 5, 19, dtype=dtype)
+    exact, ours = exact_and_ours(kind, 5, 24, dtype=dtype)
     input, hx = input_and_hx(kind, ours, 3, 3, 5, batch=3)
 
     def prepare_grad(grad):
@@ -279,7 +279,7 @@ def test_a_callers_nan_that_looks_like_unwritten_memory_is_just_a_nan(
 
 def test_waits_in_time_leave_no_trace(monkeypatch, exchange):
     Threads(monkeypatch)
-    exact, ours = exact_and_ours("lstm", 5, 19)
-    hx = (random(1, 3, 19, dtype=torch.float32), random(1, 3, 19, dtype=torch.float32))
+    exact, ours = exact_and_ours("lstm", 5, 20)
+    hx = (random(1, 3, 20, dtype=torch.float32), random(1, 3, 20, dtype=torch.float32))
     assert_torchs_numbers(exact, ours, random(3, 3, 5, dtype=torch.float32), hx)
     launch.raise_failed_wait(CPU)

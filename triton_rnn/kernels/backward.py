@@ -12,19 +12,24 @@ after the loop: nothing is accumulated here, so the order of additions is always
 import triton
 import triton.language as tl
 
-from triton_rnn.kernels.exchange import arrive, wait_for_arrivals
+from triton_rnn.kernels.exchange import arrive, load_piece, send, wait_for_arrivals
 from triton_rnn.kernels.metadata import backward_metadata
 from triton_rnn.kernels.product import (
     exchanged_product,
+    held_product,
+    held_weights,
     into_registers,
     kept_weights,
     on_top,
+    parts_added,
     product_zeros,
 )
 from triton_rnn.kernels.steps import (
+    along,
     apart,
     load_blocks,
     note_failure,
+    prefetch_blocks,
     step_rows,
     store_blocks,
     unit_vectors,
@@ -49,6 +54,23 @@ def _weights(
     row = (column + TURN * H) % (GATES * H)
     mask = (unit < H)[None, :, None] & (column < GATES * H)[:, None, :]
     return tl.load(w_hh_ptr + row[:, None, :] * H + unit[None, :, None], mask=mask, other=0.0)
+
+
+@triton.jit
+def _piece(
+    w_hh_ptr,
+    first,
+    row,
+    column,
+    H: tl.constexpr,
+    GATES: tl.constexpr,
+    TURN: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+):
+    """16 bytes of a row of W_hh^T from `column` on, in the order of `_weights`."""
+    unit = first + row
+    mask = (unit < H) & (column < GATES * H)
+    return load_piece(w_hh_ptr + (column + TURN * H) % (GATES * H) * H + unit, mask, H)
 
 
 @triton.jit
@@ -95,16 +117,23 @@ def _wide_weights(
 
 
 @triton.jit
-def _gradient_and_before(grad_output_ptrs, states_ptrs, initial_ptrs, has_before, now, inside):
-    """Of a step the gradient of its output and the state before it: a group for `apart`.
+def _gradient_and_before(
+    grad_output_ptrs, states_ptrs, initial_ptrs, has_before, now, inside, MOST: tl.constexpr
+):
+    """Of a step the gradient of its output and the state before it: two blocks for `apart`.
 
     That state is another step's or the initial one.
     """
-    j = tl.arange(0, 2)[None, None, :]
     before_ptrs = tl.where(has_before, states_ptrs, initial_ptrs)
-    ptrs = tl.where(j == 0, grad_output_ptrs[:, :, None], before_ptrs[:, :, None])
-    mask = tl.where(j == 0, now[:, :, None], inside[:, :, None])
-    return (tl.load(ptrs, mask=mask, other=0.0),)
+    if MOST == 1:
+        gradient = tl.load(grad_output_ptrs, mask=now, other=0.0)
+        groups = (gradient, tl.load(before_ptrs, mask=inside, other=0.0))
+    else:
+        j = tl.arange(0, 2)[None, None, :]
+        ptrs = tl.where(j == 0, grad_output_ptrs[:, :, None], before_ptrs[:, :, None])
+        mask = tl.where(j == 0, now[:, :, None], inside[:, :, None])
+        groups = (tl.load(ptrs, mask=mask, other=0.0),)
+    return groups
 
 
 @triton.jit(
@@ -153,7 +182,6 @@ def recurrence_backward(
     SPLITS: tl.constexpr,
     TOGETHER: tl.constexpr,
     EXCHANGE: tl.constexpr,
-    PAIRS: tl.constexpr,
     ON_CHIP: tl.constexpr,
     IN_REGISTERS: tl.constexpr,
     HAS_C: tl.constexpr,
@@ -178,6 +206,7 @@ def recurrence_backward(
     HELD: tl.constexpr = EXCHANGE == "none"
     # Small blocks, taken together, would be shared out among a few threads only.
     MOST: tl.constexpr = 4 if HELD else 1
+    UNITS_ALONG: tl.constexpr = 1 if EXCHANGE == "flag" else 0
     NUM_H: tl.constexpr = (H + BLOCK_H - 1) // BLOCK_H
     INNER: tl.constexpr = GATES * H
     dtype: tl.constexpr = grad_gates_ptr.dtype.element_ty
@@ -204,34 +233,30 @@ def recurrence_backward(
         weights = weights + _all_weights(
             w_hh_ptr, IN_REGISTERS, GATES - IN_REGISTERS, TOGETHER, H, GATES, TURN, BLOCK_H
         )
+    elif EXCHANGE == "flag":
+        weights = held_weights(
+            w_hh_ptr, first, _piece, H, GATES, TURN, INNER, BLOCK_H, BLOCK_H, BLOCK_K, SPLITS
+        )
     elif ON_CHIP:
         weights = kept_weights(
-            w_hh_ptr,
-            first,
-            _weights,
-            H,
-            GATES,
-            TURN,
-            INNER,
-            BLOCK_H,
-            BLOCK_K,
-            SPLITS,
-            PAIRS,
+            w_hh_ptr, first, _weights, H, GATES, TURN, INNER, BLOCK_H, BLOCK_K, SPLITS
         )
 
     unit = first + tl.arange(0, BLOCK_H)
-    units = unit_vectors(units_ptr, unit, H, UNITS, 0, BLOCK_H)
+    rows = along(unit, UNITS_ALONG)
+    units = unit_vectors(units_ptr, rows, H, UNITS, 0)
     alive = polls >= 0
     expected = 0
     for tile in range(slot, tl.cdiv(N, BLOCK_N), slots):
         n = tile * BLOCK_N + tl.arange(0, BLOCK_N)
-        inside = (unit < H)[:, None] & (n < N)[None, :]
+        columns = along(n, 1 - UNITS_ALONG)
+        inside = (rows < H) & (columns < N)
         # Within a step 32 bits are enough; the step's first row takes 64, once for all elements.
-        own = n[None, :] * (D * H) + d * H + unit[:, None]
-        own_saved = n[None, :] * (D * ROW * H) + d * ROW * H + unit[:, None]
-        own_grads = n[None, :] * (D * WIDTH * H) + d * WIDTH * H + unit[:, None]
+        own = columns * (D * H) + d * H + rows
+        own_saved = columns * (D * ROW * H) + d * ROW * H + rows
+        own_grads = columns * (D * WIDTH * H) + d * WIDTH * H + rows
         first_state = d.to(tl.int64) * N * H
-        state_offsets = n[None, :] * H + unit[:, None]
+        state_offsets = columns * H + rows
         dh = tl.load(grad_h_in_ptr + first_state + state_offsets, mask=inside, other=0.0).to(
             tl.float32
         )
@@ -250,7 +275,7 @@ def recurrence_backward(
         after_active, after_row = step_rows(t - ahead, T, N, batch_sizes_ptr, offsets_ptr, PACKED)
         active, row = step_rows(t, T, N, batch_sizes_ptr, offsets_ptr, PACKED)
         before_active, before_row = step_rows(t + ahead, T, N, batch_sizes_ptr, offsets_ptr, PACKED)
-        now = inside & (n < active)[None, :]
+        now = inside & (columns < active)
         initial_ptrs = initial_ptr + first_state + state_offsets
         state = tl.load(states_ptr + row * (D * H) + own, mask=now, other=0.0).to(tl.float32)
         if HELD and GATES:
@@ -259,9 +284,10 @@ def recurrence_backward(
             grad_output_ptr + row * (D * H) + own,
             states_ptr + before_row * (D * H) + own,
             initial_ptrs,
-            (n < before_active)[None, :],
+            (columns < before_active),
             now,
             inside,
+            MOST,
         )
         saved = load_blocks(gates_ptr + row * (D * ROW * H) + own_saved, now, H, SAVED, MOST)
 
@@ -274,26 +300,25 @@ def recurrence_backward(
             sent = sent + on_top(nothing, IN_REGISTERS, GATES - IN_REGISTERS, TOGETHER)
 
         for s in range(begin, end):
-            # One step before they are needed, so that memory has a step's time to answer.
             t += ahead
             next_before_active, next_before_row = step_rows(
                 t + ahead, T, N, batch_sizes_ptr, offsets_ptr, PACKED
             )
-            next_now = inside & (n < before_active)[None, :]
-            next_pair = _gradient_and_before(
-                grad_output_ptr + before_row * (D * H) + own,
-                states_ptr + next_before_row * (D * H) + own,
-                initial_ptrs,
-                (n < next_before_active)[None, :],
-                next_now,
-                inside,
-            )
-            next_saved = load_blocks(
-                gates_ptr + before_row * (D * ROW * H) + own_saved, next_now, H, SAVED, MOST
-            )
+            next_now = inside & (columns < before_active)
+            next_saved_ptrs = gates_ptr + before_row * (D * ROW * H) + own_saved
+            next_gradient_ptrs = grad_output_ptr + before_row * (D * H) + own
+            next_states_ptrs = states_ptr + next_before_row * (D * H) + own
+            has_next = columns < next_before_active
+            if HELD:
+                # One step before they are needed, so that memory has a step's time to answer.
+                next_pair = _gradient_and_before(
+                    next_gradient_ptrs, next_states_ptrs, initial_ptrs, has_next, next_now, inside,
+                    MOST,
+                )  # fmt: skip
+                next_saved = load_blocks(next_saved_ptrs, next_now, H, SAVED, MOST)
 
             # What no gradient enters, while the others' gradients are still on their way.
-            grad_output, before = apart(pair, 2, 4)
+            grad_output, before = apart(pair, 2, MOST)
             if HELD and GATES:
                 before += zeros
             factors = FACTORS(apart(saved, SAVED, MOST), state, before, units, PTX)
@@ -301,28 +326,50 @@ def recurrence_backward(
             if HELD:
                 for k in tl.static_range(len(weights)):
                     dh = tl.dot(weights[k], sent[k], dh, input_precision=PRECISION)
+            elif EXCHANGE == "flag":
+                sources = ()
+                looks = ()
+                for block in tl.static_range(BLOCK_N // 8):
+                    column = (tile * BLOCK_N + 8 * block + tl.arange(0, 8))[None, :, None]
+                    written = column < after_active
+                    # What stands there of the others is left out below.
+                    place = tl.where(written, after_row + column, 0)
+                    source = grad_gates_ptr + place * (D * WIDTH * H) + d * WIDTH * H
+                    sources = sources + (source,)
+                    looks = looks + (tl.where(written, polls, 0),)
+                product = held_product(
+                    weights,
+                    sources,
+                    looks,
+                    error_ptr,
+                    s + 1,
+                    INNER,
+                    BLOCK_H,
+                    BLOCK_K,
+                    SPLITS,
+                    TOGETHER,
+                    PRECISION,
+                )
+                # Rows that took no part in the step before this one send nothing.
+                came = tl.reshape(parts_added(product, BLOCK_H), (BLOCK_N, BLOCK_H))
+                dh += tl.where((columns < after_active), came, 0.0)
             else:
                 if EXCHANGE == "barrier":
                     complete = wait_for_arrivals(counter_ptr, expected, polls * alive)
                     alive = note_failure(error_ptr, alive, complete, s)
                 # Rows that took no part in the step before this one send nothing.
-                written = n < after_active
                 source = (
                     grad_gates_ptr
                     + after_row * (D * WIDTH * H)
                     + (n * (D * WIDTH * H) + d * WIDTH * H)
                 )
-                product, alive = exchanged_product(
+                dh += exchanged_product(
                     weights,
                     w_hh_ptr,
                     first,
                     source,
-                    written,
-                    written,
-                    s,
-                    alive,
+                    n < after_active,
                     polls,
-                    error_ptr,
                     _weights,
                     H,
                     GATES,
@@ -333,15 +380,19 @@ def recurrence_backward(
                     BLOCK_N,
                     BLOCK_K,
                     SPLITS,
-                    TOGETHER,
-                    EXCHANGE,
-                    PAIRS,
                     ON_CHIP,
                     PRECISION,
                 )
-                dh += product
 
-            now = inside & (n < active)[None, :]
+            if not HELD:
+                # Behind what the others send, and long since in the L2 cache: see `forward`.
+                next_pair = _gradient_and_before(
+                    next_gradient_ptrs, next_states_ptrs, initial_ptrs, has_next, next_now, inside,
+                    MOST,
+                )  # fmt: skip
+                next_saved = load_blocks(next_saved_ptrs, next_now, H, SAVED, MOST)
+
+            now = inside & (columns < active)
             whole_dh = dh + grad_output
             blocks, direct_dh, before_dc = CELL(factors, whole_dh, dc, units, PTX)
             if HELD:
@@ -354,20 +405,31 @@ def recurrence_backward(
                 sent = on_top(grads, 0, IN_REGISTERS, TOGETHER)
                 sent = sent + on_top(grads, IN_REGISTERS, GATES - IN_REGISTERS, TOGETHER)
             grad_ptrs = grad_gates_ptr + row * (D * WIDTH * H) + own_grads
-            if EXCHANGE == "none" or EXCHANGE == "launch":
-                store_blocks(grad_ptrs, blocks, now, H, 0, WIDTH, MOST, EXCHANGE)
-            else:
+            if EXCHANGE == "flag":
+                for g in tl.static_range(GATES):
+                    send(grad_ptrs + g * H, blocks[g], now)
+                store_blocks(grad_ptrs, blocks, now, H, GATES, WIDTH, MOST, EXCHANGE)
+            elif EXCHANGE == "barrier":
                 good = ()
                 for g in tl.static_range(GATES):
                     good = good + (tl.where(alive, blocks[g], float("nan")),)
                 store_blocks(grad_ptrs, good, now, H, 0, GATES, MOST, EXCHANGE)
-            if EXCHANGE == "barrier":
                 # What a program that gave up has stored is nothing to wait for.
                 if alive:
                     arrive(counter_ptr)
                 expected += NUM_H
-            if EXCHANGE == "barrier" or EXCHANGE == "flag":
-                store_blocks(grad_ptrs, blocks, now, H, GATES, WIDTH, MOST, "none")
+                store_blocks(grad_ptrs, blocks, now, H, GATES, WIDTH, MOST, EXCHANGE)
+            else:
+                store_blocks(grad_ptrs, blocks, now, H, 0, WIDTH, MOST, EXCHANGE)
+
+            if not HELD and PTX != "":
+                far_active, far_row = step_rows(
+                    t + 3 * ahead, T, N, batch_sizes_ptr, offsets_ptr, PACKED
+                )
+                far = inside & (columns < far_active)
+                prefetch_blocks(gates_ptr + far_row * (D * ROW * H) + own_saved, far, H, SAVED)
+                prefetch_blocks(grad_output_ptr + far_row * (D * H) + own, far, H, 1)
+                prefetch_blocks(states_ptr + far_row * (D * H) + own, far, H, 1)
 
             dh = tl.where(now, direct_dh, dh)
             if HAS_C:
@@ -379,7 +441,7 @@ def recurrence_backward(
             active, row = before_active, before_row
             before_active, before_row = next_before_active, next_before_row
 
-        if EXCHANGE == "barrier" or EXCHANGE == "flag":
+        if EXCHANGE == "barrier":
             dh = tl.where(alive, dh, float("nan"))
             dc = tl.where(alive, dc, float("nan"))
         dh_ptrs = grad_h_out_ptr + first_state + state_offsets

@@ -5,25 +5,32 @@ time, keeps their states in registers in float32, and its rows of W_hh on the ch
 programs compute reaches it through `output`, which every step reads and writes (`exchange`).
 
 Blocks lie with hidden units along the rows and sequences along the columns: W_hh is the left
-operand of the product, so its rows fill the matrix unit whatever the batch.
+operand of the product, so its rows fill the matrix unit whatever the batch. With "flag" all but the
+product is turned: there Triton gives neighbours in the last dimension to neighbouring threads, and
+units are what lies side by side in memory.
 """
 
 import triton
 import triton.language as tl
 
-from triton_rnn.kernels.exchange import arrive, store_exchanged, wait_for_arrivals
+from triton_rnn.kernels.exchange import arrive, load_piece, send, wait_for_arrivals
 from triton_rnn.kernels.metadata import forward_metadata
 from triton_rnn.kernels.product import (
     exchanged_product,
+    held_product,
+    held_weights,
     into_registers,
     kept_weights,
+    parts_added,
     product_zeros,
 )
 from triton_rnn.kernels.steps import (
+    along,
     apart,
     load_blocks,
     note_failure,
     of_four,
+    prefetch_blocks,
     step_rows,
     store_blocks,
     unit_vectors,
@@ -55,6 +62,25 @@ def _weights(
 
 
 @triton.jit
+def _piece(
+    w_hh_ptr,
+    first,
+    row,
+    column,
+    H: tl.constexpr,
+    GATES: tl.constexpr,
+    TURN: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+):
+    """16 bytes of a row of W_hh from `column` on, the rows as those of `_weights`."""
+    PADDED: tl.constexpr = GATES if GATES < 3 else (4 if GATES < 5 else 8)
+    gate = row % PADDED
+    unit = first + row // PADDED
+    mask = (gate < GATES) & (unit < H) & (column < H)
+    return load_piece(w_hh_ptr + (gate * H + unit) * H + column, mask, 1)
+
+
+@triton.jit
 def _gate_weights(w_hh_ptr, g: tl.constexpr, H: tl.constexpr, BLOCK_H: tl.constexpr):
     """W_hh of one gate, all units: (BLOCK_H, BLOCK_H)."""
     unit = tl.arange(0, BLOCK_H)
@@ -63,20 +89,20 @@ def _gate_weights(w_hh_ptr, g: tl.constexpr, H: tl.constexpr, BLOCK_H: tl.conste
 
 
 @triton.jit
-def _by_gate(product, GATES: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_N: tl.constexpr):
-    """The merged product as one block per gate, and what is padding behind them."""
+def _by_gate(product, GATES: tl.constexpr):
+    """(BLOCK_H, BLOCK_N, gates) as one block per gate, and what is padding behind them."""
+    H: tl.constexpr = product.shape[0]
+    N: tl.constexpr = product.shape[1]
     if GATES == 1:
-        blocks = (product,)
+        blocks = (tl.reshape(product, (H, N)),)
     elif GATES == 2:
-        pair = tl.permute(tl.reshape(product, (BLOCK_H, 2, BLOCK_N)), (0, 2, 1))
-        first, second = tl.split(pair)
+        first, second = tl.split(product)
         blocks = (first, second)
     elif GATES > 4:
-        fours = tl.permute(tl.reshape(product, (BLOCK_H, 2, 2, 2, BLOCK_N)), (0, 4, 2, 3, 1))
-        low, high = tl.split(fours)
+        low, high = tl.split(tl.permute(tl.reshape(product, (H, N, 2, 2, 2)), (0, 1, 3, 4, 2)))
         blocks = of_four(low) + of_four(high)
     else:
-        blocks = of_four(tl.permute(tl.reshape(product, (BLOCK_H, 2, 2, BLOCK_N)), (0, 3, 1, 2)))
+        blocks = of_four(tl.reshape(product, (H, N, 2, 2)))
     return blocks
 
 
@@ -123,7 +149,6 @@ def recurrence_forward(
     SPLITS: tl.constexpr,
     TOGETHER: tl.constexpr,
     EXCHANGE: tl.constexpr,
-    PAIRS: tl.constexpr,
     ON_CHIP: tl.constexpr,
     IN_REGISTERS: tl.constexpr,
     HAS_C: tl.constexpr,
@@ -151,8 +176,7 @@ def recurrence_forward(
         CELL: the cell's `forward`. GATES: P, the parts of the product. INPUTS: those of the input.
         ROW: blocks in a row of `gates`. SAVED: how many of them are replaced for the backward.
         VECTORS: how many numbers of each unit the cell is given; the first ABSENT are zeros.
-        EXCHANGE: "none" if a program owns all units, else one of those in `exchange`; PAIRS: with
-            "flag", whether numbers are looked at two at a time.
+        EXCHANGE: "none" if a program owns all units, else one of those in `exchange`.
         ON_CHIP: keep the rows of W_hh on the chip for the whole launch; else they stream by.
         IN_REGISTERS: of how many gates, if a program owns all units, in registers.
         PRECISION: of products of float32. PTX: see `functions`.
@@ -160,6 +184,7 @@ def recurrence_forward(
     HELD: tl.constexpr = EXCHANGE == "none"
     # Small blocks, taken together, would be shared out among a few threads only.
     MOST: tl.constexpr = 4 if HELD else 1
+    UNITS_ALONG: tl.constexpr = 1 if EXCHANGE == "flag" else 0
     NUM_H: tl.constexpr = (H + BLOCK_H - 1) // BLOCK_H
     ROWS: tl.constexpr = (GATES if GATES < 3 else (4 if GATES < 5 else 8)) * BLOCK_H
     dtype: tl.constexpr = output_ptr.dtype.element_ty
@@ -184,34 +209,30 @@ def recurrence_forward(
             zeros = product_zeros(polls, BLOCK_H, BLOCK_N, dtype, PRECISION)
         if IN_REGISTERS:
             weights = into_registers(weights, zeros, IN_REGISTERS)
+    elif EXCHANGE == "flag":
+        weights = held_weights(
+            w_hh_ptr, first, _piece, H, GATES, 0, H, ROWS, BLOCK_H, BLOCK_K, SPLITS
+        )
     elif ON_CHIP:
         weights = kept_weights(
-            w_hh_ptr,
-            first,
-            _weights,
-            H,
-            GATES,
-            0,
-            H,
-            BLOCK_H,
-            BLOCK_K,
-            SPLITS,
-            PAIRS,
+            w_hh_ptr, first, _weights, H, GATES, 0, H, BLOCK_H, BLOCK_K, SPLITS
         )
 
     unit = first + tl.arange(0, BLOCK_H)
-    vectors = unit_vectors(vectors_ptr, unit, H, VECTORS, ABSENT, BLOCK_H)
+    rows = along(unit, UNITS_ALONG)
+    vectors = unit_vectors(vectors_ptr, rows, H, VECTORS, ABSENT)
 
     alive = polls >= 0
     expected = 0
     for tile in range(slot, tl.cdiv(N, BLOCK_N), slots):
         n = tile * BLOCK_N + tl.arange(0, BLOCK_N)
-        inside = (unit < H)[:, None] & (n < N)[None, :]
+        columns = along(n, 1 - UNITS_ALONG)
+        inside = (rows < H) & (columns < N)
         # Within a step 32 bits are enough; the step's first row takes 64, once for all elements.
-        own = n[None, :] * (D * H) + d * H + unit[:, None]
-        own_gates = n[None, :] * (D * ROW * H) + d * ROW * H + unit[:, None]
+        own = columns * (D * H) + d * H + rows
+        own_gates = columns * (D * ROW * H) + d * ROW * H + rows
         first_state = d.to(tl.int64) * N * H
-        state_offsets = n[None, :] * H + unit[:, None]
+        state_offsets = columns * H + rows
         h = tl.load(h_in_ptr + first_state + state_offsets, mask=inside, other=0.0).to(tl.float32)
         if HELD and GATES:
             # From here on all of a step has the layout of the product.
@@ -230,7 +251,7 @@ def recurrence_forward(
         preact_ptr = gates_ptr + (ROW - INPUTS) * H
         x = load_blocks(
             preact_ptr + row * (D * ROW * H) + own_gates,
-            inside & (n < active)[None, :],
+            inside & (columns < active),
             H,
             INPUTS,
             MOST,
@@ -239,41 +260,59 @@ def recurrence_forward(
         for s in range(begin, end):
             t += ahead
             next_active, next_row = step_rows(t, T, N, batch_sizes_ptr, offsets_ptr, PACKED)
-            # One step before it is needed, so that memory has a step's time to answer.
-            next_x = load_blocks(
-                preact_ptr + next_row * (D * ROW * H) + own_gates,
-                inside & (n < next_active)[None, :],
-                H,
-                INPUTS,
-                MOST,
-            )
+            next_x_ptrs = preact_ptr + next_row * (D * ROW * H) + own_gates
+            next_inside = inside & (columns < next_active)
 
             if HELD:
+                # One step before it is needed, so that memory has a step's time to answer.
+                next_x = load_blocks(next_x_ptrs, next_inside, H, INPUTS, MOST)
                 h_block = h.to(dtype)
                 a = ()
                 for g in tl.static_range(GATES):
                     a = a + (tl.dot(weights[g], h_block, input_precision=PRECISION),)
+            elif EXCHANGE == "flag":
+                sources = ()
+                looks = ()
+                for block in tl.static_range(BLOCK_N // 8):
+                    column = (tile * BLOCK_N + 8 * block + tl.arange(0, 8))[None, :, None]
+                    written = column < before_active
+                    source = tl.where(
+                        written,
+                        output_ptr + before_row * (D * H) + (column * (D * H) + d * H),
+                        h_0_ptr + first_state + tl.minimum(column, N - 1) * H,
+                    )
+                    sources = sources + (source,)
+                    looks = looks + (tl.where(written & (column < active), polls, 0),)
+                product = held_product(
+                    weights,
+                    sources,
+                    looks,
+                    error_ptr,
+                    s + 1,
+                    H,
+                    ROWS,
+                    BLOCK_K,
+                    SPLITS,
+                    TOGETHER,
+                    PRECISION,
+                )
+                a = _by_gate(parts_added(product, BLOCK_H), GATES)
             else:
                 if EXCHANGE == "barrier":
                     complete = wait_for_arrivals(counter_ptr, expected, polls * alive)
                     alive = note_failure(error_ptr, alive, complete, s)
-                written = n < before_active
                 source = tl.where(
-                    written,
+                    n < before_active,
                     output_ptr + before_row * (D * H) + (n * (D * H) + d * H),
                     h_0_ptr + first_state + n * H,
                 )
-                product, alive = exchanged_product(
+                product = exchanged_product(
                     weights,
                     w_hh_ptr,
                     first,
                     source,
                     n < active,
-                    written,
-                    s,
-                    alive,
                     polls,
-                    error_ptr,
                     _weights,
                     H,
                     GATES,
@@ -284,19 +323,26 @@ def recurrence_forward(
                     BLOCK_N,
                     BLOCK_K,
                     SPLITS,
-                    TOGETHER,
-                    EXCHANGE,
-                    PAIRS,
                     ON_CHIP,
                     PRECISION,
                 )
-                a = _by_gate(product, GATES, BLOCK_H, BLOCK_N)
+                gates = tl.reshape(product, (BLOCK_H, ROWS // BLOCK_H, BLOCK_N))
+                a = _by_gate(tl.permute(gates, (0, 2, 1)), GATES)
+
+            if not HELD:
+                # What the others send comes behind all that was asked for before it. So the input
+                # is asked for now, and has been brought to the L2 cache some steps ago.
+                next_x = load_blocks(next_x_ptrs, next_inside, H, INPUTS, MOST)
 
             new_h, new_c, saved = CELL(a, apart(x, INPUTS, MOST), vectors, h, c, PTX)
-            if EXCHANGE == "barrier" or EXCHANGE == "flag":
-                new_h = tl.where(alive, new_h, float("nan"))
-            now = inside & (n < active)[None, :]
-            store_exchanged(output_ptr + row * (D * H) + own, new_h, now, EXCHANGE)
+            now = inside & (columns < active)
+            output_ptrs = output_ptr + row * (D * H) + own
+            if EXCHANGE == "flag":
+                send(output_ptrs, new_h, now)
+            else:
+                if EXCHANGE == "barrier":
+                    new_h = tl.where(alive, new_h, float("nan"))
+                store_blocks(output_ptrs, (new_h,), now, H, 0, 1, MOST, EXCHANGE)
             if EXCHANGE == "barrier":
                 # What a program that gave up has stored is nothing to wait for.
                 if alive:
@@ -304,13 +350,16 @@ def recurrence_forward(
                 expected += NUM_H
             if SAVED:
                 saved_ptrs = gates_ptr + row * (D * ROW * H) + own_gates
-                store_blocks(saved_ptrs, saved, now, H, 0, SAVED, MOST, "none")
+                store_blocks(saved_ptrs, saved, now, H, 0, SAVED, MOST, EXCHANGE)
             if SAVE_C:
-                tl.store(
-                    cells_ptr + row * (D * H) + own,
-                    new_c.to(cells_ptr.dtype.element_ty),
-                    mask=now,
+                cells_ptrs = cells_ptr + row * (D * H) + own
+                store_blocks(cells_ptrs, (new_c,), now, H, 0, 1, MOST, EXCHANGE)
+            if not HELD and PTX != "":
+                far_active, far_row = step_rows(
+                    t + 3 * ahead, T, N, batch_sizes_ptr, offsets_ptr, PACKED
                 )
+                far_x_ptrs = preact_ptr + far_row * (D * ROW * H) + own_gates
+                prefetch_blocks(far_x_ptrs, inside & (columns < far_active), H, INPUTS)
             # A sequence that has not begun, or is over, keeps its state.
             h = tl.where(now, new_h, h)
             if HAS_C:
@@ -319,7 +368,7 @@ def recurrence_forward(
             before_active, before_row = active, row
             active, row = next_active, next_row
 
-        if EXCHANGE == "barrier" or EXCHANGE == "flag":
+        if EXCHANGE == "barrier":
             h = tl.where(alive, h, float("nan"))
             c = tl.where(alive, c, float("nan"))
         h_out_ptrs = h_out_ptr + first_state + state_offsets

@@ -5,7 +5,7 @@ the lowest floor: latencies, bytes, instructions. Nothing is measured at run tim
 depends on the length of the sequences, so a plan can be read, tested and compiled ahead with no GPU
 at hand.
 
-Variants, the earlier the better where it fits:
+Variants:
 
 - independent: there is no product (a user's cell without weight_hh), so units do not see each other
   and any program may own any of them; no other variant fits.
@@ -13,7 +13,8 @@ Variants, the earlier the better where it fits:
   state never leaves it.
 - cooperative: W_hh is spread over the programs and stays on the chip; they exchange the state at
   every step.
-- streaming: as cooperative, but W_hh is too large for the chip: every step reads it from L2.
+- streaming: as cooperative, but W_hh is too large for the chip: every step reads it from L2. Only
+  where none of the above fits.
 - stepwise: a launch per step. For devices without cooperative launch, and the interpreter.
 """
 
@@ -22,12 +23,16 @@ import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
-# How long a step takes at the least, in microseconds, from published measurements on an H100, and
-# how many instructions, from the machine code for it; the other chips are taken to be alike. The
-# order of two plans is what counts.
+# How long a step takes, in microseconds. Of programs that hold W_hh in registers: for a step, for
+# 1000 bytes that a program loads, for 1e6 that all do and the root of that, for a matrix instruction
+# of each scheduler, for 1000 bytes through shared memory and for 1000 warps; fitted to what plans of
+# many shapes took on an H200 (bench/results/gpu.md).
+_HELD_US = (0.37, 0.005, 0.004, 1.09, 0.0003, 0.0066, 0.3)
+# The others by published latencies and by instructions, from the machine code; so many times that
+# was measured there, by warps. The order of two plans is what counts.
+_RESIDENT_OVER = {1: 1.2, 2: 1.2, 4: 1.2, 8: 1.5}
+_SPREAD_OVER = {4: 1.3, 8: 2.6}
 _WITHIN_US = 0.25  # latencies of a product and of the pointwise part within a multiprocessor
-_FLAG_US = 0.6  # from one multiprocessor's store to another's load
-_LOOK_US = 0.15  # to look whether a group of blocks is complete
 _BARRIER_US = 1.0
 _LOAD_US = 0.4  # to load what a barrier has let through
 _LAUNCH_US = 5.0
@@ -37,9 +42,10 @@ _CYCLES_PER_US = 1700.0  # each of a multiprocessor's four schedulers starts an 
 # Instructions of the pointwise part for an element and a product, forward and backward alike: from
 # the machine code of torch's cells in float16; float32 has twice as many.
 _INSTRUCTIONS = 16
-# And for a number of 16 bits that other programs have computed: to bring it to the matrix unit, and
-# to look whether it is there, by itself or two at a time.
-_MOVED, _LOOKED_AT, _LOOKED_AT_IN_PAIRS = 3, 6, 2
+# And for a number of 16 bits that other programs have computed, to bring it to the matrix unit.
+_MOVED = 3
+# Registers of a thread for W_hh and what is multiplied or added with it.
+_HELD_REGISTERS = 200
 # `matrix_mflops` that a warp's own matrix instructions reach, which take operands from registers.
 # Later chips have faster ones of several warps, for which a program's few columns are too narrow.
 _WARP_MFLOPS = 4.5
@@ -113,9 +119,8 @@ class Plan:
         slots: programs along the batch; each takes every slots-th block of it.
         at_once: directions in a launch; 1 of 2 if both do not fit the chip together.
         bytes_on_chip: shared memory, or registers, that a program is expected to take.
-        floor_us: the least a step can take, all sequences and directions, in microseconds.
+        floor_us: how long a step takes by the model, all sequences and directions, in microseconds.
         in_registers: of how many gates a resident program keeps W_hh there, not in shared memory.
-        pairs: whether numbers of 16 bits are looked at two at a time, with "flag".
     """
 
     kernel: str
@@ -133,7 +138,6 @@ class Plan:
     bytes_on_chip: int
     floor_us: float
     in_registers: int = 0
-    pairs: bool = False
 
     @property
     def programs(self) -> int:
@@ -258,7 +262,7 @@ def _resident(shape: Shape, chip: Chip) -> Iterator[Plan]:
             slots,
             shape.directions,
             weight + sent,
-            waves * step,
+            waves * _RESIDENT_OVER[warps] * step,
             held,
         )
 
@@ -318,15 +322,66 @@ def _product_us(
     return max(weight_bytes / _SHARED_BYTES_PER_US, flops / rate)
 
 
+def _held(shape: Shape, chip: Chip) -> Iterator[Plan]:
+    """Cooperative plans with W_hh in registers and the data as its own flag.
+
+    Each warp multiplies its part of the inner dimension, from pieces of 16 bytes that it loads
+    itself; so rows must begin at those.
+    """
+    if chip.backend != "cuda" or shape.copies > 1 or shape.hidden_size * shape.itemsize % 16:
+        return
+    block_k = 64 // shape.itemsize
+    for at_once, block_h, block_n, warps in itertools.product(
+        range(1, shape.directions + 1), (8, 16, 32, 64), (8, 16, 32), (4, 8)
+    ):
+        units = _ceil(shape.hidden_size, block_h)
+        if units * at_once > chip.multiprocessors:
+            continue
+        threads = 32 * warps
+        rows = rows_of(shape, block_h)
+        # A matrix instruction has sixteen.
+        multiplied = max(16, rows)
+        blocks = _ceil(shape.inner, warps * block_k)
+        elements = max(1, block_h * block_n // threads)
+        # Numbers of 32 bits in a thread: of W_hh, of a block of what is multiplied with it, of the
+        # result, of its parts that a thread adds.
+        weights = multiplied * blocks // 2
+        block, result = block_n // 2, multiplied * block_n // 32
+        parts = warps * rows // block_h * elements
+        room = _HELD_REGISTERS - weights
+        together = min(blocks, (room - result) // block, 64 // block)
+        if together < 1 or elements > 4 or parts + 1.5 * shape.numbers * elements > room:
+            continue
+        tiles = _ceil(shape.batch, block_n)
+        slots = min(tiles, max(1, chip.multiprocessors // (units * at_once)))
+        turns = _ceil(tiles, slots) * _ceil(shape.directions, at_once)
+        # All programs' loads come to the same few lines of the L2 cache.
+        loaded = blocks * warps * block_k * block_n * shape.itemsize / 1e3
+        every = loaded * units * slots * at_once / 1e3
+        busy = units * slots * at_once * warps / 1e3
+        products = multiplied // 16 * blocks * 2 * block_n // 8 * warps // 4 * shape.itemsize // 2
+        shared = warps * 4 * (rows * block_n + rows // block_h * elements * threads) / 1e3
+        step = sum(
+            us * count
+            for us, count in zip(
+                _HELD_US,
+                (1, loaded, every, every**0.5, products, shared, busy),
+                strict=True,
+            )
+        )
+        yield Plan(
+            shape.kernel, "cooperative", "flag", block_h, block_n, block_k, warps, together, warps,
+            units, slots, at_once, 4 * threads * weights, turns * step, shape.products,
+        )  # fmt: skip
+
+
 def _spread(shape: Shape, chip: Chip, variant: str) -> Iterator[Plan]:
     """Plans whose programs share a direction's hidden units."""
-    exchanges = {"cooperative": ("flag", "barrier"), "streaming": ("barrier",)}
-    for exchange, at_once, block_h, block_n, warps in itertools.product(
-        exchanges.get(variant, ("launch",)),
-        range(1, shape.directions + 1),
-        (8, 16, 32, 64),
-        (8, 16, 32, 64),
-        (4, 8),
+    if variant == "cooperative":
+        yield from _held(shape, chip)
+    exchange = "launch" if variant == "stepwise" else "barrier"
+    for at_once, block_h, block_n, warps in itertools.product(
+        range(1, shape.directions + 1), (8, 16, 32, 64), (8, 16, 32, 64), (4, 8)
     ):
         # Blocks of eight sequences are a warp's own matrix instructions', as are those with splits.
         narrow = block_n == 8
@@ -437,18 +492,9 @@ def _finished(shape: Shape, chip: Chip, draft: Plan) -> Plan | None:
     tiles = _ceil(shape.batch, draft.block_n)
     side_by_side = max(1, chip.multiprocessors // (draft.units * draft.at_once))
     turns = _ceil(tiles, min(tiles, side_by_side)) * _ceil(shape.directions, draft.at_once)
-    latency = {
-        "flag": _FLAG_US + _LOOK_US * _ceil(blocks, together),
-        "barrier": _BARRIER_US + _LOAD_US,
-        "launch": _LAUNCH_US,
-    }[draft.exchange]
+    latency = _LAUNCH_US if draft.exchange == "launch" else _BARRIER_US + _LOAD_US
     passing = inner * draft.block_n * shape.itemsize + (weight - kept)
-    flag = draft.exchange == "flag"
-    pairs = flag and shape.itemsize == 2 and shape.hidden_size % 2 == 0 and draft.block_k >= 32
-    each = _MOVED * shape.itemsize / 2
-    if flag:
-        each += _LOOKED_AT_IN_PAIRS if pairs else _LOOKED_AT
-    handling = each * inner * draft.block_n / 128 / _CYCLES_PER_US
+    handling = _MOVED * shape.itemsize / 2 * inner * draft.block_n / 128 / _CYCLES_PER_US
     flops = 2 * max(16, rows) * inner * draft.block_n
     product = _product_us(chip, shape, weight, flops)
     pointwise = _pointwise_us(shape, draft.block_h * draft.block_n, draft.warps)
@@ -458,29 +504,34 @@ def _finished(shape: Shape, chip: Chip, draft: Plan) -> Plan | None:
         slots=tiles if draft.variant == "stepwise" else min(tiles, side_by_side),
         bytes_on_chip=shared + kept,
         floor_us=turns
+        * _SPREAD_OVER[draft.warps]
         * (_WITHIN_US + latency + passing / _L2_BYTES_PER_US + handling + product + pointwise),
-        pairs=pairs,
     )
 
 
-_VARIANTS = ("independent", "resident", "cooperative", "streaming", "stepwise")
+def _plans(shape: Shape, chip: Chip, variant: str) -> Iterator[Plan]:
+    """All plans of a variant that fit the chip."""
+    if (variant == "independent") != (shape.products == 0):
+        return
+    if variant == "independent":
+        yield from _independent(shape, chip)
+    elif variant == "resident":
+        yield from _resident(shape, chip)
+    elif chip.cooperative or variant == "stepwise":
+        yield from _spread(shape, chip, variant)
+
+
+# Each is looked at if nothing of those before it fits.
+_CLASSES = (("independent", "resident", "cooperative"), ("streaming",), ("stepwise",))
 
 
 @functools.lru_cache(maxsize=4096)
 def plan(shape: Shape, chip: Chip, variant: str | None = None) -> Plan | None:
-    """The plan with the lowest floor; None if no variant, or not the one named, fits the chip."""
+    """The fastest plan by the model; None if no variant, or not the one named, fits the chip."""
     if chip == INTERPRETER:
         return _interpreted(shape, variant)
-    wanted = (variant,) if variant else _VARIANTS
-    for name in wanted:
-        if name in ("cooperative", "streaming") and not chip.cooperative:
-            continue
-        if (name == "independent") != (shape.products == 0):
-            continue
-        if name == "independent":
-            found = _independent(shape, chip)
-        else:
-            found = _resident(shape, chip) if name == "resident" else _spread(shape, chip, name)
+    for names in ((variant,),) if variant else _CLASSES:
+        found = itertools.chain.from_iterable(_plans(shape, chip, name) for name in names)
         best = min(found, key=lambda plan: (plan.floor_us, plan.programs), default=None)
         if best is not None:
             return best

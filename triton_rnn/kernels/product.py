@@ -8,8 +8,8 @@ a block's number runs through all parts at once.
 import triton
 import triton.language as tl
 
-from triton_rnn.kernels.exchange import load_exchanged
-from triton_rnn.kernels.steps import joined, note_failure
+from triton_rnn.kernels.exchange import load_piece, load_when_written
+from triton_rnn.kernels.steps import joined
 
 
 @triton.jit
@@ -32,23 +32,13 @@ def kept_weights(
     BLOCK_H: tl.constexpr,
     BLOCK_K: tl.constexpr,
     SPLITS: tl.constexpr,
-    PAIRS: tl.constexpr,
 ):
-    """All blocks of a program's weights, for `exchanged_product`.
-
-    With PAIRS each block as two, of every other column: a pair of numbers is taken apart into one
-    for either.
-    """
+    """All blocks of a program's weights, for `exchanged_product`."""
     NUM_K: tl.constexpr = (INNER + SPLITS * BLOCK_K - 1) // (SPLITS * BLOCK_K)
     weights = ()
     for k in tl.static_range(NUM_K):
-        if PAIRS:
-            column = 2 * inner_columns(k, INNER // 2, BLOCK_K // 2, SPLITS)
-            weights = weights + (LOAD(w_hh_ptr, first, column, H, GATES, TURN, BLOCK_H),)
-            weights = weights + (LOAD(w_hh_ptr, first, column + 1, H, GATES, TURN, BLOCK_H),)
-        else:
-            column = inner_columns(k, INNER, BLOCK_K, SPLITS)
-            weights = weights + (LOAD(w_hh_ptr, first, column, H, GATES, TURN, BLOCK_H),)
+        column = inner_columns(k, INNER, BLOCK_K, SPLITS)
+        weights = weights + (LOAD(w_hh_ptr, first, column, H, GATES, TURN, BLOCK_H),)
     return weights
 
 
@@ -129,6 +119,184 @@ def _rows(blocks, FIRST: tl.constexpr, COUNT: tl.constexpr):
     return high
 
 
+# Fragments ----------------------------------------------------------------------------------------
+#
+# Of a matrix instruction's operands each thread holds fragments, of a row or column of its own and
+# of a few inner numbers. Which inner numbers is all the same if it is so for both operands. So let a
+# thread hold 16 bytes that lie side by side, and it can load them itself: nothing is handed from
+# thread to thread, neither the weights, once, nor what the others send, at every step.
+#
+# Of the lanes of a warp four share a row or a column; eight rows or columns make a tile. A tensor
+# (SPLITS, 8, 4) has so one element for each thread: warp, row, quarter. Tuples of such tensors of
+# words of 32 bits are made one operand, all without moving anything: its layout is the one that
+# Triton asks for. (From a join it asks for wider fragments, as if its numbers came from eight bits.)
+
+
+@triton.jit
+def _counted(blocks, FIRST: tl.constexpr, STEP: tl.constexpr, COUNT: tl.constexpr):
+    """COUNT blocks (S, 8, 4) of a tuple, STEP apart, as one (S, 8, 4, COUNT)."""
+    level = ()
+    for i in tl.static_range(COUNT):
+        level = level + (blocks[FIRST + i * STEP],)
+    for _ in tl.static_range(5):
+        if len(level) > 1:
+            level = _joined_halves(level)
+    whole = level[0]
+    return tl.reshape(whole, (whole.shape[0], 8, 4, COUNT))
+
+
+@triton.jit
+def _joined_halves(level):
+    HALF: tl.constexpr = len(level) // 2
+    joined = ()
+    for i in tl.static_range(HALF):
+        joined = joined + (tl.join(level[i], level[i + HALF]),)
+    return joined
+
+
+@triton.jit
+def _numbers(words, FIRST: tl.constexpr, STEP: tl.constexpr, TILES: tl.constexpr, DTYPE: tl.constexpr):
+    """The numbers in a piece's words, of tiles STEP words apart: (S, 8, 4, TILES, 2, ...).
+
+    The last dimensions count them: two of two words, of which each may have two halves.
+    """
+    first = _counted(words, FIRST, STEP, TILES)
+    second = _counted(words, FIRST + 1, STEP, TILES)
+    third = _counted(words, FIRST + 2, STEP, TILES)
+    fourth = _counted(words, FIRST + 3, STEP, TILES)
+    every = tl.join(tl.join(first, third), tl.join(second, fourth))
+    if DTYPE.primitive_bitwidth == 16:
+        every = tl.join(every.to(tl.int16), (every >> 16).to(tl.int16))
+    return every.to(DTYPE, bitcast=True)
+
+
+@triton.jit
+def left_operand(
+    words, FIRST: tl.constexpr, STEP: tl.constexpr, TILES: tl.constexpr, DTYPE: tl.constexpr
+):
+    """(S, 8 * TILES, 64 bytes) of pieces from the word FIRST on, those of a tile STEP words apart."""
+    every = _numbers(words, FIRST, STEP, TILES, DTYPE)
+    if DTYPE.primitive_bitwidth == 16:
+        every = tl.permute(every, (0, 3, 1, 4, 2, 5, 6))
+    else:
+        every = tl.permute(every, (0, 3, 1, 4, 2, 5))
+    return tl.reshape(every, (every.shape[0], 8 * TILES, 512 // DTYPE.primitive_bitwidth))
+
+
+@triton.jit
+def right_operand(
+    words, FIRST: tl.constexpr, STEP: tl.constexpr, TILES: tl.constexpr, DTYPE: tl.constexpr
+):
+    """(S, 64 bytes, 8 * TILES), as `left_operand`."""
+    every = _numbers(words, FIRST, STEP, TILES, DTYPE)
+    if DTYPE.primitive_bitwidth == 16:
+        every = tl.permute(every, (0, 4, 2, 5, 6, 3, 1))
+    else:
+        every = tl.permute(every, (0, 4, 2, 5, 3, 1))
+    return tl.reshape(every, (every.shape[0], 512 // DTYPE.primitive_bitwidth, 8 * TILES))
+
+
+@triton.jit
+def first_columns(INNER: tl.constexpr, BLOCK_K: tl.constexpr, SPLITS: tl.constexpr):
+    """(SPLITS, 1, 4): the inner number that each thread's first piece begins with."""
+    PER_PART: tl.constexpr = (INNER + SPLITS * BLOCK_K - 1) // (SPLITS * BLOCK_K) * BLOCK_K
+    part = tl.arange(0, SPLITS) * PER_PART
+    return part[:, None, None] + (tl.arange(0, 4) * (BLOCK_K // 4))[None, None, :]
+
+
+@triton.jit
+def held_weights(
+    w_hh_ptr,
+    first,
+    PIECE: tl.constexpr,
+    H: tl.constexpr,
+    GATES: tl.constexpr,
+    TURN: tl.constexpr,
+    INNER: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    SPLITS: tl.constexpr,
+):
+    """A program's weights in registers, as the left operands of `held_product`.
+
+    PIECE(w_hh_ptr, first, row, column, H, GATES, TURN, BLOCK_H) loads what each thread holds of a
+    row from an inner number on. BLOCK_K numbers are 64 bytes.
+    """
+    NUM_K: tl.constexpr = (INNER + SPLITS * BLOCK_K - 1) // (SPLITS * BLOCK_K)
+    TILES: tl.constexpr = ROWS // 8
+    column = first_columns(INNER, BLOCK_K, SPLITS)
+    weights = ()
+    for k in tl.static_range(NUM_K):
+        words = ()
+        for tile in tl.static_range(TILES):
+            row = (8 * tile + tl.arange(0, 8))[None, :, None]
+            words = words + PIECE(
+                w_hh_ptr, first, row, column + k * BLOCK_K, H, GATES, TURN, BLOCK_H
+            )
+        weights = weights + (left_operand(words, 0, 4, TILES, w_hh_ptr.dtype.element_ty),)
+    return weights
+
+
+@triton.jit
+def held_product(
+    weights,
+    sources,
+    polls,
+    error_ptr,
+    step,
+    INNER: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    SPLITS: tl.constexpr,
+    TOGETHER: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """The parts (SPLITS, ROWS, 8 * tiles) of the product of `held_weights` with what others send.
+
+    Args:
+        sources: for each tile of eight sequences, (1, 8, 1) pointers to the inner number 0.
+        polls: for each, how often is looked whether it has come; 0 where it is there.
+        TOGETHER: blocks that are waited for together.
+    """
+    NUM_K: tl.constexpr = (INNER + SPLITS * BLOCK_K - 1) // (SPLITS * BLOCK_K)
+    TILES: tl.constexpr = len(sources)
+    PADDED: tl.constexpr = INNER < NUM_K * SPLITS * BLOCK_K
+    dtype: tl.constexpr = sources[0].dtype.element_ty
+    column = first_columns(INNER, BLOCK_K, SPLITS)
+    left = (INNER - column + BLOCK_K - 1) // BLOCK_K
+    product = tl.zeros((SPLITS, ROWS, 8 * TILES), tl.float32)
+    for group in tl.static_range(0, NUM_K, TOGETHER):
+        ptrs = ()
+        for tile in tl.static_range(TILES):
+            ptrs = ptrs + (sources[tile] + (column + group * BLOCK_K),)
+        words = load_when_written(
+            ptrs, polls, left - group, error_ptr, step, min(TOGETHER, NUM_K - group), PADDED
+        )
+        for k in tl.static_range(min(TOGETHER, NUM_K - group)):
+            block = right_operand(words, 4 * k, 4 * min(TOGETHER, NUM_K - group), TILES, dtype)
+            product = tl.dot(weights[group + k], block, product, input_precision=PRECISION)
+    return product
+
+
+@triton.jit
+def parts_added(product, BLOCK_H: tl.constexpr):
+    """(S, G * BLOCK_H, N), rows unit by unit, summed over the parts: (N, BLOCK_H, G).
+
+    Every thread adds what it needs; all of it passes through shared memory once.
+    """
+    S: tl.constexpr = product.shape[0]
+    G: tl.constexpr = product.shape[1] // BLOCK_H
+    N: tl.constexpr = product.shape[2]
+    left = tl.permute(tl.reshape(product, (S, BLOCK_H, G, N)), (3, 1, 2, 0))
+    for _ in tl.static_range(5):
+        if left.shape[3] > 1:
+            pairs = tl.reshape(left, (N, BLOCK_H, G, left.shape[3] // 2, 2))
+            even, odd = tl.split(pairs)
+            left = even + odd
+    return tl.reshape(left, (N, BLOCK_H, G))
+
+
 @triton.jit
 def exchanged_product(
     weights,
@@ -136,11 +304,7 @@ def exchanged_product(
     first,
     source,
     taken,
-    written,
-    step,
-    alive,
     polls,
-    error_ptr,
     LOAD: tl.constexpr,
     H: tl.constexpr,
     GATES: tl.constexpr,
@@ -151,9 +315,6 @@ def exchanged_product(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     SPLITS: tl.constexpr,
-    TOGETHER: tl.constexpr,
-    EXCHANGE: tl.constexpr,
-    PAIRS: tl.constexpr,
     ON_CHIP: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
@@ -162,11 +323,7 @@ def exchanged_product(
     Args:
         weights: those of `kept_weights` if ON_CHIP; else LOAD gets each block from `w_hh_ptr`.
         source: (BLOCK_N,) where the numbers of each sequence begin.
-        taken, written: (BLOCK_N,) which sequences take part, and whose numbers come from others.
-        TOGETHER: blocks that are waited for together.
-
-    Returns:
-        The product, and whether all waits up to now were in time.
+        taken: (BLOCK_N,) which sequences take part.
     """
     NUM_K: tl.constexpr = (INNER + SPLITS * BLOCK_K - 1) // (SPLITS * BLOCK_K)
     if SPLITS == 1:
@@ -174,41 +331,19 @@ def exchanged_product(
     else:
         product = tl.zeros((SPLITS, ROWS, BLOCK_N), tl.float32)
     if ON_CHIP:
-        # What is looked at as one number is one or two of the dimension's.
-        EACH: tl.constexpr = 2 if PAIRS else 1
-        dtype: tl.constexpr = source.dtype.element_ty
-        numbers = source
-        if EXCHANGE == "flag":
-            WIDTH: tl.constexpr = dtype.primitive_bitwidth * EACH
-            numbers = source.to(tl.pointer_type(tl.int16 if WIDTH == 16 else tl.int32))
-        for group in tl.static_range(0, NUM_K, TOGETHER):
-            column = inner_columns(group, INNER // EACH, BLOCK_K // EACH, SPLITS)[:, :, None]
-            blocks, complete = load_exchanged(
-                numbers[None, None, :] + column,
-                column,
-                taken[None, None, :],
-                written[None, None, :],
-                polls * alive,
-                INNER // EACH,
-                BLOCK_K // EACH,
-                min(TOGETHER, NUM_K - group),
-                EXCHANGE,
-                PAIRS,
+        # All at once, past the L1 cache, which nobody keeps coherent.
+        column = inner_columns(0, INNER, BLOCK_K, SPLITS)[:, :, None]
+        blocks = ()
+        for k in tl.static_range(NUM_K):
+            block = tl.load(
+                source[None, None, :] + (column + k * BLOCK_K),
+                mask=(column + k * BLOCK_K < INNER) & taken[None, None, :],
+                other=0.0,
+                cache_modifier=".cg",
             )
-            if EXCHANGE == "flag":
-                alive = note_failure(error_ptr, alive, complete, step)
-            for k in tl.static_range(min(TOGETHER, NUM_K - group)):
-                if PAIRS:
-                    low = blocks[k].to(tl.int16).to(dtype, bitcast=True)
-                    high = (blocks[k] >> 16).to(tl.int16).to(dtype, bitcast=True)
-                    even, odd = weights[2 * (group + k)], weights[2 * (group + k) + 1]
-                    product = _multiply(even, low, product, SPLITS, PRECISION)
-                    product = _multiply(odd, high, product, SPLITS, PRECISION)
-                else:
-                    block = blocks[k]
-                    if EXCHANGE == "flag":
-                        block = block.to(dtype, bitcast=True)
-                    product = _multiply(weights[group + k], block, product, SPLITS, PRECISION)
+            blocks = blocks + (block,)
+        for k in tl.static_range(NUM_K):
+            product = _multiply(weights[k], blocks[k], product, SPLITS, PRECISION)
     else:
         # A number that the compiler cannot know: it would unroll the loop, and keep the addresses
         # of every block in registers.
@@ -225,4 +360,4 @@ def exchanged_product(
             product = _multiply(w_block, block, product, SPLITS, PRECISION)
     if SPLITS > 1:
         product = tl.sum(product, 0)
-    return product, alive
+    return product

@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from triton_rnn.kernels.exchange import store_exchanged
+from triton_rnn.kernels.exchange import prefetch, store_as_it_lies
 
 
 @triton.jit
@@ -34,6 +34,13 @@ def load_blocks(ptrs, mask, stride, COUNT: tl.constexpr, MOST: tl.constexpr):
     for first in tl.static_range(0, COUNT, MOST):
         groups = groups + (_load_group(ptrs, mask, stride, first, min(MOST, COUNT - first)),)
     return groups
+
+
+@triton.jit
+def prefetch_blocks(ptrs, mask, stride, COUNT: tl.constexpr):
+    """Ask memory to bring COUNT blocks to the L2 cache; nobody waits for it."""
+    for j in tl.static_range(COUNT):
+        prefetch(ptrs + j * stride, mask)
 
 
 @triton.jit
@@ -108,26 +115,30 @@ def store_blocks(
     MOST: tl.constexpr,
     EXCHANGE: tl.constexpr,
 ):
-    """Store blocks FIRST, FIRST + 1, ... of a tuple, `stride` elements apart, as EXCHANGE says."""
+    """Store blocks FIRST, FIRST + 1, ... of a tuple, `stride` elements apart.
+
+    With EXCHANGE "flag" from where they lie: a step has no time for shared memory and its barriers.
+    """
     narrow = ()
     for j in tl.static_range(COUNT):
         narrow = narrow + (blocks[j].to(ptrs.dtype.element_ty),)
     for first in tl.static_range(FIRST, COUNT, MOST):
-        _store_group(ptrs, narrow, mask, stride, first, min(MOST, COUNT - first), EXCHANGE)
+        if EXCHANGE == "flag":
+            store_as_it_lies(ptrs + first * stride, narrow[first], mask)
+        else:
+            _store_group(ptrs, narrow, mask, stride, first, min(MOST, COUNT - first))
 
 
 @triton.jit
-def _store_group(
-    ptrs, blocks, mask, stride, FIRST: tl.constexpr, LEFT: tl.constexpr, EXCHANGE: tl.constexpr
-):
+def _store_group(ptrs, blocks, mask, stride, FIRST: tl.constexpr, LEFT: tl.constexpr):
     if LEFT == 1:
-        store_exchanged(ptrs + FIRST * stride, blocks[FIRST], mask, EXCHANGE)
+        tl.store(ptrs + FIRST * stride, blocks[FIRST], mask=mask)
     else:
         WIDTH: tl.constexpr = 2 if LEFT == 2 else 4
         j = tl.arange(0, WIDTH)[None, None, :]
         group = joined(blocks, FIRST, WIDTH)
         every = mask[:, :, None] & (j < LEFT)
-        store_exchanged(ptrs[:, :, None] + (FIRST + j) * stride, group, every, EXCHANGE)
+        tl.store(ptrs[:, :, None] + (FIRST + j) * stride, group, mask=every)
 
 
 @triton.jit
@@ -139,15 +150,19 @@ def note_failure(error_ptr, alive, complete, step):
 
 
 @triton.jit
-def unit_vectors(
-    ptr, unit, H: tl.constexpr, COUNT: tl.constexpr, ABSENT: tl.constexpr, BLOCK_H: tl.constexpr
-):
-    """COUNT columns (BLOCK_H, 1) in float32: zeros for the first ABSENT, the others from memory."""
+def along(vector, AXIS: tl.constexpr):
+    """A vector as a block that extends along one axis."""
+    return vector[:, None] if AXIS == 0 else vector[None, :]
+
+
+@triton.jit
+def unit_vectors(ptr, unit, H: tl.constexpr, COUNT: tl.constexpr, ABSENT: tl.constexpr):
+    """COUNT numbers of each unit in float32: zeros for the first ABSENT, the others from memory."""
     vectors = ()
     for j in tl.static_range(COUNT):
         if j < ABSENT:
-            vectors = vectors + (tl.zeros((BLOCK_H, 1), tl.float32),)
+            vectors = vectors + (tl.zeros(unit.shape, tl.float32),)
         else:
             vector = tl.load(ptr + (j - ABSENT) * H + unit, mask=unit < H, other=0.0)
-            vectors = vectors + (vector.to(tl.float32)[:, None],)
+            vectors = vectors + (vector.to(tl.float32),)
     return vectors

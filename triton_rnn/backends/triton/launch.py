@@ -22,7 +22,7 @@ from triton_rnn.kernels.plan import CHIPS, INTERPRETER, Chip, Plan, Shape, plan
 from triton_rnn.request import Request
 
 # A wait looks so often before it gives up: seconds, where a step takes microseconds.
-POLLS = 1 << 22
+POLLS = 1 << 21
 
 # Of the compiler, for every kernel: a product and a sum are one instruction, which Triton 3.10 will
 # no longer take for granted.
@@ -131,7 +131,6 @@ def _constants(
         "SPLITS": plan.splits,
         "TOGETHER": plan.together,
         "EXCHANGE": plan.exchange,
-        "PAIRS": plan.pairs,
         "ON_CHIP": plan.on_chip,
         "IN_REGISTERS": plan.in_registers,
         "HAS_C": cell.has_c,
@@ -311,7 +310,12 @@ def nothing(device: torch.device, dtype: torch.dtype) -> Tensor:
 
 def _unwritten(buffer: Tensor) -> None:
     """Fill a buffer with the pattern that says: not written yet (`exchange.UNWRITTEN`)."""
-    buffer.view(torch.int16 if buffer.dtype.itemsize == 2 else torch.int32).fill_(-2)
+    buffer.view(torch.int32).fill_(-1)
+
+
+def _in_pieces(tensor: Tensor) -> Tensor:
+    """A tensor that can be read 16 bytes at a time: itself, as a rule."""
+    return tensor.clone() if tensor.data_ptr() % 16 else tensor
 
 
 def pair(tensors: Sequence[Tensor | None], missing: Tensor) -> tuple[Tensor, Tensor]:
@@ -459,9 +463,8 @@ def forward(
         cells = gates.new_empty(gates.size(0), request.directions, request.hidden_size)
     if found.plan.exchange == "flag":
         _unwritten(output)
-        if found.plan.pairs and h_0.data_ptr() % 4:
-            # It is read as what the others write: two numbers at a time.
-            h_0 = h_0.clone()
+        # It is read as what the others write is.
+        h_0, w_hh = _in_pieces(h_0), [_in_pieces(tensor) for tensor in w_hh]
     missing = nothing(request.device, request.dtype)
     _launch_all(
         found,

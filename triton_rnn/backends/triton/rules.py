@@ -1,8 +1,8 @@
 """When `auto` takes the kernels, and when it leaves a call to cuDNN.
 
-Both sides are estimated: ours by the floor of the plan, cuDNN by the way that torch makes it choose
-an algorithm (aten/src/ATen/native/cudnn/RNN.cpp, get_algo). The numbers are published ones, not
-measured on this code; `bench/gpu_session.py` measures both sides, and its results belong here.
+Both sides are estimated: ours by the plan, cuDNN by the way that torch makes it choose an algorithm
+(aten/src/ATen/native/cudnn/RNN.cpp, get_algo) and by what that took on an H200 with cuDNN 9.19
+(bench/results/gpu.md).
 """
 
 import torch
@@ -11,19 +11,21 @@ from triton_rnn.backends.triton import launch
 from triton_rnn.cells import OwnCell
 from triton_rnn.request import Request
 
-# A plan's floor counts latencies, bytes and instructions; so much more a step may take.
-_OVER_FLOOR = 1.2
-# cuDNN in microseconds per step: its kernels that keep the weights on the chip, and a product and a
-# pointwise kernel per step.
-_PERSISTENT_US = 2.0
-_STANDARD_US = 7.0
+# cuDNN in microseconds per step: its kernels that keep the weights on the chip, for small and large
+# hidden sizes, and a product and a pointwise kernel per step.
+_SMALL_US, _PERSISTENT_US, _STANDARD_US = 0.6, 2.0, 13.0
+# A call without gradients in microseconds of the host: ours, and torch's.
+_CALL_US, _CUDNN_CALL_US = 130.0, 86.0
 # Operations per microsecond that its products reach with so few rows.
 _MFLOPS = {2: 300.0, 4: 150.0}
 
 
 def cudnn_is_persistent(request: Request) -> bool:
-    """Whether torch asks cuDNN for one of its persistent algorithms."""
-    if request.packed or request.cell.projected:
+    """Whether torch asks cuDNN for one of its persistent algorithms.
+
+    It does so for small hidden sizes of bfloat16 too, but what runs then is as slow as the other.
+    """
+    if request.packed or request.cell.projected or request.dtype == torch.bfloat16:
         return False
     hidden, gates = request.hidden_size, request.cell.gates
     small = 384 if gates == 1 else 192
@@ -49,7 +51,7 @@ def cudnn_step_us(request: Request, kernel: str) -> float:
     flops = 2 * gate_rows * request.hidden_size * request.batch * request.directions
     product = flops / 1e6 / _MFLOPS[request.dtype.itemsize]
     if cudnn_is_persistent(request):
-        return max(_PERSISTENT_US, product)
+        return max(_SMALL_US if request.hidden_size <= 128 else _PERSISTENT_US, product)
     return max(_STANDARD_US, product) * request.directions
 
 
@@ -66,8 +68,14 @@ def slower_than_torch(request: Request) -> str | None:
             return f"no plan of the {kernel} recurrence fits this device"
         if plan.variant == "stepwise":
             return f"W_hh does not fit the chip in the {kernel}: a launch per step is too slow"
-        ours += _OVER_FLOOR * plan.floor_us
+        ours += plan.floor_us
         theirs += cudnn_step_us(request, kernel)
     if ours > theirs:
         return f"cuDNN is expected to take {theirs:.1f} us a step, the kernels {ours:.1f}"
+    if not request.needs_grad:
+        # Of few steps the host decides.
+        call = max(_CALL_US, request.seq_len * ours)
+        cudnn_call = max(_CUDNN_CALL_US, request.seq_len * theirs)
+        if call > cudnn_call:
+            return f"cuDNN is expected to take {cudnn_call:.0f} us, the kernels {call:.0f}"
     return None
