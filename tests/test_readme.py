@@ -1,5 +1,6 @@
 """README says what is true: its figures are those of the kept results, its commands those of CI."""
 
+import json
 import os
 import re
 import sys
@@ -11,6 +12,7 @@ ROOT = Path(__file__).parent.parent
 sys.path.append(os.fspath(ROOT))
 
 from bench.__main__ import main  # noqa: E402  (needs the path)
+from bench.turns import geometric_mean  # noqa: E402
 
 README = (ROOT / "README.md").read_text()
 RESULTS = (ROOT / "bench" / "results" / "cpu.md").read_text()
@@ -40,6 +42,27 @@ def test_readmes_small_sizes_are_those_of_the_kept_results():
         assert f"| {name.removesuffix(', small')} | {padded} | {worst} |" in README
     (line,) = (line for line in small.splitlines() if line.startswith("As fast as onnxruntime"))
     assert re.search(r"\d+ of \d+", line).group() in README
+
+
+def test_readmes_figures_of_a_gpu_are_those_of_the_kept_results():
+    kept = json.loads((ROOT / "bench" / "results" / "gpu.json").read_text())
+    every = [row for row in kept["timing"]["results"] if row["status"] == "ok"]
+    names = {"bfloat16": "bfloat16", "float16": "float16", "float32 (TF32)": "float32"}
+    for name, dtype in (("all", ""), *names.items()):
+        rows = [row for row in every if dtype in ("", row["case"]["dtype"])]
+        kernels, auto = (
+            geometric_mean([row[f"ratio_{side}"] for row in rows]) for side in ("triton", "auto")
+        )
+        assert f"| {name} | {len(rows)} | {kernels:.2f} | {auto:.2f} |" in README
+    kernels = geometric_mean([row["ratio_triton"] for row in every])
+    assert f"are {kernels:.1f} times as fast as cuDNN over {len(every)} cases" in README
+    right = [row for row in kept["correctness"]["results"] if row["status"] == "ok"]
+    assert f"{len(right)} calls of every cell" in README
+    machine = kept["machine"]
+    name = machine["GPU"].removeprefix("NVIDIA ")
+    assert f"On an {name} (torch 2.11, Triton 3.6, cuDNN 9.19)" in README
+    assert (machine["torch"][:4], machine["triton"][:3]) == ("2.11", "3.6")
+    assert machine["cuDNN"] == "91900"
 
 
 def test_readme_names_the_machine_of_its_figures():

@@ -21,7 +21,7 @@ from tolerances import run
 from triton.runtime import interpreter
 
 from triton_rnn.backends.triton import launch
-from triton_rnn.kernels import backward, exchange, forward, product, steps
+from triton_rnn.kernels import backward, exchange, forward, pieces, product, steps
 
 # Where each kernel's part in the exchange is called.
 KERNELS = {"forward": (forward, product), "backward": (backward, product)}
@@ -68,7 +68,7 @@ def running_program():
 
 def load_with(change):
     """`load_when_written` that waits for other words."""
-    original = exchange.load_when_written
+    original = pieces.load_when_written
 
     def load_when_written(*args):
         named = dict(zip(original.arg_names, args, strict=True))

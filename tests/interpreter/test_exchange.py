@@ -25,7 +25,7 @@ from tolerances import LAYERS, TOLERANCES, assert_close, assert_same_bits
 
 import triton_rnn
 from triton_rnn.backends.triton import launch
-from triton_rnn.kernels import exchange as exchange_module
+from triton_rnn.kernels import pieces
 from triton_rnn.kernels.plan import INTERPRETER, Shape, plan
 
 SCHEDULES = {
@@ -178,7 +178,7 @@ def at_an_odd_place(tensor):
 def look(words_ptr, found_ptr, error_ptr, polls, SIZE: tl.constexpr, DTYPE: tl.constexpr):
     place = tl.arange(0, SIZE)[:, None, None]
     ptrs = (words_ptr + 16 * place).to(tl.pointer_type(DTYPE))
-    exchange_module.load_when_written((ptrs,), (polls + 0 * place,), 1, error_ptr, 1, 1, False)
+    pieces.load_when_written((ptrs,), (polls + 0 * place,), 1, error_ptr, 1, 1, False)
     tl.store(found_ptr, tl.load(error_ptr))
 
 
@@ -215,7 +215,11 @@ def test_one_step_and_one_unit_need_no_others(monkeypatch, exchange, kind):
     Threads(monkeypatch)
     size = hidden_size(exchange)
     # With "flag" a row of one piece of 16 bytes is the least.
-    for seq_len, units in ((1, size), (3, 4 if exchange == "flag" else 3), (3, 4 if exchange == "flag" else 1)):
+    for seq_len, units in (
+        (1, size),
+        (3, 4 if exchange == "flag" else 3),
+        (3, 4 if exchange == "flag" else 1),
+    ):
         if kind == "lstm_proj" and units == 1:
             continue
         exact, ours = exact_and_ours(kind, 5, units)

@@ -127,7 +127,54 @@ def test_auto_leaves_to_cudnn_what_is_expected_to_be_slower(monkeypatch):
         ),
     )
     asked = request(
-        dtype=torch.bfloat16, hidden_size=512, output_size=512, input_size=512, batch=16
+        dtype=torch.bfloat16,
+        hidden_size=512,
+        output_size=512,
+        input_size=512,
+        batch=16,
+        seq_len=1024,
     )
     assert rules.slower_than_torch(asked) is None
     assert "cuDNN" in rules.slower_than_torch(asked._replace(batch=4096))
+
+
+@pytest.fixture
+def on_an_h200(monkeypatch):
+    """Requests as a GPU is asked them: 16 sequences, hidden size 128, float16, 1024 steps."""
+    monkeypatch.setattr(launch, "chip_of", lambda device: CHIPS["H200"])
+    return request(
+        dtype=torch.float16,
+        hidden_size=128,
+        output_size=128,
+        input_size=128,
+        batch=16,
+        seq_len=1024,
+    )
+
+
+def test_of_few_steps_the_host_decides(on_an_h200):
+    """cuDNN's persistent kernels are a launch or two, its others a launch and more a step."""
+    long = on_an_h200._replace(needs_grad=False)
+    short = long._replace(seq_len=8)
+    assert rules.slower_than_torch(long) is None
+    assert "cuDNN is expected to take 90 us, the kernels 140" in rules.slower_than_torch(short)
+    assert rules.slower_than_torch(short._replace(packed=True)) is None
+    assert rules.slower_than_torch(short._replace(dtype=torch.bfloat16)) is None
+
+
+def test_what_cudnn_does_best_is_left_to_it(on_an_h200):
+    large = on_an_h200._replace(hidden_size=768, output_size=768, input_size=768, directions=1)
+    large = large._replace(cell=CELLS["lstm"])
+    assert "cuDNN" in rules.slower_than_torch(large._replace(needs_grad=False))
+    assert rules.slower_than_torch(large) is None
+    assert rules.slower_than_torch(large._replace(directions=2)) is None
+
+
+def test_w_hh_that_no_cache_keeps_costs_cudnn_more(on_an_h200):
+    """Of an LSTM in float32, hidden size 1900 or 2000: 58 or 64 MB."""
+    asked = on_an_h200._replace(cell=CELLS["lstm"], dtype=torch.float32, directions=1, batch=1)
+    smaller, larger = (
+        rules.cudnn_step_us(asked._replace(hidden_size=size, output_size=size), "forward")
+        for size in (1900, 2000)
+    )
+    assert larger > smaller + 15

@@ -12,8 +12,9 @@ after the loop: nothing is accumulated here, so the order of additions is always
 import triton
 import triton.language as tl
 
-from triton_rnn.kernels.exchange import arrive, load_piece, send, wait_for_arrivals
+from triton_rnn.kernels.exchange import arrive, send, wait_for_arrivals
 from triton_rnn.kernels.metadata import backward_metadata
+from triton_rnn.kernels.pieces import load_piece
 from triton_rnn.kernels.product import (
     exchanged_product,
     held_product,

@@ -13,8 +13,9 @@ units are what lies side by side in memory.
 import triton
 import triton.language as tl
 
-from triton_rnn.kernels.exchange import arrive, load_piece, send, wait_for_arrivals
+from triton_rnn.kernels.exchange import arrive, send, wait_for_arrivals
 from triton_rnn.kernels.metadata import forward_metadata
+from triton_rnn.kernels.pieces import load_piece
 from triton_rnn.kernels.product import (
     exchanged_product,
     held_product,
@@ -214,9 +215,7 @@ def recurrence_forward(
             w_hh_ptr, first, _piece, H, GATES, 0, H, ROWS, BLOCK_H, BLOCK_K, SPLITS
         )
     elif ON_CHIP:
-        weights = kept_weights(
-            w_hh_ptr, first, _weights, H, GATES, 0, H, BLOCK_H, BLOCK_K, SPLITS
-        )
+        weights = kept_weights(w_hh_ptr, first, _weights, H, GATES, 0, H, BLOCK_H, BLOCK_K, SPLITS)
 
     unit = first + tl.arange(0, BLOCK_H)
     rows = along(unit, UNITS_ALONG)

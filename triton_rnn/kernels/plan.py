@@ -24,10 +24,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 # How long a step takes, in microseconds. Of programs that hold W_hh in registers: for a step, for
-# 1000 bytes that a program loads, for 1e6 that all do and the root of that, for a matrix instruction
-# of each scheduler, for 1000 bytes through shared memory and for 1000 warps; fitted to what plans of
-# many shapes took on an H200 (bench/results/gpu.md).
-_HELD_US = (0.37, 0.005, 0.004, 1.09, 0.0003, 0.0066, 0.3)
+# 1000 bytes that a program loads, for 1e6 that all do and the root of that, for a matrix
+# instruction of each scheduler, for 1000 bytes through shared memory and for 1000 warps; fitted to
+# what plans of many shapes took on an H200 (`bench/gpu_fit.py`).
+_HELD_US = (0.4235, 0.0052, 0.0044, 0.8586, 0.0003, 0.0065, 0.1708)
 # The others by published latencies and by instructions, from the machine code; so many times that
 # was measured there, by warps. The order of two plans is what counts.
 _RESIDENT_OVER = {1: 1.2, 2: 1.2, 4: 1.2, 8: 1.5}
@@ -349,30 +349,45 @@ def _held(shape: Shape, chip: Chip) -> Iterator[Plan]:
         block, result = block_n // 2, multiplied * block_n // 32
         parts = warps * rows // block_h * elements
         room = _HELD_REGISTERS - weights
+        if 4 * warps * rows * block_n > chip.shared_memory:
+            continue
         together = min(blocks, (room - result) // block, 64 // block)
         if together < 1 or elements > 4 or parts + 1.5 * shape.numbers * elements > room:
             continue
-        tiles = _ceil(shape.batch, block_n)
-        slots = min(tiles, max(1, chip.multiprocessors // (units * at_once)))
-        turns = _ceil(tiles, slots) * _ceil(shape.directions, at_once)
-        # All programs' loads come to the same few lines of the L2 cache.
-        loaded = blocks * warps * block_k * block_n * shape.itemsize / 1e3
-        every = loaded * units * slots * at_once / 1e3
-        busy = units * slots * at_once * warps / 1e3
-        products = multiplied // 16 * blocks * 2 * block_n // 8 * warps // 4 * shape.itemsize // 2
-        shared = warps * 4 * (rows * block_n + rows // block_h * elements * threads) / 1e3
-        step = sum(
-            us * count
-            for us, count in zip(
-                _HELD_US,
-                (1, loaded, every, every**0.5, products, shared, busy),
-                strict=True,
-            )
-        )
-        yield Plan(
+        slots = _slots(shape, chip, block_n, units * at_once)
+        found = Plan(
             shape.kernel, "cooperative", "flag", block_h, block_n, block_k, warps, together, warps,
-            units, slots, at_once, 4 * threads * weights, turns * step, shape.products,
+            units, slots, at_once, 4 * threads * weights, 0.0, shape.products,
         )  # fmt: skip
+        step = sum(
+            us * count for us, count in zip(_HELD_US, held_counts(shape, found), strict=True)
+        )
+        yield replace(found, floor_us=turns_of(shape, found) * step)
+
+
+def _slots(shape: Shape, chip: Chip, block_n: int, programs: int) -> int:
+    """Blocks of sequences side by side, of so many programs each."""
+    return min(_ceil(shape.batch, block_n), max(1, chip.multiprocessors // programs))
+
+
+def turns_of(shape: Shape, found: Plan) -> int:
+    """How often a program starts at the first step: for each block of sequences, and direction."""
+    tiles = _ceil(shape.batch, found.block_n)
+    return _ceil(tiles, found.slots) * _ceil(shape.directions, found.at_once)
+
+
+def held_counts(shape: Shape, found: Plan) -> tuple[float, ...]:
+    """What a step of a plan with W_hh in registers takes, in the units of `_HELD_US`."""
+    warps, block_n = found.warps, found.block_n
+    rows = rows_of(shape, found.block_h)
+    blocks = _ceil(shape.inner, warps * found.block_k)
+    loaded = blocks * warps * found.block_k * block_n * shape.itemsize / 1e3
+    # All programs' loads come to the same few lines of the L2 cache.
+    every = loaded * found.programs / 1e3
+    products = max(16, rows) // 16 * blocks * 2 * block_n // 8 * warps // 4 * shape.itemsize // 2
+    elements = max(found.block_h * block_n, 32 * warps)
+    shared = 4 * warps * (rows * block_n + rows // found.block_h * elements) / 1e3
+    return 1.0, loaded, every, every**0.5, products, shared, found.programs * warps / 1e3
 
 
 def _spread(shape: Shape, chip: Chip, variant: str) -> Iterator[Plan]:
@@ -489,24 +504,20 @@ def _finished(shape: Shape, chip: Chip, draft: Plan) -> Plan | None:
     elif shared + kept > chip.shared_memory:
         return None
 
-    tiles = _ceil(shape.batch, draft.block_n)
-    side_by_side = max(1, chip.multiprocessors // (draft.units * draft.at_once))
-    turns = _ceil(tiles, min(tiles, side_by_side)) * _ceil(shape.directions, draft.at_once)
     latency = _LAUNCH_US if draft.exchange == "launch" else _BARRIER_US + _LOAD_US
     passing = inner * draft.block_n * shape.itemsize + (weight - kept)
     handling = _MOVED * shape.itemsize / 2 * inner * draft.block_n / 128 / _CYCLES_PER_US
     flops = 2 * max(16, rows) * inner * draft.block_n
     product = _product_us(chip, shape, weight, flops)
     pointwise = _pointwise_us(shape, draft.block_h * draft.block_n, draft.warps)
-    return replace(
-        draft,
-        together=together,
-        slots=tiles if draft.variant == "stepwise" else min(tiles, side_by_side),
-        bytes_on_chip=shared + kept,
-        floor_us=turns
-        * _SPREAD_OVER[draft.warps]
-        * (_WITHIN_US + latency + passing / _L2_BYTES_PER_US + handling + product + pointwise),
-    )
+    step = _WITHIN_US + latency + passing / _L2_BYTES_PER_US + handling + product + pointwise
+    slots = _slots(shape, chip, draft.block_n, draft.units * draft.at_once)
+    found = replace(draft, together=together, slots=slots, bytes_on_chip=shared + kept)
+    found = replace(found, floor_us=turns_of(shape, found) * _SPREAD_OVER[draft.warps] * step)
+    if draft.variant == "stepwise":
+        # A launch may have more programs than run at once.
+        found = replace(found, slots=_ceil(shape.batch, draft.block_n))
+    return found
 
 
 def _plans(shape: Shape, chip: Chip, variant: str) -> Iterator[Plan]:

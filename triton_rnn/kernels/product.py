@@ -8,7 +8,7 @@ a block's number runs through all parts at once.
 import triton
 import triton.language as tl
 
-from triton_rnn.kernels.exchange import load_piece, load_when_written
+from triton_rnn.kernels.pieces import load_when_written
 from triton_rnn.kernels.steps import joined
 
 
@@ -122,14 +122,14 @@ def _rows(blocks, FIRST: tl.constexpr, COUNT: tl.constexpr):
 # Fragments ----------------------------------------------------------------------------------------
 #
 # Of a matrix instruction's operands each thread holds fragments, of a row or column of its own and
-# of a few inner numbers. Which inner numbers is all the same if it is so for both operands. So let a
-# thread hold 16 bytes that lie side by side, and it can load them itself: nothing is handed from
-# thread to thread, neither the weights, once, nor what the others send, at every step.
+# of a few inner numbers. Which inner numbers is all the same if it is so for both operands. So let
+# a thread hold 16 bytes that lie side by side, and it can load them itself (`pieces`): nothing is
+# handed from thread to thread, neither the weights, once, nor what the others send, at every step.
 #
-# Of the lanes of a warp four share a row or a column; eight rows or columns make a tile. A tensor
-# (SPLITS, 8, 4) has so one element for each thread: warp, row, quarter. Tuples of such tensors of
-# words of 32 bits are made one operand, all without moving anything: its layout is the one that
-# Triton asks for. (From a join it asks for wider fragments, as if its numbers came from eight bits.)
+# Of the lanes of a warp four share a row or a column; eight rows or columns make a tile. So a
+# tensor (SPLITS, 8, 4) has one element for each thread: warp, row, quarter. Tuples of such tensors
+# of words are made one operand without moving anything, for its layout is the one that Triton asks
+# for. (Of what comes from a join it asks for wider fragments, as if it came from eight bits.)
 
 
 @triton.jit
@@ -155,7 +155,9 @@ def _joined_halves(level):
 
 
 @triton.jit
-def _numbers(words, FIRST: tl.constexpr, STEP: tl.constexpr, TILES: tl.constexpr, DTYPE: tl.constexpr):
+def _numbers(
+    words, FIRST: tl.constexpr, STEP: tl.constexpr, TILES: tl.constexpr, DTYPE: tl.constexpr
+):
     """The numbers in a piece's words, of tiles STEP words apart: (S, 8, 4, TILES, 2, ...).
 
     The last dimensions count them: two of two words, of which each may have two halves.
@@ -174,7 +176,7 @@ def _numbers(words, FIRST: tl.constexpr, STEP: tl.constexpr, TILES: tl.constexpr
 def left_operand(
     words, FIRST: tl.constexpr, STEP: tl.constexpr, TILES: tl.constexpr, DTYPE: tl.constexpr
 ):
-    """(S, 8 * TILES, 64 bytes) of pieces from the word FIRST on, those of a tile STEP words apart."""
+    """(S, 8 * TILES, 64 bytes) of pieces, a tile's STEP words behind the last one's."""
     every = _numbers(words, FIRST, STEP, TILES, DTYPE)
     if DTYPE.primitive_bitwidth == 16:
         every = tl.permute(every, (0, 3, 1, 4, 2, 5, 6))

@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from triton_rnn.kernels.exchange import prefetch, store_as_it_lies
+from triton_rnn.kernels.pieces import prefetch, store_as_it_lies
 
 
 @triton.jit

@@ -21,9 +21,9 @@ from triton_rnn.request import Request
 
 # Norm of the difference over norm of the reference, which is computed in float64 from the same
 # rounded numbers. A state is rounded to 11 (float16, TF32), 8 (bfloat16) or 22 bits in each of
-# three steps. The 16 bits have more room than that: a relu's unit near zero is turned by a rounding,
-# one of thousands, and its gradient is off by all of itself (IndRNN in bfloat16 on an H200: 3e-2).
-# A wrong block is off by more.
+# three steps. The 16 bits have more room than that: a relu's unit near zero is turned by a
+# rounding, one of thousands, and its gradient is off by all of itself (IndRNN in bfloat16 on an
+# H200: 3e-2). A wrong block is off by more.
 _TOLERANCES = {torch.float16: 1e-2, torch.bfloat16: 6e-2, torch.float32: 3e-3}
 _STEPS = 3
 

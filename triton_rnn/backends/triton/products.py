@@ -1,9 +1,10 @@
 """The products that do not depend on time: the input's projection, and the gradients of weights.
 
-The projection is the Triton kernel, which reads the input where it lies and writes both directions,
-but for large ones of 16-bit numbers that lie as cuBLAS likes them. The gradients are cuBLAS where it
-follows the same rules, that is for 16-bit numbers; for float32 they are the kernel too: whether it
-may use TF32 is a switch of its own for recurrent layers, which cuBLAS does not know.
+The projection is the Triton kernel, which reads the input where it lies and writes both directions
+at once; large ones of 16-bit numbers that lie as cuBLAS likes them are cuBLAS'. The gradients are
+cuBLAS' where it follows the same rules, that is for 16-bit numbers; for float32 they are the
+kernel too: whether it may use TF32 is a switch of its own for recurrent layers, which cuBLAS does
+not know.
 """
 
 import functools
