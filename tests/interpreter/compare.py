@@ -127,6 +127,8 @@ def exchanging(
     monkeypatch.setenv("TRITON_RNN_VARIANT", "stepwise")
 
     def change(plan, request):
+        pieces = request.hidden_size * request.dtype.itemsize % 16 == 0
+        assert pieces or exchange != "flag", "others are waited for for ever"
         return dataclasses.replace(
             plan,
             variant=variant,

@@ -67,6 +67,9 @@ def test_any_layer_on_any_plan_gives_torchs_outputs_and_gradients(
     call, variant, used, slots, at_once, block_h, splits, together, seed
 ):
     kind, input_size, hidden_size, options, seq_len, batch, lengths, given_hx = call
+    if variant == "flag":
+        # Rows of whole pieces of 16 bytes.
+        hidden_size += -hidden_size % 4
     torch.manual_seed(seed)
     exact, ours = exact_and_ours(kind, input_size, hidden_size, **options)
     shape = (batch, seq_len) if options["batch_first"] else (seq_len, batch)

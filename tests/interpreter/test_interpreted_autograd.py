@@ -8,6 +8,7 @@ from compare import (
     each_state,
     exact_and_ours,
     exchanging,
+    hidden_size,
     input_and_hx,
     pack,
     run_on_kernels,
@@ -42,7 +43,8 @@ def any_variant(request, monkeypatch):
 @pytest.mark.parametrize("kind", LAYERS)
 def test_the_callers_tensors_keep_every_bit(any_variant, kind, dtype, form):
     """float32 h_0 and c_0 are the ones at risk: no conversion makes a copy of them."""
-    _, ours = exact_and_ours(kind, 5, 9, dtype=dtype, bidirectional=True)
+    size = hidden_size(any_variant, dtype)
+    _, ours = exact_and_ours(kind, 5, size, dtype=dtype, bidirectional=True)
     input, hx = input_and_hx(kind, ours, 3, 3, 5, batch=3)
     states = list(hx) if isinstance(hx, tuple) else [hx]
     given = [input.requires_grad_(), *(s.requires_grad_() for s in states), *ours.parameters()]
@@ -210,7 +212,8 @@ def test_no_result_comes_from_unwritten_memory(any_variant, kind, form, dtype):
     assert torch.empty(3).isnan().all(), "the poison is not there"
     # A buffer of an earlier call that stands for an argument which is not read.
     launch.nothing.cache_clear()
-    exact, ours = exact_and_ours(kind, 5, 19, dtype=dtype, bidirectional=True)
+    size = hidden_size(any_variant, dtype)
+    exact, ours = exact_and_ours(kind, 5, size, dtype=dtype, bidirectional=True)
     input, hx = input_and_hx(kind, ours, 3, 3, 5, batch=3)
     assert_torchs_numbers(exact, ours, input, hx, prepare=FORMS[form])
     with torch.no_grad(), triton_rnn.use_backend("triton"):

@@ -4,7 +4,7 @@ import itertools
 
 import pytest
 import torch
-from compare import EXCHANGES, exchanging, pack, tiled
+from compare import EXCHANGES, exchanging, hidden_size, pack, tiled
 from own_cells import MinimalGatedUnit, OwnGRU, PeepholeLSTM, ThreeStates, Uneven
 from own_operations import CORNERS, ONE
 from threads import AtRandom, Threads
@@ -118,7 +118,7 @@ def test_outputs_and_gradients_are_the_definitions(monkeypatch, kind, variant, f
     forced(monkeypatch, variant, kind)
     how = dict(form)
     prepare = pack([3, 2, 1]) if how.pop("form") == "packed" else lambda input: input
-    ours, exact = module_of(kind, 5, 19, **how)
+    ours, exact = module_of(kind, 5, hidden_size(variant, how["dtype"]), **how)
     assert_the_definition(ours, exact, 3, 3, batch=3, prepare=prepare)
 
 
