@@ -92,6 +92,7 @@ if triton.knobs.runtime.interpret:
         ptrs, polls, left, error_ptr, step, PIECES: tl.constexpr, PADDED: tl.constexpr
     ):
         NARROW: tl.constexpr = ptrs[0].dtype.element_ty.primitive_bitwidth == 16
+        word = tl.arange(0, 4)[None, None, None, :]
         failed = tl.load(error_ptr) != 0
         words = ()
         looks = 0
@@ -102,22 +103,32 @@ if triton.knobs.runtime.interpret:
             unwritten = 0
             again = 0
             for tile in tl.static_range(len(ptrs)):
-                word_ptrs = ptrs[tile].to(tl.pointer_type(tl.int32))
-                for word in tl.static_range(4 * PIECES):
-                    place = word_ptrs + (word // 4 * 16 + word % 4)
-                    block = tl.load(place, mask=left > word // 4, other=0, volatile=True)
-                    empty = block == -1
+                first = ptrs[tile].to(tl.pointer_type(tl.int32))[:, :, :, None] + word
+                for piece in tl.static_range(PIECES):
+                    inside = (left > piece)[:, :, :, None]
+                    four = tl.load(first + 16 * piece, mask=inside, other=0, volatile=True)
+                    empty = four == -1
                     if NARROW:
-                        empty = ((block & 0xFFFF) == 0xFFFF) | ((block >> 16) == -1)
-                    empty = empty & (polls[tile] > 0)
-                    unwritten += tl.sum(empty.to(tl.int32))
-                    again += tl.sum((empty & (polls[tile] > looks)).to(tl.int32))
-                    words = words + (block,)  # type: ignore[assignment]
+                        empty = ((four & 0xFFFF) == 0xFFFF) | ((four >> 16) == -1)
+                    # A thread's wait is its own; here all wait for the one that looks longest.
+                    waited = tl.max(empty.to(tl.int32) * polls[tile][:, :, :, None])
+                    unwritten += (waited > 0).to(tl.int32)
+                    again += (waited > looks).to(tl.int32)
+                    words = words + _apart(four)
             looks += 1
             again = tl.where(failed, 0, again)
         if (unwritten > 0) & (failed == 0):
             tl.store(error_ptr, step)
         return words
+
+    @triton.jit
+    def _apart(four):
+        """The words of pieces (..., 4)."""
+        pairs = tl.reshape(four, (four.shape[0], four.shape[1], four.shape[2], 2, 2))
+        even, odd = tl.split(pairs)
+        first, third = tl.split(even)
+        second, fourth = tl.split(odd)
+        return (first, second, third, fourth)
 
     @triton.jit
     def load_piece(ptrs, mask, STRIDE: tl.constexpr):
@@ -140,8 +151,7 @@ if triton.knobs.runtime.interpret:
 
     @triton.jit
     def prefetch(ptrs, mask):
-        # Read all the same, so that a place outside is seen.
-        tl.load(ptrs, mask=mask)
+        pass
 
 else:
 
