@@ -190,9 +190,14 @@ def test_every_part_has_its_share_of_what_is_left_and_inherits_what_was_not_used
             given["tuning"] = budget.seconds
 
     gpu_session.run_parts(FakeSession(), ["tuning", "timing", "correctness"])
-    timing = (450 - 62) * 0.42 / 0.64
+    shares = gpu_session.SHARES
+    timing = (450 - 62) * shares["timing"] / (1 - shares["correctness"])
     assert given == pytest.approx(
-        {"correctness": 450 * 0.36, "timing": timing, "tuning": 450 - 62 - timing - 8}
+        {
+            "correctness": 450 * shares["correctness"],
+            "timing": timing,
+            "tuning": 450 - 62 - timing - 8,
+        }
     )
     assert list(FakeSession.store.data) == ["measured_ceilings", *gpu_session.SHARES]
     # After every part there is something to read.

@@ -44,8 +44,9 @@ _CYCLES_PER_US = 1700.0  # each of a multiprocessor's four schedulers starts an 
 _INSTRUCTIONS = 16
 # And for a number of 16 bits that other programs have computed, to bring it to the matrix unit.
 _MOVED = 3
-# Registers of a thread for W_hh and what is multiplied or added with it.
-_HELD_REGISTERS = 200
+# Registers of a thread for W_hh and what is multiplied or added with it, going by what the compiler
+# made: fewer before Hopper.
+_HELD_REGISTERS, _HELD_REGISTERS_BEFORE = 200, 160
 # `matrix_mflops` that a warp's own matrix instructions reach, which take operands from registers.
 # Later chips have faster ones of several warps, for which a program's few columns are too narrow.
 _WARP_MFLOPS = 4.5
@@ -291,6 +292,10 @@ def _multiplies_apart(chip: Chip) -> bool:
     return isinstance(chip.architecture, int) and 100 <= chip.architecture < 120
 
 
+def _is_hopper_or_later(chip: Chip) -> bool:
+    return isinstance(chip.architecture, int) and chip.architecture >= 90
+
+
 def _compiles_resident(shape: Shape, chip: Chip, block_n: int, warps: int) -> bool:
     """Whether Triton (3.6 to 3.9) makes what it should of a resident kernel."""
     backward = shape.kernel == "backward"
@@ -348,7 +353,7 @@ def _held(shape: Shape, chip: Chip) -> Iterator[Plan]:
         weights = multiplied * blocks // 2
         block, result = block_n // 2, multiplied * block_n // 32
         parts = warps * rows // block_h * elements
-        room = _HELD_REGISTERS - weights
+        room = (_HELD_REGISTERS if _is_hopper_or_later(chip) else _HELD_REGISTERS_BEFORE) - weights
         if 4 * warps * rows * block_n > chip.shared_memory:
             continue
         together = min(blocks, (room - result) // block, 64 // block)
