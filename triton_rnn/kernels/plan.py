@@ -155,7 +155,7 @@ class Plan:
         return (
             f"{self.kernel}: {self.variant} ({self.exchange}), blocks of {self.block_h} units x "
             f"{self.block_n} sequences x {self.block_k}, {self.programs} programs of {self.warps} "
-            f"warps for {directions} at once, {self.bytes_on_chip / 1024:.0f} KB each{held}, floor "
+            f"warps for {directions} at once, {self.bytes_on_chip / 1024:.0f} KB each{held}, about "
             f"{self.floor_us:.2f} us a step"
         )
 
