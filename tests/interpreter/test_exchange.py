@@ -73,6 +73,8 @@ def test_outputs_and_gradients_are_torchs(monkeypatch, exchange, kind, direction
     ]
 
 
+# Programs that stream wait at the same barrier.
+@pytest.mark.parametrize("exchange", ["flag", "barrier"])
 @pytest.mark.parametrize("schedule", SCHEDULES)
 def test_no_order_of_events_changes_a_bit(monkeypatch, exchange, schedule):
     exchanging(monkeypatch, *EXCHANGES[exchange])
@@ -178,7 +180,7 @@ def at_an_odd_place(tensor):
 def look(words_ptr, found_ptr, error_ptr, polls, SIZE: tl.constexpr, DTYPE: tl.constexpr):
     place = tl.arange(0, SIZE)[:, None, None]
     ptrs = (words_ptr + 16 * place).to(tl.pointer_type(DTYPE))
-    pieces.load_when_written((ptrs,), (polls + 0 * place,), 1, error_ptr, 1, 1, False)
+    pieces.load_when_written((ptrs,), (polls + 0 * place,), 1 + 0 * place, error_ptr, 1, 1, False)
     tl.store(found_ptr, tl.load(error_ptr))
 
 

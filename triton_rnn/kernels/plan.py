@@ -357,7 +357,9 @@ def _held(shape: Shape, chip: Chip) -> Iterator[Plan]:
         if 4 * warps * rows * block_n > chip.shared_memory:
             continue
         together = min(blocks, (room - result) // block, 64 // block)
-        if together < 1 or elements > 4 or parts + 1.5 * shape.numbers * elements > room - 2:
+        # Of eight warps some plans that just fit spilled eight bytes.
+        needed = parts + 1.5 * shape.numbers * elements + (2 if warps == 8 else 0)
+        if together < 1 or elements > 4 or needed > room:
             continue
         slots = _slots(shape, chip, block_n, units * at_once)
         found = Plan(
