@@ -7,7 +7,9 @@ Three ways, by the constexpr EXCHANGE of the kernels:
   parts of a step are counted. Counters only grow, so a step needs one counter and no reset.
 - "flag": the data is its own flag. Before the launch, the buffer that the steps write is filled
   with a bit pattern that is never stored; a reader loads until the pattern is gone. One trip
-  through the L2 cache instead of two, and no fence: no number is read but the one waited for.
+  through the L2 cache instead of two, and no fence: no number is read but the one waited for. That
+  a wider load never sees a part of a number is how the hardware works; PTX's memory model speaks of
+  loads and stores of one size alone.
 
 Both waits need all programs on the chip at once (a cooperative launch), and both are bounded: when
 one runs out, the program notes the step in `error` and goes on without waiting ever again. So a
