@@ -52,10 +52,18 @@ def as_it_is(input):
     return input
 
 
+# Directions, how many at once, form; programs that stream wait at the barrier of others.
+LAUNCHES = {"1": (1, 1, "padded"), "2": (2, 2, "packed"), "2_in_turn": (2, 1, "padded")}
+
+
 @pytest.mark.parametrize(
-    ("directions", "at_once", "form"),
-    [(1, 1, "padded"), (2, 2, "packed"), (2, 1, "padded")],
-    ids=["1", "2", "2_in_turn"],
+    ("exchange", "directions", "at_once", "form"),
+    [
+        pytest.param(exchange, *launch, id=f"{exchange}-{name}")
+        for exchange in EXCHANGES
+        for name, launch in LAUNCHES.items()
+        if exchange != "streaming" or name == "2"
+    ],
 )
 @pytest.mark.parametrize("kind", LAYERS)
 def test_outputs_and_gradients_are_torchs(monkeypatch, exchange, kind, directions, at_once, form):
