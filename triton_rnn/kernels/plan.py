@@ -26,7 +26,8 @@ from dataclasses import dataclass, replace
 # How long a step takes, in microseconds. Of programs that hold W_hh in registers: for a step, for
 # 1000 bytes that a program loads, for 1e6 that all do and the root of that, for a matrix
 # instruction of each scheduler, for 1000 bytes through shared memory and for 1000 warps; fitted to
-# what plans of many shapes took on an H200 (`bench/gpu_fit.py`).
+# what plans of many shapes took on an H200, and drawn a little to an earlier run's. Without that
+# `bench/gpu_fit.py` fits them.
 _HELD_US = (0.4235, 0.0052, 0.0044, 0.8586, 0.0003, 0.0065, 0.1708)
 # The others by published latencies and by instructions, from the machine code; so many times that
 # was measured there, by warps. The order of two plans is what counts.
@@ -121,7 +122,7 @@ class Plan:
         at_once: directions in a launch; 1 of 2 if both do not fit the chip together.
         bytes_on_chip: shared memory, or registers, that a program is expected to take.
         floor_us: how long a step takes by the model, all sequences and directions, in microseconds.
-        in_registers: of how many gates a resident program keeps W_hh there, not in shared memory.
+        in_registers: of how many gates W_hh is kept there, not in shared memory.
     """
 
     kernel: str

@@ -63,7 +63,7 @@ def cudnn_step_us(request: Request, kernel: str) -> float:
     """About how long cuDNN takes for a step, all sequences and directions."""
     rows = request.cell.gates * request.hidden_size
     if cudnn_is_persistent(request):
-        if rows <= request.cell.gates * _small_hidden(request):
+        if request.hidden_size <= _small_hidden(request):
             small = next(us for most, us in _SMALL_US if rows <= most)
             step = small + _SMALL_SEQUENCE_US * request.batch
             step *= 2 if kernel == "backward" else 1
