@@ -97,6 +97,26 @@ def test_the_gradient_of_the_input_adds_the_directions(size, gates_and_width, di
     assert_is(actual, expected, dtype)
 
 
+@pytest.mark.parametrize("directions", [1, 2])
+def test_a_large_gradient_of_the_input_reads_the_weights_transposed(monkeypatch, directions):
+    rows, columns, size = 35, 57, 40
+    preact = random(rows, directions, columns + 3, dtype=torch.float32)[:, :, 3:]
+    weights = [random(columns, size, seed=1 + d, dtype=torch.float32) for d in range(directions)]
+    read = []
+    launch = products._launch
+
+    def spy(a, b, *args, **kwargs):
+        read.append([tuple(weight.shape) for weight in b])
+        return launch(a, b, *args, **kwargs)
+
+    monkeypatch.setattr(products, "_launch", spy)
+    expected = sum(preact[:, d].double() @ weights[d].double() for d in range(directions))
+    for least in (rows * columns * size + 1, rows * columns * size):
+        monkeypatch.setattr(products, "_TURNED_PRODUCTS", least)
+        assert_is(products.grad_input(preact, weights), expected, torch.float32)
+    assert read == [[(columns, size)] * directions, [(size, columns)] * directions]
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(("rows", "columns", "size"), [(1, 1, 1), (35, 57, 40), (130, 33, 70)])
 def test_the_gradient_of_a_weight_is_a_sum_over_all_rows(rows, columns, size, dtype):

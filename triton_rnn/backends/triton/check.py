@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from triton_rnn import health, reference
-from triton_rnn.backends.triton import launch
+from triton_rnn.backends.triton import launch, products
 from triton_rnn.cells import OwnCell
 from triton_rnn.kernels.plan import Plan
 from triton_rnn.request import Request
@@ -71,6 +71,8 @@ def first_use(request: Request, plans: dict[str, Plan]) -> str | None:
         # What the kernels are compiled for: neither the batch nor how many programs run.
         short._replace(batch=0),
         launch.precision(request.dtype, launch.chip_of(request.device).backend),
+        # Else the kernels make the products too.
+        products.cublas_agrees(request.device, request.dtype),
         *(replace(plan, slots=0, floor_us=0.0) for plan in plans.values()),
     )
     if kind not in _tried:

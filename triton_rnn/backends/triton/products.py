@@ -1,10 +1,10 @@
 """The products that do not depend on time: the input's projection, and the gradients of weights.
 
 The projection is the Triton kernel, which reads the input where it lies and writes both directions
-at once; large ones of 16-bit numbers that lie as cuBLAS likes them are cuBLAS'. The gradients are
-cuBLAS' where it follows the same rules, that is for 16-bit numbers; for float32 they are the
-kernel too: whether it may use TF32 is a switch of its own for recurrent layers, which cuBLAS does
-not know.
+at once; large ones that lie as cuBLAS likes them are cuBLAS'. The gradients are cuBLAS'. All that
+holds where cuBLAS follows the same rules. For float32 it may not: whether TF32 is allowed is a
+switch of its own for recurrent layers, and another one for cuBLAS. Where they differ, the kernel
+does what the recurrent layers' says.
 """
 
 import functools
@@ -71,14 +71,11 @@ def matmul_options(blocks: Blocks) -> dict[str, Any]:
 
 def _launch(
     a: Tensor,
-    a_rows: tuple[int, int, int],
-    a_k: int,
-    a_d: int,
     b: Sequence[Tensor],
-    b_strides: tuple[int, int, int],
     out: Tensor,
-    out_strides: tuple[int, int, int],
     sizes: tuple[int, int, int],
+    inner: int,
+    strides: tuple[int, ...],
     directions: int,
     *,
     bias: Sequence[Tensor | None] = (None,),
@@ -90,15 +87,11 @@ def _launch(
     """Launch `matmul`; its docstring tells what the arguments are.
 
     Args:
-        a_rows: (inner, a_outer, a_inner). b_strides: (b_k, b_n, b_d).
-        out_strides: (c_m, c_d, c_split). sizes: (M, N, K).
+        sizes: (M, N, K). strides: a_outer, a_inner, a_k, a_d, b_k, b_n, b_d, c_m, c_d, c_split.
         folded: added to the first `fold` columns. total: sum the directions.
     """
     m, n, k = sizes
     device, dtype = a.device, a.dtype
-    missing = nothing(device, dtype)
-    inner, *a_strides = a_rows
-    strides = (*a_strides, a_k, a_d, *b_strides, *out_strides)
     ready = _ready(
         device,
         dtype,
@@ -112,8 +105,9 @@ def _launch(
         m < 2**31,
         n,
         k,
-        *strides,
+        strides,
     )
+    missing = nothing(device, dtype)
     tiles = -(-m // ready.blocks.m) * -(-n // ready.blocks.n)
     ready.launcher(
         device,
@@ -143,7 +137,7 @@ def _ready(
     few: bool,
     columns: int,
     size: int,
-    *strides: int,
+    strides: tuple[int, ...],
 ) -> Ready:
     """All that the kernel is compiled for is among the arguments."""
     blocks = matmul_blocks(dtype.itemsize, columns, precision, chip_of(device))
@@ -153,11 +147,13 @@ def _ready(
 
 def _rows_of(input: Tensor) -> tuple[int, int, int]:
     """How to find row m of an input (T, N, I) or (R, I): (inner, outer stride, inner stride)."""
-    if input.dim() == 2:
-        return 1, input.stride(0), 0
-    if input.stride(0) == input.size(1) * input.stride(1):
-        return 1, input.stride(1), 0
-    return input.size(1), input.stride(0), input.stride(1)
+    strides = input.stride()
+    if len(strides) == 2:
+        return 1, strides[0], 0
+    batch = input.size(1)
+    if strides[0] == batch * strides[1]:
+        return 1, strides[1], 0
+    return batch, strides[0], strides[1]
 
 
 def project(
@@ -180,16 +176,14 @@ def project(
     if _is_for_cublas(input, rows * columns * size, directions == 1 and width == columns):
         _by_cublas(input, weight_ih[0], bias_ih[0], bias_hh[0], fold, gates.view(rows, columns))
         return
+    inner, outer_stride, inner_stride = _rows_of(input)
     _launch(
         input,
-        _rows_of(input),
-        input.stride(-1),
-        0,
         weight_ih,
-        (1, size, 0),
         gates if width == columns else gates[:, :, width - columns :],
-        (directions * width, width, 0),
         (rows, columns, size),
+        inner,
+        (outer_stride, inner_stride, input.stride(-1), 0, 1, size, 0, directions * width, width, 0),
         directions,
         bias=bias_ih,
         folded=bias_hh,
@@ -203,14 +197,30 @@ _CUBLAS_PRODUCTS = 1 << 32
 
 
 def _is_for_cublas(input: Tensor, products: int, in_rows: bool) -> bool:
-    """Whether a projection is left to cuBLAS: 123 us for the kernel's 181 (H200, H = I = 768)."""
+    """Whether a projection is left to cuBLAS.
+
+    H200, 16384 rows, H = I = 768, float16: 123 us for the kernel's 181; 32768 rows, H = I = 512,
+    float32: 206 for 394.
+    """
     return (
-        input.device.type == "cuda"
-        and input.dtype != torch.float32
-        and products >= _CUBLAS_PRODUCTS
+        products >= _CUBLAS_PRODUCTS
         and in_rows
+        and input.device.type == "cuda"
         and input.is_contiguous()
+        and cublas_agrees(input.device, input.dtype)
     )
+
+
+def cublas_agrees(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether cuBLAS, as torch's switches stand, makes a product by the kernel's rules."""
+    if dtype != torch.float32:
+        return True
+    if device.type != "cuda":
+        # The kernels under the interpreter.
+        return False
+    ours = precision(dtype, chip_of(device).backend) == "tf32"
+    matmul: Any = torch.backends.cuda.matmul
+    return ours == (matmul.fp32_precision == "tf32")
 
 
 @torch.no_grad()
@@ -232,24 +242,32 @@ def _by_cublas(
     torch.addmm(bias, rows, weight.t(), out=out)
 
 
+# From so many multiplications on the kernel is given a transposed copy of the weights: products of
+# TF32 want side by side what they add up. On an H200 34e9 of them took 865 us without, 394 where it
+# is so; for as many as these the gain is as long as a launch.
+_TURNED_PRODUCTS = 1 << 29
+
+
 def grad_input(grad_preact: Tensor, weight_ih: Sequence[Tensor]) -> Tensor:
     """Gradient (R, I) of the input, from grad_preact (R, D, G * H), the directions added up."""
     rows, directions, columns = grad_preact.shape
-    if grad_preact.dtype != torch.float32:
+    if cublas_agrees(grad_preact.device, grad_preact.dtype):
         result = grad_preact[:, 0] @ weight_ih[0]
         return result if directions == 1 else result.addmm_(grad_preact[:, 1], weight_ih[1])
     size = weight_ih[0].size(1)
+    weight_strides = size, 1
+    if rows * columns * size >= _TURNED_PRODUCTS:
+        weight_ih = [weight.t().contiguous() for weight in weight_ih]
+        weight_strides = 1, columns
     result = grad_preact.new_empty(rows, size)
+    row, direction, column = grad_preact.stride()
     _launch(
         grad_preact,
-        (1, grad_preact.stride(0), 0),
-        1,
-        grad_preact.stride(1),
         weight_ih,
-        (size, 1, 0),
         result,
-        (size, 0, 0),
         (rows, size, columns),
+        1,
+        (row, 0, column, direction, *weight_strides, 0, size, 0, 0),
         directions,
         total=True,
     )
@@ -258,7 +276,7 @@ def grad_input(grad_preact: Tensor, weight_ih: Sequence[Tensor]) -> Tensor:
 
 def grad_weight(grad: Tensor, operand: Tensor) -> Tensor:
     """Gradient (C, K) of a weight: grad^T operand, from grad (R, C) and operand (R, K)."""
-    if grad.dtype != torch.float32:
+    if cublas_agrees(grad.device, grad.dtype):
         return grad.t() @ operand
     rows, columns = grad.shape
     size = operand.size(1)
@@ -269,16 +287,14 @@ def grad_weight(grad: Tensor, operand: Tensor) -> Tensor:
     tiles = triton.cdiv(columns, blocks.m) * triton.cdiv(size, blocks.n)
     splits = max(1, min(2 * chip.multiprocessors // tiles, rows // (16 * blocks.k), 64))
     parts = grad.new_empty(splits, columns, size)
+    row, column = grad.stride()
     _launch(
         grad,
-        (1, grad.stride(1), 0),
-        grad.stride(0),
-        0,
         (operand,),
-        (operand.stride(0), operand.stride(1), 0),
         parts,
-        (size, 0, columns * size),
         (columns, size, rows),
+        1,
+        (column, 0, row, 0, *operand.stride(), 0, size, 0, columns * size),
         1,
         splits=splits,
     )
