@@ -262,6 +262,11 @@ def recurrence_forward(
             next_x_ptrs = preact_ptr + next_row * (D * ROW * H) + own_gates
             next_inside = inside & (columns < next_active)
 
+            if not HELD:
+                # Before the next one is asked for, which may then go where this one was: else it
+                # is copied there, and the copy waits for memory, and what is to be sent for it.
+                inputs = apart(x, INPUTS, MOST)
+
             if HELD:
                 # One step before it is needed, so that memory has a step's time to answer.
                 next_x = load_blocks(next_x_ptrs, next_inside, H, INPUTS, MOST)
@@ -269,6 +274,7 @@ def recurrence_forward(
                 a = ()
                 for g in tl.static_range(GATES):
                     a = a + (tl.dot(weights[g], h_block, input_precision=PRECISION),)
+                inputs = apart(x, INPUTS, MOST)
             elif EXCHANGE == "flag":
                 sources = ()
                 looks = ()
@@ -333,7 +339,7 @@ def recurrence_forward(
                 # is asked for now, and has been brought to the L2 cache some steps ago.
                 next_x = load_blocks(next_x_ptrs, next_inside, H, INPUTS, MOST)
 
-            new_h, new_c, saved = CELL(a, apart(x, INPUTS, MOST), vectors, h, c, PTX)
+            new_h, new_c, saved = CELL(a, inputs, vectors, h, c, PTX)
             now = inside & (columns < active)
             output_ptrs = output_ptr + row * (D * H) + own
             if EXCHANGE == "flag":
