@@ -14,6 +14,7 @@ import triton_rnn
 from bench.beyond_cells import MinimalGatedUnit, PeepholeLSTM
 from bench.gpu_grid import TuningPoint
 from triton_rnn import dispatch, functional, health
+from triton_rnn.backends.native import calls
 from triton_rnn.cells import CELLS
 from triton_rnn.kernels import plan as planner
 from triton_rnn.kernels.plan import Plan
@@ -71,10 +72,9 @@ def forced(variant: str) -> Iterator[None]:
             return found
         return best_exchanging(request, kernel, exchange) or found
 
-    variables = {"TRITON_RNN_VARIANT": name}
-    if name:
-        variables["TRITON_RNN_CHECK"] = "0"
-    with _environment(**variables):
+    before = launch.variant
+    with _environment(TRITON_RNN_CHECK="0") if name else contextlib.nullcontext():
+        launch.variant = name or None
         if exchange:
             launch.plan_of = exchanged
         # Choices of a backend are remembered by request, and a request does not name the variant.
@@ -82,13 +82,14 @@ def forced(variant: str) -> Iterator[None]:
         try:
             yield
         finally:
-            launch.plan_of = plan_of
+            launch.plan_of, launch.variant = plan_of, before
             forget_choices()
 
 
 def forget_choices() -> None:
     """Forget which backend runs what, and that one has failed: the next case starts anew."""
     dispatch._choose.cache_clear()
+    calls.forget()
     health._failures.clear()
 
 

@@ -190,6 +190,7 @@ def matmuls(chip: Chip, dtypes: Iterable[torch.dtype] = DTYPES) -> Iterator[Kern
                 if dtype == torch.float32:
                     uses += [
                         ("grad_input", {"a_k", "b_n", "inner"}, True, 1, False),
+                        ("grad_input, turned", {"a_k", "b_k", "inner"}, True, 1, False),
                         ("grad_weight", {"a_outer", "b_n", "inner"}, False, 8, False),
                     ]
                 blocks = products.matmul_blocks(dtype.itemsize, columns, precision, chip)

@@ -55,7 +55,7 @@ class _Kernel:
 
 
 def _forget() -> None:
-    for cached in (launch._ready, products._ready, dispatch._choose):
+    for cached in (launch._ready, launch._launcher, products._ready, dispatch._choose):
         cached.cache_clear()
     for kernel in KERNELS:
         kernel.device_caches.pop(DEVICE, None)

@@ -6,6 +6,7 @@ must be what a call is that nobody has seen before: torch.nn's result, or torch.
 
 import copy
 import ctypes
+import functools
 import gc
 import math
 import sys
@@ -340,6 +341,96 @@ def test_a_call_that_differs_in_one_fact_is_not_taken_for_a_known_one(change, ki
         assert_same_outcome(found, expected)
         # And so it is with the call after it.
         assert_same_outcome(outcome(ours, x, hx), outcome(theirs, x, hx))
+
+
+# Elsewhere than on the CPU ------------------------------------------------------------------------
+
+
+class _Look(ctypes.Structure):
+    """The beginning of DLPack's record of a tensor."""
+
+    _fields_ = (("data", ctypes.c_void_p), ("kind", ctypes.c_int32), ("number", ctypes.c_int32))
+
+
+@pytest.fixture
+def elsewhere():
+    """calls.c, to which every tensor is on a GPU with the number that this function is given."""
+    pointer_of = ctypes.pythonapi.PyCapsule_GetPointer
+    pointer_of.argtypes, pointer_of.restype = (ctypes.py_object, ctypes.c_char_p), ctypes.c_void_p
+    real = pointer_of(torch.Tensor.__dlpack_c_exchange_api__, b"dlpack_exchange_api")
+    # Two numbers of 32 bits, five pointers, of which the last looks at a tensor.
+    record = ctypes.create_string_buffer(ctypes.string_at(real, 48), 48)
+    kind = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_void_p, ctypes.POINTER(_Look))
+    place = ctypes.c_void_p.from_buffer(record, 40)
+    look = kind(place.value)
+    device = [0]
+
+    def look_elsewhere(tensor, found):
+        failed = look(tensor, found)
+        found.contents.kind, found.contents.number = 2, device[0]
+        return failed
+
+    there = kind(look_elsewhere)
+    place.value = ctypes.cast(there, ctypes.c_void_p).value
+    calls.looking_by(ctypes.addressof(record))
+    yield functools.partial(device.__setitem__, 0)
+    calls.looking_by(real)
+
+
+def key_of(module, input, hx=None):
+    names = module._flat_weights_names
+    return functional.seen_before(module, input, hx, "layer", functional._TORCHS_DECIDING, names)
+
+
+def test_a_call_elsewhere_is_known_by_its_device_and_python_does_it(elsewhere, monkeypatch):
+    module, x = triton_rnn.LSTM(3, 5), random(2, 4, 3, dtype=torch.float32)
+    keys = []
+    for number in (0, 1, 0):
+        elsewhere(number)
+        keys.append(key_of(module, x))
+    assert keys[0] == keys[2] != keys[1]
+    assert all(type(key) is bytes for key in keys)
+    expected = module(x)
+    assert key_of(module, x)[-1].backend is native, "what was decided, to be done by Python"
+    assert all(w is p for w, p in zip(key_of(module, x), module.parameters(), strict=False))
+    decides_nothing(monkeypatch)
+    assert_same_outcome(outcome(module, x), flat_outputs(module, expected))
+
+
+def test_the_c_loops_are_not_given_what_is_elsewhere(elsewhere, monkeypatch):
+    asked = []
+    right = native._call
+
+    def watched(*args):
+        asked.append(1)
+        return right(*args)
+
+    module, x = triton_rnn.GRU(3, 5), random(4, 2, 3, dtype=torch.float32)
+    module(x)[0].sum().backward()
+    monkeypatch.setattr(native, "_call", watched)
+    module(x)[0].sum().backward()
+    assert len(asked) == 2, "forward and backward"
+
+
+def test_the_switch_of_float32_is_a_fact_of_calls_elsewhere_alone(elsewhere, monkeypatch):
+    def differs(dtype):
+        module, x = triton_rnn.GRU(3, 5, dtype=dtype), random(4, 2, 3, dtype=dtype)
+        keys = []
+        for switch in ("ieee", "tf32"):
+            monkeypatch.setattr(torch.backends.cudnn.rnn, "fp32_precision", switch)
+            keys.append(key_of(module, x))
+        return keys[0] != keys[1]
+
+    assert differs(torch.float32)
+    assert not differs(torch.float16) and not differs(torch.float64)
+
+
+def test_the_switch_of_float32_is_no_fact_on_the_cpu(monkeypatch):
+    module, x = triton_rnn.GRU(3, 5), random(4, 2, 3, dtype=torch.float32)
+    monkeypatch.setattr(torch.backends.cudnn.rnn, "fp32_precision", "ieee")
+    key = key_of(module, x)
+    monkeypatch.setattr(torch.backends.cudnn.rnn, "fp32_precision", "tf32")
+    assert type(key) is bytes and key_of(module, x) == key
 
 
 # torch.nn's own forward under a trace, which warns of it.

@@ -130,7 +130,7 @@ def test_a_later_launch_is_the_one_that_triton_would_have_made(both_ways, name, 
 @pytest.mark.parametrize("variant", ["resident", "cooperative", "streaming", "stepwise"])
 @pytest.mark.parametrize("name", ["gru", "lstm"])
 def test_every_variant_is_launched_as_triton_would(both_ways, monkeypatch, name, variant):
-    monkeypatch.setenv("TRITON_RNN_VARIANT", variant)
+    monkeypatch.setattr(launch, "variant", variant)
     for _ in range(2):
         for directions in (1, 2):
             run(request_of(CELLS[name], torch.bfloat16, hidden_size=128, output_size=128,

@@ -151,6 +151,12 @@ def _slower_than_torch(request: Request, onednn: bool) -> str | None:
     return None
 
 
+def float32_precision() -> str:
+    """What torch allows recurrent layers on a GPU to make of float32: "tf32", or another word."""
+    precision: str = torch.backends.cudnn.rnn.fp32_precision  # type: ignore[attr-defined]
+    return precision
+
+
 def choose(request: Request, wanted: str) -> Choice:
     """The backend for a request.
 
@@ -158,11 +164,10 @@ def choose(request: Request, wanted: str) -> Choice:
         BackendError: if `wanted` names a backend that cannot serve the request.
     """
     # What may change between two calls: torch's switches, and a backend that has failed.
-    others: tuple[str | None, ...] = ()
-    if request.device.type == "cuda" or wanted == "triton":
-        precision = torch.backends.cudnn.rnn.fp32_precision  # type: ignore[attr-defined]
-        others = (precision, os.environ.get("TRITON_RNN_VARIANT"))
-    return _choose(request, wanted, _onednn_enabled(), others, health.failures())
+    precision = ""
+    if request.dtype == torch.float32 and (request.device.type == "cuda" or wanted == "triton"):
+        precision = float32_precision()
+    return _choose(request, wanted, _onednn_enabled(), precision, health.failures())
 
 
 @functools.lru_cache(maxsize=4096)
@@ -170,7 +175,7 @@ def _choose(
     request: Request,
     wanted: str,
     onednn_enabled: bool,
-    others: tuple[str | None, ...],
+    precision: str,
     failures: int,
 ) -> Choice:
     check_name(wanted)

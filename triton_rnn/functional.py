@@ -427,7 +427,9 @@ def remember(key: bytes | None, decided: Decided) -> None:
     native = dispatch.backend_module("native")
     if key is not None:
         native.remember(key, decided)
-    elif decided.backend is native:
+    elif decided.backend in (native, dispatch.backend_module("triton")) or (
+        decided.request.device.type != "cpu"
+    ):
         _known = native.known()
 
 

@@ -124,7 +124,7 @@ def exchanging(
         block_h: hidden units of a program. slots, at_once: as in `tiled`. The others: see `Plan`.
         With "flag" `block_k` is what its pieces make it.
     """
-    monkeypatch.setenv("TRITON_RNN_VARIANT", "stepwise")
+    monkeypatch.setattr(launch, "variant", "stepwise")
 
     def change(plan, request):
         pieces = request.hidden_size * request.dtype.itemsize % 16 == 0

@@ -82,7 +82,7 @@ if INTERPRETED:
     @pytest.fixture(params=["resident", "stepwise"])
     def variant(request, monkeypatch):
         """Every variant of the kernels that needs no programs side by side."""
-        monkeypatch.setenv("TRITON_RNN_VARIANT", request.param)
+        monkeypatch.setattr(launch, "variant", request.param)
         return request.param
 
     @pytest.fixture

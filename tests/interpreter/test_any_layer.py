@@ -16,6 +16,8 @@ from hypothesis import strategies as st
 from threads import AtRandom, Threads
 from tolerances import LAYERS
 
+from triton_rnn.backends.triton import launch
+
 # The same examples every time, so that a red build is one that everybody can repeat; no deadline,
 # for the interpreter is slow.
 REPEATABLE = settings(
@@ -69,7 +71,7 @@ def test_any_layer_on_any_plan_gives_torchs_outputs_and_gradients(
     kind, input_size, hidden_size, options, seq_len, batch, lengths, given_hx = call
     if variant == "flag":
         # Rows of whole pieces of 16 bytes.
-        hidden_size += -hidden_size % 4
+        hidden_size += -hidden_size % (16 // options["dtype"].itemsize)
     torch.manual_seed(seed)
     exact, ours = exact_and_ours(kind, input_size, hidden_size, **options)
     shape = (batch, seq_len) if options["batch_first"] else (seq_len, batch)
@@ -90,6 +92,6 @@ def test_any_layer_on_any_plan_gives_torchs_outputs_and_gradients(
             )
             Threads(monkeypatch, lambda: AtRandom(seed))
         else:
-            monkeypatch.setenv("TRITON_RNN_VARIANT", variant)
+            monkeypatch.setattr(launch, "variant", variant)
             tiled(monkeypatch, slots, at_once)
         assert_torchs_numbers(exact, ours, input, hx if given_hx else None, **how)

@@ -35,7 +35,7 @@ def any_variant(request, monkeypatch):
         exchanging(monkeypatch, *EXCHANGES[request.param])
         Threads(monkeypatch)
     else:
-        monkeypatch.setenv("TRITON_RNN_VARIANT", request.param)
+        monkeypatch.setattr(launch, "variant", request.param)
     return request.param
 
 
@@ -236,7 +236,7 @@ def put(tensor, value):
 def test_nan_and_infinity_go_where_torch_lets_them_go(kind, where, form, special, monkeypatch):
     """In results; in gradients too, but for a NaN in W_hh: a step has no later one where torch
     multiplies nothing by W_hh, and the kernels zeros."""
-    monkeypatch.setenv("TRITON_RNN_VARIANT", "resident" if form == "padded" else "stepwise")
+    monkeypatch.setattr(launch, "variant", "resident" if form == "padded" else "stepwise")
     exact, ours = exact_and_ours(kind, 5, 9)
     input, hx = input_and_hx(kind, ours, 3, 3, 5, batch=3)
     if where == "input":

@@ -94,7 +94,7 @@ def forced(monkeypatch, variant, kind, **how):
         exchanging(monkeypatch, *EXCHANGES[variant], **how)
         Threads(monkeypatch, lambda: AtRandom(3))
     else:
-        monkeypatch.setenv("TRITON_RNN_VARIANT", variant)
+        monkeypatch.setattr(launch, "variant", variant)
 
 
 VARIANTS = ("resident", "stepwise", *EXCHANGES)
@@ -150,7 +150,7 @@ def test_two_to_eight_products_are_taken_apart_in_their_order(monkeypatch):
 
         ours, exact = module_of(Counted, 3, 9)
         with pytest.MonkeyPatch.context() as patch:
-            patch.setenv("TRITON_RNN_VARIANT", "stepwise")
+            patch.setattr(launch, "variant", "stepwise")
             assert_the_definition(ours, exact, 2, 2, batch=2)
 
 

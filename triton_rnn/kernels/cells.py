@@ -24,6 +24,7 @@ gradients that reach h_t, c_t (formulas of torch.nn's documentation):
           df = dc c_before f(1-f)   dc_before = dc f
 """
 
+import functools
 from dataclasses import dataclass
 from typing import Any
 
@@ -153,10 +154,19 @@ class KernelCell:
     has_c: bool = False
     keeps_c: bool = False
 
-    @property
+    @functools.cached_property
     def biases(self) -> int:
         """How many products have their bias among `v`."""
         return self.starts.count(-1)
+
+    @functools.cached_property
+    def folds(self) -> int:
+        """So many products, the first, have their bias added to the same parts of the input's.
+
+        -1 if the others are not just those whose bias is among `v`.
+        """
+        count = self.products - self.biases
+        return count if self.starts[:count] == tuple(range(count)) else -1
 
     @property
     def saves(self) -> bool:

@@ -31,6 +31,7 @@ class _Here(threading.local):
 
 
 here = _Here()
+_nobody_looks = contextlib.nullcontext()
 
 
 def on() -> bool:
@@ -58,7 +59,7 @@ def _open(name: str) -> Iterator[None]:
 
 def call(cell: Cell) -> contextlib.AbstractContextManager[None]:
     """The range of a module's call."""
-    return _open(PREFIX + cell.name) if on() else contextlib.nullcontext()
+    return _open(PREFIX + cell.name) if on() else _nobody_looks
 
 
 def phase(cell: Cell, name: str, direction: str) -> contextlib.AbstractContextManager[None]:
@@ -70,7 +71,7 @@ def phase(cell: Cell, name: str, direction: str) -> contextlib.AbstractContextMa
         direction: `forward`, `reverse`, or `both` where they are not apart.
     """
     if not on():
-        return contextlib.nullcontext()
+        return _nobody_looks
     return _open(f"{PREFIX}{cell.name}.{name}{suffix(direction)}")
 
 

@@ -61,6 +61,8 @@ typedef struct {
 } Definition;
 enum { METH_FASTCALL = 0x80 };
 
+/* DLPack's numbers for a kind of device and of dtype. */
+enum { CPU = 1, FLOATING = 2 };
 typedef struct {
     void *data;
     struct {
@@ -102,7 +104,7 @@ static int look_at(PyObject *object, int dense, Tensor *tensor)
         Py_DecRef(negative);
     else
         PyErr_Clear();
-    if (lazy || tensor->device.type != 1)
+    if (lazy)
         return 0;
     tensor->data = (char *)tensor->data + tensor->byte_offset;
     i64 expected = 1, elements = 1;
@@ -118,10 +120,15 @@ static int look_at(PyObject *object, int dense, Tensor *tensor)
     }
     return 1;
 }
+/* Whether recurrence.c can read a tensor, or nothing at all. */
+static int is_on_cpu(const Tensor *tensor)
+{
+    return !tensor->data || tensor->device.type == CPU;
+}
 static int pointer_of(PyObject *object, i64 *pointer)
 {
     Tensor tensor;
-    if (!look_at(object, 64, &tensor))
+    if (!look_at(object, 64, &tensor) || !is_on_cpu(&tensor))
         return 0;
     *pointer = (i64)(intptr_t)tensor.data;
     return 1;
@@ -167,7 +174,7 @@ static PyObject *call(PyObject *self, PyObject *const *arguments, Py_ssize_t cou
     const char *slots = PyBytes_AsString(arguments[2]);
     memcpy(own + 20, PyBytes_AsString(arguments[3]), 3 * sizeof(i64));
     own[0] = (i64)(intptr_t)PyLong_AsVoidPtr(arguments[4]);
-    if (!look_at(arguments[5], 1, &input))
+    if (!look_at(arguments[5], 1, &input) || !is_on_cpu(&input))
         return PyLong_FromLong(UNUSUAL);
     own[1] = (i64)(intptr_t)input.data;
     if (input.dimensions == 2) {
@@ -184,7 +191,8 @@ static PyObject *call(PyObject *self, PyObject *const *arguments, Py_ssize_t cou
         if (!pointer_of(arguments[9 + i], own + 16 + i))
             return PyLong_FromLong(UNUSUAL);
     if (arguments[16] != &_Py_NoneStruct) {
-        if (!look_at(arguments[13], 1, &grad) || !pointer_of(arguments[14], backward + 1)
+        if (!look_at(arguments[13], 1, &grad) || !is_on_cpu(&grad)
+            || !pointer_of(arguments[14], backward + 1)
             || !pointer_of(arguments[15], backward + 2))
             return PyLong_FromLong(UNUSUAL);
         backward[0] = (i64)(intptr_t)grad.data;
@@ -221,6 +229,7 @@ enum { MOST_QUESTIONS = 8, MOST_FACTS = 384, MOST_OWNED = 256, MOST_LAYERS = 8 }
 /* Made once, and never given back. */
 static PyObject *tensor_type, *parameter_type, *known_calls;
 static PyObject *questions[MOST_QUESTIONS], *switches[MOST_QUESTIONS], *is_grad_enabled;
+static PyObject *float32_switch;
 static Py_ssize_t question_count, switch_count;
 static PyObject *new_empty, *parameters, *requires_grad, *transpose;
 
@@ -331,6 +340,7 @@ static void note_tensor(Seen *seen, PyObject *object, int dense, Tensor *tensor)
     }
     note(seen, tensor->dimensions | (i64)tensor->dtype.code << 32 | (i64)tensor->dtype.bits << 40
                    | (i64)tensor->dtype.lanes << 48);
+    note(seen, tensor->device.type | (i64)tensor->device.number << 32);
     for (int i = 0; i < tensor->dimensions; i++) {
         note(seen, tensor->shape[i]);
         elements *= tensor->shape[i];
@@ -391,13 +401,19 @@ static void note_states(Seen *seen, PyObject *hx, Tensor *h_0, Tensor *c_0)
     }
 }
 
-static void note_switches(Seen *seen)
+static void note_answer(Seen *seen, PyObject *asked)
 {
-    for (Py_ssize_t i = 0; i < switch_count && seen->usual; i++) {
-        PyObject *answer = own(seen, PyObject_CallNoArgs(switches[i]));
-        if (answer)
-            note_value(seen, answer);
-    }
+    PyObject *answer = own(seen, PyObject_CallNoArgs(asked));
+    if (answer)
+        note_value(seen, answer);
+}
+static void note_switches(Seen *seen, const Tensor *input)
+{
+    for (Py_ssize_t i = 0; i < switch_count && seen->usual; i++)
+        note_answer(seen, switches[i]);
+    if (seen->usual && input->device.type != CPU && input->dtype.code == FLOATING
+        && input->dtype.bits == 32)
+        note_answer(seen, float32_switch);
 }
 
 /* Whether something is at work that sends all calls the other way. */
@@ -543,7 +559,7 @@ static int gather(Seen *seen, PyObject *const *arguments, PyObject **weights, i6
         if (value)
             note_value(seen, value);
     }
-    note_switches(seen);
+    note_switches(seen, input);
     note(seen, seen->needs_grad);
     return found;
 }
@@ -591,11 +607,11 @@ static PyObject *known(PyObject *self, PyObject *const *arguments, Py_ssize_t co
 }
 
 /* The functions of this file as Python's, `call` and `known`. Given are the exchange API's address;
-   the types of plain tensors; what must answer no, what answers with a fact; is_grad_enabled; and the
-   dictionary of known calls. */
-__attribute__((visibility("default"))) PyObject *functions(const Exchange *given, PyObject *types,
-                                                           PyObject *asked, PyObject *facts,
-                                                           PyObject *grad, PyObject *calls)
+   the types of plain tensors; what must answer no; what answers with a fact, and what with one for
+   float32 that is not on the CPU; is_grad_enabled; and the dictionary of known calls. */
+__attribute__((visibility("default"))) PyObject *
+functions(const Exchange *given, PyObject *types, PyObject *asked, PyObject *facts,
+          PyObject *float32_fact, PyObject *grad, PyObject *calls)
 {
     static Definition definitions[] = {{"call", call, METH_FASTCALL, NULL},
                                        {"known", known, METH_FASTCALL, NULL}};
@@ -606,8 +622,8 @@ __attribute__((visibility("default"))) PyObject *functions(const Exchange *given
         questions[question_count] = PySequence_GetItem(asked, question_count);
     for (switch_count = 0; switch_count < PySequence_Size(facts); switch_count++)
         switches[switch_count] = PySequence_GetItem(facts, switch_count);
-    is_grad_enabled = grad, known_calls = calls;
-    Py_IncRef(grad), Py_IncRef(calls);
+    is_grad_enabled = grad, known_calls = calls, float32_switch = float32_fact;
+    Py_IncRef(grad), Py_IncRef(calls), Py_IncRef(float32_fact);
     is_neg = PyUnicode_InternFromString("is_neg");
     new_empty = PyUnicode_InternFromString("new_empty");
     parameters = PyUnicode_InternFromString("_parameters");

@@ -4,7 +4,8 @@ A call of a few steps is a microsecond of arithmetic, and working out what it is
 than ten. But what it is follows from a few facts: attributes of the module, shapes and types of
 tensors, torch's switches. So what was decided about a call is kept by its facts (`learn`), and the
 next one that has the same facts is known for what it is. Where all that is left to do is C's (a
-call without a backward, on this backend), C does it at once.
+call without a backward, on this backend), C does it at once. A call on a GPU is known too, but
+Python's to do.
 """
 
 import ctypes
@@ -19,7 +20,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from triton_rnn import health
+from triton_rnn import dispatch, health
 from triton_rnn.backends.native import build
 from triton_rnn.obstacles import QUESTIONS
 
@@ -66,10 +67,18 @@ def functions() -> Functions | None:
         return None
     pointer_of = ctypes.pythonapi.PyCapsule_GetPointer
     pointer_of.argtypes, pointer_of.restype = (ctypes.py_object, ctypes.c_char_p), ctypes.c_void_p
-    exchange = pointer_of(capsule, name)
+    exchange: int = pointer_of(capsule, name)
     # The record begins with its version; another major one is another record.
     if ctypes.c_uint32.from_address(exchange).value != 1:
         return None
+    if hasattr(os, "register_at_fork"):
+        # The child has other threads.
+        os.register_at_fork(after_in_child=_calls.clear)
+    return looking_by(exchange)
+
+
+def looking_by(exchange: int) -> Functions | None:
+    """The functions, which look at tensors by the exchange API at an address from now on."""
     flags = ("-Wl,-undefined,dynamic_lookup",) if sys.platform == "darwin" else ()
     try:
         found = build.library(_SOURCE, flags)
@@ -77,15 +86,13 @@ def functions() -> Functions | None:
         return None
     # Which, unlike a CDLL, keeps the GIL.
     make = ctypes.PyDLL(found._name, handle=found._handle).functions
-    make.argtypes, make.restype = (ctypes.c_void_p, *[ctypes.py_object] * 5), ctypes.py_object
-    if hasattr(os, "register_at_fork"):
-        # The child has other threads.
-        os.register_at_fork(after_in_child=_calls.clear)
+    make.argtypes, make.restype = (ctypes.c_void_p, *[ctypes.py_object] * 6), ctypes.py_object
     made = make(
         exchange,
         (Tensor, torch.nn.Parameter),
         QUESTIONS,
         (torch._C._get_mkldnn_enabled, torch.get_num_threads, health.failures),
+        dispatch.float32_precision,
         torch.is_grad_enabled,
         _calls,
     )

@@ -7,15 +7,20 @@ name.
 """
 
 import functools
+import importlib
 import importlib.util
 import os
 from collections.abc import Sequence
+from types import ModuleType
 
 import torch
 from torch import Tensor
 
 from triton_rnn.cells import OwnCell
-from triton_rnn.request import Request, with_zeros
+from triton_rnn.request import Request
+
+# For states that are not given nothing is made: see `launch.zeros`.
+TAKES_NO_STATE = True
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
@@ -30,6 +35,12 @@ def _missing() -> str | None:
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed"
     return None
+
+
+@functools.cache
+def _layer() -> ModuleType:
+    """What needs triton, which is imported late."""
+    return importlib.import_module("triton_rnn.backends.triton.layer")
 
 
 def cannot(request: Request) -> str | None:
@@ -109,7 +120,7 @@ def forward(
     request: Request,
     input: Tensor,
     batch_sizes: Sequence[int],
-    h_0: Tensor,
+    h_0: Tensor | None,
     c_0: Tensor | None,
     weights: Sequence[Tensor],
 ) -> tuple[tuple[Tensor, ...], list[Tensor]]:
@@ -118,7 +129,7 @@ def forward(
     Args:
         input: (T, N, I) or, packed, (sum of lengths, I), any strides.
         batch_sizes: rows of every step of a packed batch, empty for a padded one.
-        h_0: (D, N, H_out). c_0: (D, N, H) or None.
+        h_0: (D, N, H_out). c_0: (D, N, H), or None for a cell without. Both None for zeros.
         weights: weight_ih, weight_hh[, bias_ih, bias_hh][, weight_hr] of each direction in turn; of
             a user's cell (unit_weights, H) behind them, whichever are empty.
 
@@ -129,16 +140,14 @@ def forward(
     Raises:
         RuntimeError: if a program of an earlier launch on the device waited in vain.
     """
-    from triton_rnn.backends.triton import layer
-
-    return layer.forward(request, input, batch_sizes, h_0, c_0, weights)
+    return _layer().forward(request, input, batch_sizes, h_0, c_0, weights)
 
 
 def backward(
     request: Request,
     input: Tensor,
     batch_sizes: Sequence[int],
-    h_0: Tensor,
+    h_0: Tensor | None,
     c_0: Tensor | None,
     weights: Sequence[Tensor],
     saved: Sequence[Tensor],
@@ -154,11 +163,4 @@ def backward(
     Returns:
         grad_input, the rows one after the other, grad_h_0, grad_c_0, then each weight's.
     """
-    from triton_rnn.backends.triton import layer
-
-    given = list(grads)
-    if c_0 is not None and given[1] is given[2] is None and h_0.shape == c_0.shape:
-        # One block serves both: nothing is written to a gradient that was given.
-        given[1] = given[2] = torch.zeros_like(c_0)
-    dense = with_zeros(request, input, h_0, c_0, given)
-    return layer.backward(request, input, batch_sizes, h_0, c_0, weights, saved, dense, needs)
+    return _layer().backward(request, input, batch_sizes, h_0, c_0, weights, saved, grads, needs)

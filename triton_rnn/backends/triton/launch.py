@@ -3,15 +3,15 @@
 import ctypes
 import functools
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import triton
 from torch import Tensor
 
-from triton_rnn import health
+from triton_rnn import dispatch, health
 from triton_rnn.backends.triton import own
 from triton_rnn.backends.triton.launcher import Launcher
 from triton_rnn.cells import Cell, OwnCell
@@ -23,6 +23,9 @@ from triton_rnn.request import Request
 
 # A wait looks so often before it gives up: seconds, where a step takes microseconds.
 POLLS = 1 << 21
+
+# The one variant that plans may be of, for tests and comparisons.
+variant: str | None = os.environ.get("TRITON_RNN_VARIANT") or None
 
 # Of the compiler, for every kernel: a product and a sum are one instruction, which Triton 3.10 will
 # no longer take for granted.
@@ -60,11 +63,6 @@ def chip_of(device: torch.device) -> Chip:
     )
 
 
-def forced_variant() -> str | None:
-    """The variant that TRITON_RNN_VARIANT names, for tests and comparisons."""
-    return os.environ.get("TRITON_RNN_VARIANT") or None
-
-
 def shape_of(
     cell: KernelCell, kernel: str, hidden_size: int, directions: int, batch: int, itemsize: int,
     copies: int,
@@ -90,7 +88,7 @@ def plan_of(request: Request, kernel: str) -> Plan | None:
         request.dtype.itemsize,
         copies(precision(request.dtype, chip.backend)),
     )
-    return plan(shape, chip, forced_variant())
+    return plan(shape, chip, variant)
 
 
 def precision(dtype: torch.dtype, backend: str) -> str:
@@ -101,8 +99,7 @@ def precision(dtype: torch.dtype, backend: str) -> str:
     """
     if backend != "cuda" or dtype != torch.float32:
         return "ieee"
-    switch = torch.backends.cudnn.rnn.fp32_precision  # type: ignore[attr-defined]
-    return "tf32" if switch == "tf32" else "tf32x3"
+    return "tf32" if dispatch.float32_precision() == "tf32" else "tf32x3"
 
 
 def copies(precision: str) -> int:
@@ -282,7 +279,8 @@ def raise_failed_wait(device: torch.device) -> None:
     Raises:
         RuntimeError: if one of its programs waited in vain; names kernel and step.
     """
-    if not any(_seen_errors(device)):
+    forward, backward = _seen_errors(device)
+    if not (forward or backward):
         return
     words = _error_words(device)
     failed = [
@@ -308,6 +306,30 @@ def nothing(device: torch.device, dtype: torch.dtype) -> Tensor:
     return torch.empty(1, dtype=dtype, device=device)
 
 
+# Of each device and dtype the blocks that `zeros` has made. None is ever freed: a launch on another
+# stream than the block's may still be reading it.
+_zeros: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
+
+
+def zeros(device: torch.device, dtype: torch.dtype, count: int) -> Tensor:
+    """At least `count` zeros to be read, in the place of states that are not given.
+
+    Calls share one block, so that there is nothing to launch for them.
+    """
+    blocks = _zeros.setdefault((device, dtype), [])
+    if blocks and blocks[-1].numel() >= count:
+        return blocks[-1]
+    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        # Its memory is the graph's, and it is filled when the graph runs.
+        return torch.zeros(count, dtype=dtype, device=device)
+    block = torch.zeros(1 << (count - 1).bit_length(), dtype=dtype, device=device)
+    if device.type == "cuda":
+        # The next call that reads it may be on another stream.
+        torch.cuda.current_stream(device).synchronize()
+    blocks.append(block)
+    return block
+
+
 def _unwritten(buffer: Tensor) -> None:
     """Fill a buffer with the pattern that says: not written yet (`exchange.UNWRITTEN`)."""
     buffer.view(torch.int32).fill_(-1)
@@ -324,25 +346,32 @@ def pair(tensors: Sequence[Tensor | None], missing: Tensor) -> tuple[Tensor, Ten
     return first, missing if second is None else second
 
 
-class Ready(NamedTuple):
+@dataclass(frozen=True)
+class Ready:
     """A recurrence of one request, all decided.
 
     Attributes:
         cell: as the kernels see it.
         plan: how it is launched; launcher: by what.
-        error: where it notes a wait that ran out, one of `_error_words`.
+        states: the shape of a state, (D, N, H).
+        missing: stands for a tensor that the kernel does not read.
+        unpacked: stand for the batch sizes, their offsets, and counters.
+        launches: of every launch the arguments behind the tensors; of one per step, all steps'.
     """
 
     cell: KernelCell
     plan: Plan
     launcher: Launcher
-    error: Tensor
+    states: tuple[int, int, int]
+    missing: Tensor
+    unpacked: tuple[Tensor, Tensor, Tensor]
+    launches: tuple[tuple[Any, ...], ...]
 
 
 def ready(request: Request, kernel: str) -> Ready:
     """The forward or backward recurrence of a request that `supports` has found a plan for."""
     asked = precision(request.dtype, chip_of(request.device).backend)
-    return _ready(plan_of, request, kernel, asked, forced_variant())
+    return _ready(plan_of, request, kernel, asked, variant, POLLS)
 
 
 @functools.lru_cache(maxsize=4096)
@@ -352,16 +381,19 @@ def _ready(
     kernel: str,
     precision: str,
     variant: str | None,
+    polls: int,
 ) -> Ready:
     """All that decides is among the arguments: also whose plans these are, and of which variant."""
     plan = planner(request, kernel)
     assert plan is not None, "supports() has found one"
-    cell = kernel_cell(request.cell)
+    cell, device = kernel_cell(request.cell), request.device
     size, directions = request.hidden_size, request.directions
-    exactness = ptx(request.dtype, chip_of(request.device).backend)
+    exactness = ptx(request.dtype, chip_of(device).backend)
     function: Any = recurrence_backward
+    last_step = request.seq_len + 1
     if kernel == "forward":
         function = recurrence_forward
+        last_step = request.seq_len
         constants = forward_constants(
             cell,
             plan,
@@ -377,64 +409,87 @@ def _ready(
         constants = backward_constants(
             cell, plan, size, directions, request.packed, precision, exactness
         )
-    launcher = Launcher(function, constants, recurrence_options(plan))
-    return Ready(cell, plan, launcher, _error_words(request.device)[_KERNELS.index(kernel) :])
+    # Of a wait that ran out; pinned memory: Triton asks where the device sees it.
+    error = _error_words(device)[_KERNELS.index(kernel) :]
+    counters = nothing(device, torch.int32)
+    return Ready(
+        cell,
+        plan,
+        _launcher(
+            device,
+            request.dtype,
+            function,
+            tuple(constants.items()),
+            tuple(recurrence_options(plan).items()),
+        ),
+        (directions, request.batch, size),
+        nothing(device, request.dtype),
+        (counters, nothing(device, torch.int64), counters),
+        tuple(
+            (error, request.seq_len, request.batch, first, 0, last_step, plan.slots, polls)
+            for first in range(0, directions, plan.at_once)
+        ),
+    )
+
+
+@functools.lru_cache(maxsize=1024)
+def _launcher(
+    device: torch.device,
+    dtype: torch.dtype,
+    kernel: Any,
+    constants: tuple[tuple[str, Any], ...],
+    options: tuple[tuple[str, Any], ...],
+) -> Launcher:
+    """One for all lengths and batches: a launcher's first launch is slow."""
+    return Launcher(kernel, dict(constants), dict(options))
+
+
+def _each_step(launches: Iterable[tuple[Any, ...]]) -> Iterator[tuple[Any, ...]]:
+    """Launches of one step each in the place of launches of all."""
+    for error, seq_len, batch, first, begin, end, *others in launches:
+        for step in range(begin, end):
+            yield error, seq_len, batch, first, step, step + 1, *others
+
+
+def _float32_copy(state: Tensor, like: Tensor) -> Tensor:
+    """A state, or the first of a block of zeros, in the shape of another."""
+    return state.flatten()[: like.numel()].view_as(like).to(torch.float32, copy=True)
 
 
 def _launch_all(
     ready: Ready,
     request: Request,
-    tensors: Sequence[Tensor],
-    states: Sequence[Tensor | None],
+    tensors: tuple[Tensor, ...],
+    states: tuple[Tensor, Tensor, Tensor, Tensor],
     packing: Packing | None,
-    last_step: int,
 ) -> None:
     """Launch a recurrence: once, once per direction, or once per step.
 
     Args:
-        tensors: the arguments before the states. states: h and c before, h and c after.
+        tensors: the arguments before the states. states: h and c, or their gradients, before and
+            after; what is missing for the c of a cell without.
     """
-    device, plan = request.device, ready.plan
-    missing = nothing(device, request.dtype)
-    if packing is None:
-        sizes, offsets = nothing(device, torch.int32), nothing(device, torch.int64)
-    else:
+    device, exchange = request.device, ready.plan.exchange
+    sizes, offsets, counters = ready.unpacked
+    if packing is not None:
         sizes, offsets = packing.batch_sizes, packing.offsets
-    counters = nothing(device, torch.int32)
-    h_in, c_in, h_out, c_out = (missing if state is None else state for state in states)
-    spans = [(0, last_step)]
-    stepwise = plan.exchange == "launch"
-    if stepwise:
-        # The states between the launches, in float32.
-        h_in = h_in.to(torch.float32, copy=True)
-        c_in = c_in.to(torch.float32, copy=True)
-        spans = [(step, step + 1) for step in range(last_step)]
-    after = (h_in, c_in) if stepwise else (h_out, c_out)
-    for first in range(0, request.directions, plan.at_once):
-        if plan.exchange == "barrier":
-            counters = torch.zeros(plan.slots * plan.at_once, dtype=torch.int32, device=device)
-        everything = [*tensors, h_in, c_in, *after, sizes, offsets, counters]
-        for begin, end in spans:
-            # The word for errors is pinned memory: Triton asks where the device sees it.
-            ready.launcher(
-                device,
-                plan.programs,
-                everything,
-                (
-                    ready.error,
-                    request.seq_len,
-                    request.batch,
-                    first,
-                    begin,
-                    end,
-                    plan.slots,
-                    POLLS,
-                ),
-            )
-    if stepwise:
-        h_out.copy_(h_in)
-        if states[3] is not None:
-            c_out.copy_(c_in)
+    given, launches = states, iter(ready.launches)
+    if exchange == "launch":
+        launches = _each_step(launches)
+        # The states between the launches.
+        h, c = (_float32_copy(states[i], states[i + 2]) for i in range(2))
+        states = (h, c, h, c)
+    everything = (*tensors, *states, sizes, offsets, counters)
+    for numbers in launches:
+        if exchange == "barrier":
+            count = ready.plan.slots * ready.plan.at_once
+            counters = torch.zeros(count, dtype=torch.int32, device=device)
+            everything = (*everything[:-1], counters)
+        ready.launcher(device, ready.plan.programs, everything, numbers)
+    if exchange == "launch":
+        given[2].copy_(states[0])
+        if ready.cell.has_c:
+            given[3].copy_(states[1])
 
 
 def forward(
@@ -443,7 +498,7 @@ def forward(
     gates: Tensor,
     w_hh: Sequence[Tensor],
     vectors: Sequence[Tensor | None],
-    h_0: Tensor,
+    h_0: Tensor | None,
     c_0: Tensor | None,
     packing: Packing | None,
 ) -> tuple[Tensor | None, Tensor, Tensor | None]:
@@ -453,33 +508,38 @@ def forward(
         output: (R, D * H) in any shape, contiguous; written.
         gates: (R, D, ROW * H), replaced by what a backward needs if one is to follow.
         w_hh: (P * H, H) of each direction. vectors: what `unit_vectors` loads, of each, or None.
-        h_0, c_0: (D, N, H).
+        h_0, c_0: (D, N, H), or None for zeros.
     """
     found = ready(request, "forward")
-    h_n = torch.empty_like(h_0, memory_format=torch.contiguous_format)
-    c_n = None if c_0 is None else torch.empty_like(c_0, memory_format=torch.contiguous_format)
-    cells = None
-    if request.needs_grad and found.cell.keeps_c:
-        cells = gates.new_empty(gates.size(0), request.directions, request.hidden_size)
+    cell, missing = found.cell, found.missing
     if found.plan.exchange == "flag":
         _unwritten(output)
-        # It is read as what the others write is.
-        h_0, w_hh = _in_pieces(h_0), [_in_pieces(tensor) for tensor in w_hh]
-    missing = nothing(request.device, request.dtype)
+        # They are read as what the others write is.
+        h_0 = None if h_0 is None else _in_pieces(h_0)
+        w_hh = [_in_pieces(tensor) for tensor in w_hh]
+    h_n = gates.new_empty(found.states)
+    c_n = gates.new_empty(found.states) if cell.has_c else None
+    cells = None
+    if request.needs_grad and cell.keeps_c:
+        cells = gates.new_empty((gates.size(0), request.directions, request.hidden_size))
+    nought = missing
+    if h_0 is None or (c_0 is None and cell.has_c):
+        nought = zeros(request.device, request.dtype, h_n.numel())
+    h_0 = nought if h_0 is None else h_0
     _launch_all(
         found,
         request,
         (
             gates,
-            *pair(w_hh, missing),
+            w_hh[0],
+            w_hh[-1],
             *pair(vectors, missing),
             h_0,
             output,
             missing if cells is None else cells,
         ),
-        (h_0, c_0, h_n, c_n),
+        (h_0, nought if c_0 is None else c_0, h_n, missing if c_n is None else c_n),
         packing,
-        request.seq_len,
     )
     return cells, h_n, c_n
 
@@ -489,28 +549,32 @@ def backward(
     grad_output: Tensor,
     gates: Tensor,
     states: Tensor,
-    initial: Tensor,
+    initial: Tensor | None,
     w_hh: Sequence[Tensor],
     units: Sequence[Tensor | None],
-    grad_h_n: Tensor,
+    grad_h_n: Tensor | None,
     grad_c_n: Tensor | None,
     packing: Packing | None,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Launch `recurrence_backward`: grad_gates (R, D, WIDTH * H), grad_h_0, grad_c_0 or None.
 
     Args:
-        gates: what forward saved. states, initial: cells and c_0, or output and h_0.
+        gates: what forward saved. states: cells, or output.
+        initial: c_0 or h_0; grad_h_n, grad_c_n: as they. None for zeros.
         units: the unit weights (U, H) of each direction, or None.
     """
     found = ready(request, "backward")
+    cell, missing = found.cell, found.missing
     grad_gates = grad_output.new_empty(
-        grad_output.size(0), request.directions, found.cell.width * request.hidden_size
+        (grad_output.size(0), request.directions, cell.width * request.hidden_size)
     )
-    grad_h_0 = torch.empty_like(grad_h_n)
-    grad_c_0 = None if grad_c_n is None else torch.empty_like(grad_c_n)
     if found.plan.exchange == "flag":
         _unwritten(grad_gates)
-    missing = nothing(request.device, request.dtype)
+    grad_h_0 = grad_output.new_empty(found.states)
+    grad_c_0 = grad_output.new_empty(found.states) if cell.has_c else None
+    nought = missing
+    if initial is None or grad_h_n is None or (grad_c_n is None and cell.has_c):
+        nought = zeros(request.device, request.dtype, grad_h_0.numel())
     _launch_all(
         found,
         request,
@@ -518,13 +582,18 @@ def backward(
             grad_output,
             gates,
             states,
-            initial,
+            nought if initial is None else initial,
             grad_gates,
-            *pair(w_hh, missing),
+            w_hh[0],
+            w_hh[-1],
             *pair(units, missing),
         ),
-        (grad_h_n, grad_c_n, grad_h_0, grad_c_0),
+        (
+            nought if grad_h_n is None else grad_h_n,
+            nought if grad_c_n is None else grad_c_n,
+            grad_h_0,
+            missing if grad_c_0 is None else grad_c_0,
+        ),
         packing,
-        request.seq_len + 1,
     )
     return grad_gates, grad_h_0, grad_c_0

@@ -1,6 +1,8 @@
 """Launching a kernel again, without the work of the first time."""
 
-from collections.abc import Mapping, Sequence
+import functools
+import operator
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -37,7 +39,9 @@ class Launcher:
         # In the order of the kernel's signature; not there under the interpreter.
         names = kernel.arg_names[len(kernel.arg_names) - len(constants) :]
         self._in_order = [constants[name] for name in names]
-        self._compiled: Any = None
+        # What Triton hands back: how it starts a kernel, which, and how it is to run.
+        self._start: Callable[..., None] | None = None
+        self._function = self._packed_metadata = None
 
     def __call__(
         self, device: torch.device, programs: int, tensors: Sequence[Tensor], others: Sequence[Any]
@@ -48,27 +52,26 @@ class Launcher:
             tensors, others: the arguments. Of the others the kernel is not compiled for more than
                 their types, or they are the same at every launch.
         """
-        compiled = self._compiled
-        pointers, together = [], 0
-        for tensor in tensors:
-            pointer = tensor.data_ptr()
-            pointers.append(pointer)
-            together |= pointer
-        aligned = together % _ALIGNMENT == 0
-        if compiled is None or not aligned or _is_watched():
+        pointers = [tensor.data_ptr() for tensor in tensors]
+        aligned = functools.reduce(operator.or_, pointers) % _ALIGNMENT == 0
+        start = self._start
+        if start is None or not aligned or _is_watched():
             found = self._kernel[(programs,)](*tensors, *others, **self._constants, **self._options)
-            if aligned:
-                self._compiled = found
+            # The interpreter hands back nothing.
+            if aligned and found is not None:
+                self._function, self._packed_metadata = found.function, found.packed_metadata
+                # The last of them, for other threads look at it.
+                self._start = found.run
             return
         # What Triton does with what it has found: the form of this call is the same from 3.6 to
         # 3.9. No metadata and no hooks, for nobody watches.
-        compiled.run(
+        start(
             programs,
             1,
             1,
             triton.runtime.driver.active.get_current_stream(device.index),
-            compiled.function,
-            compiled.packed_metadata,
+            self._function,
+            self._packed_metadata,
             None,
             None,
             None,

@@ -24,47 +24,46 @@ from triton_rnn.request import Request
 class Weights(NamedTuple):
     """The weights of a layer, one tensor per direction in each field."""
 
-    weight_ih: list[Tensor]
-    weight_hh: list[Tensor]
-    bias_ih: list[Tensor | None]
-    bias_hh: list[Tensor | None]
-    weight_hr: list[Tensor]
-    units: list[Tensor | None]
+    weight_ih: Sequence[Tensor]
+    weight_hh: Sequence[Tensor]
+    bias_ih: Sequence[Tensor | None]
+    bias_hh: Sequence[Tensor | None]
+    weight_hr: Sequence[Tensor]
+    units: Sequence[Tensor | None]
 
 
 def _by_direction(request: Request, weights: Sequence[Tensor]) -> Weights:
     count = len(weights) // request.directions
-    own = [
-        [w if w.is_contiguous() else w.contiguous() for w in weights[i : i + count]]
-        for i in range(0, len(weights), count)
-    ]
+    # Each is itself if it is so already.
+    own = [weight.contiguous() for weight in weights]
     none: list[Tensor | None] = [None] * request.directions
     return Weights(
-        [w[0] for w in own],
-        [w[1] for w in own],
-        [w[2] for w in own] if request.biased else none,
-        [w[3] for w in own] if request.biased else none,
-        [w[-1] for w in own] if request.cell.projected else [],
-        [w[-1] for w in own] if isinstance(request.cell, OwnCell) else none,
+        own[::count],
+        own[1::count],
+        own[2::count] if request.biased else none,
+        own[3::count] if request.biased else none,
+        own[count - 1 :: count] if request.cell.projected else [],
+        own[count - 1 :: count] if isinstance(request.cell, OwnCell) else none,
     )
 
 
-def _recurrent_weights(own: Weights) -> list[Tensor]:
+def _recurrent_weights(own: Weights) -> Sequence[Tensor]:
     """W_hh, or W_hh W_hr of a projected LSTM: what stands in the recurrence."""
     if not own.weight_hr:
         return own.weight_hh
     return [hh @ hr for hh, hr in zip(own.weight_hh, own.weight_hr, strict=True)]
 
 
-def _folded(cell: KernelCell, bias_hh: Sequence[Tensor | None]) -> tuple[list[Tensor | None], int]:
+def _folded(
+    cell: KernelCell, bias_hh: Sequence[Tensor | None]
+) -> tuple[Sequence[Tensor | None], int]:
     """What is added to the input's preactivations, and so many elements of it."""
     first = bias_hh[0]
     if first is None or not cell.products:
         return [None] * len(bias_hh), 0
     size = first.size(0) // cell.products
-    count = cell.products - cell.biases
-    if cell.starts[:count] == tuple(range(count)):
-        return list(bias_hh), count * size
+    if cell.folds >= 0:
+        return bias_hh, cell.folds * size
     found: list[Tensor | None] = []
     for bias in bias_hh:
         assert bias is not None
@@ -76,22 +75,35 @@ def _folded(cell: KernelCell, bias_hh: Sequence[Tensor | None]) -> tuple[list[Te
     return found, cell.inputs * size
 
 
-def _vectors(cell: KernelCell, bias_hh: Tensor | None, units: Tensor | None) -> Tensor | None:
-    """The numbers of each unit that the forward is given: biases of products, unit weights."""
-    parts = []
-    if bias_hh is not None and cell.biases:
-        blocks = bias_hh.view(cell.products, -1)
-        parts += [blocks[p] for p, start in enumerate(cell.starts) if start < 0]
-    if units is not None and cell.units:
-        parts.append(units.view(-1))
-    if len(parts) < 2:
-        return parts[0] if parts else None
-    return torch.cat(parts)
+def _vectors(
+    cell: KernelCell, bias_hh: Sequence[Tensor | None], units: Sequence[Tensor | None]
+) -> Sequence[Tensor | None]:
+    """Of each direction the numbers of each unit that the forward is given, or None.
+
+    They are the biases of products that are not folded, and the unit weights.
+    """
+    if not cell.biases and not cell.units:
+        return [None] * len(bias_hh)
+    found = []
+    for bias, own in zip(bias_hh, units, strict=True):
+        parts = []
+        if bias is not None and cell.biases:
+            blocks = bias.view(cell.products, -1)
+            parts += [blocks[p] for p, start in enumerate(cell.starts) if start < 0]
+        if own is not None and cell.units:
+            parts.append(own.view(-1))
+        found.append(torch.cat(parts) if len(parts) > 1 else parts[0] if parts else None)
+    return found
+
+
+_NOTHING = contextlib.nullcontext()
 
 
 def _on(device: torch.device) -> contextlib.AbstractContextManager[object]:
     """Launches go to the current device: make it the tensors'."""
-    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
+    if device.type != "cuda" or device.index == torch.cuda.current_device():
+        return _NOTHING
+    return torch.cuda.device(device)
 
 
 def _first_rows(request: Request, rows: int, d: int, packing: Packing | None) -> slice | Tensor:
@@ -106,26 +118,44 @@ def _last_rows(request: Request, rows: int, d: int, packing: Packing | None) -> 
     return _first_rows(request, rows, 1 - d, packing)
 
 
-def _shift(
-    states: Tensor, first: Tensor, request: Request, d: int, packing: Packing | None
-) -> Tensor:
-    """Of every row the state before its step, (R, H): `first` where there is none earlier."""
+def _with_states_before(
+    hidden: Tensor,
+    states: Tensor,
+    first: Tensor | None,
+    request: Request,
+    d: int,
+    packing: Packing | None,
+) -> tuple[Tensor, Tensor]:
+    """Rows of `hidden` (R, C), and of each the state before its step (R, H).
+
+    Args:
+        states: after the steps. first: (N, H), before those that none precedes; None for zeros,
+            with which they may be left out.
+    """
     batch = request.batch
     if packing is None:
-        parts = (first, states[:-batch]) if d == 0 else (states[batch:], first)
-        return torch.cat(parts)
+        later, earlier = slice(batch, None), slice(0, states.size(0) - batch)
+        if d == 1:
+            later, earlier = earlier, later
+        if first is None:
+            return hidden[later], states[earlier]
+        parts = (first, states[earlier]) if d == 0 else (states[earlier], first)
+        return hidden, torch.cat(parts)
     if d == 0:
-        return torch.cat((first, states.index_select(0, packing.earlier)))
-    shifted = torch.empty_like(states, memory_format=torch.contiguous_format)
-    shifted[packing.earlier] = states[batch:]
-    shifted[packing.last] = first
-    return shifted
+        before = states.index_select(0, packing.earlier)
+        if first is None:
+            return hidden[batch:], before
+        return hidden, torch.cat((first, before))
+    before = torch.empty_like(states, memory_format=torch.contiguous_format)
+    before[packing.earlier] = states[batch:]
+    before[packing.last] = 0 if first is None else first
+    return hidden, before
 
 
 def _shift_back(
     grads: Tensor, request: Request, d: int, packing: Packing | None
 ) -> tuple[Tensor, Tensor]:
-    """The transpose of `_shift`: gradients of `states` (R, H) and of `first` (N, H)."""
+    """Gradients of `states` (R, H) and `first` (N, H) by those of the states before each step."""
     batch, rows = request.batch, grads.size(0)
     first = grads[_first_rows(request, rows, d, packing)]
     shifted = torch.zeros_like(grads)
@@ -145,41 +175,47 @@ def forward(
     request: Request,
     input: Tensor,
     batch_sizes: Sequence[int],
-    h_0: Tensor,
+    h_0: Tensor | None,
     c_0: Tensor | None,
     weights: Sequence[Tensor],
 ) -> tuple[tuple[Tensor, ...], list[Tensor]]:
     """See the package's `forward`."""
-    with _on(request.device):
-        launch.raise_failed_wait(request.device)
-        packing = launch.packing_of(batch_sizes, request.device) if batch_sizes else None
+    device = request.device
+    with _on(device):
+        launch.raise_failed_wait(device)
+        packing = launch.packing_of(batch_sizes, device) if batch_sizes else None
         cell = launch.kernel_cell(request.cell)
         own = _by_direction(request, weights)
-        h_0 = h_0.contiguous()
+        h_0 = None if h_0 is None else h_0.contiguous()
         c_0 = None if c_0 is None else c_0.contiguous()
         hidden_size, directions = request.hidden_size, request.directions
-        rows = math.prod(input.shape[:-1])
+        leading = input.shape[:-1]
+        rows = math.prod(leading)
         row = cell.row if request.needs_grad else cell.inputs
-        gates = input.new_empty(rows, directions, row * hidden_size)
+        gates = input.new_empty((rows, directions, row * hidden_size))
         # What a GRU's reset gate multiplies has its bias inside, the others' are added up here.
         folded, fold = _folded(cell, own.bias_hh)
         with ranges.phase(request.cell, "projection", "both"):
             products.project(input, own.weight_ih, own.bias_ih, folded, fold, gates)
         initial = h_0
         if request.cell.projected:
-            for d in range(directions):
-                first = _first_rows(request, rows, d, packing)
-                gates[first, d] += h_0[d] @ own.weight_hh[d].t()
-            initial = h_0.new_zeros(directions, request.batch, hidden_size)
-        vectors = [
-            _vectors(cell, bias, units) for bias, units in zip(own.bias_hh, own.units, strict=True)
-        ]
+            initial = None
+            if h_0 is not None:
+                for d in range(directions):
+                    first = _first_rows(request, rows, d, packing)
+                    gates[first, d] += h_0[d] @ own.weight_hh[d].t()
         # Results are no views: autograd would forbid to change them in place.
-        leading = input.shape[:-1]
         output = input.new_empty((*leading, directions * hidden_size))
         with ranges.phase(request.cell, "recurrence", "both"):
             cells, h_n, c_n = launch.forward(
-                request, output, gates, _recurrent_weights(own), vectors, initial, c_0, packing
+                request,
+                output,
+                gates,
+                _recurrent_weights(own),
+                _vectors(cell, own.bias_hh, own.units),
+                initial,
+                c_0,
+                packing,
             )
         saved = [output]
         if request.needs_grad:
@@ -193,19 +229,18 @@ def forward(
                 parts[:, d] = states[:, d] @ weight.t()
             last = [_last_rows(request, rows, d, packing) for d in range(directions)]
             h_n = torch.stack([parts[last[d], d] for d in range(directions)])
-        finals = (h_n,) if c_n is None else (h_n, c_n)
-        return (output, *finals), saved
+        return (output, h_n) if c_n is None else (output, h_n, c_n), saved
 
 
 def backward(
     request: Request,
     input: Tensor,
     batch_sizes: Sequence[int],
-    h_0: Tensor,
+    h_0: Tensor | None,
     c_0: Tensor | None,
     weights: Sequence[Tensor],
     saved: Sequence[Tensor],
-    grads: Sequence[Tensor],
+    grads: Sequence[Tensor | None],
     needs: Sequence[bool],
 ) -> list[Tensor | None]:
     """See the package's `backward`."""
@@ -217,26 +252,30 @@ def backward(
         output, *rest = saved
         output = output.view(-1, directions * hidden_size)
         gates = rest[0] if cell.saves else output
-        h_0 = h_0.contiguous()
-        initial = h_0
+        # A gradient that was not given is zeros, and so is an initial state.
+        h_0, c_0, grad_output, grad_h_n, grad_c_n = (
+            None if tensor is None else tensor.contiguous()
+            for tensor in (h_0, c_0, *grads, *[None] * (3 - len(grads)))
+        )
+        if grad_output is None:
+            grad_output = output.new_zeros((output.size(0), directions * request.output_size))
+        initial = c_0 if cell.keeps_c else h_0
         # The gradients that come from outside, of m in the place of h if the LSTM is projected.
-        grad_states, grad_h_n = grads[0].contiguous(), grads[1].contiguous()
+        grad_states = grad_output
         grad_projected: list[Tensor] = []
         if request.cell.projected:
-            grad_projected = _grad_projected(request, grads, packing)
+            grad_projected = _grad_projected(request, grad_output, grad_h_n, packing)
             grad_states = torch.cat(
                 [g @ w for g, w in zip(grad_projected, own.weight_hr, strict=True)], 1
             )
-            initial = h_0.new_zeros(directions, request.batch, hidden_size)
-            grad_h_n = torch.zeros_like(initial)
-        grad_c_n = grads[2].contiguous() if cell.has_c else None
+            grad_h_n = None
         with ranges.phase(request.cell, "backward.recurrence", "both"):
             grad_gates, grad_h_0, grad_c_0 = launch.backward(
                 request,
                 grad_states,
                 gates,
                 rest[1] if cell.keeps_c else output,
-                c_0.contiguous() if cell.keeps_c and c_0 is not None else initial,
+                initial,
                 _recurrent_weights(own),
                 own.units,
                 grad_h_n,
@@ -261,7 +300,7 @@ def backward(
 def _after_the_loop(
     request: Request,
     input: Tensor,
-    h_0: Tensor,
+    h_0: Tensor | None,
     own: Weights,
     output: Tensor,
     grad_gates: Tensor,
@@ -293,14 +332,15 @@ def _after_the_loop(
         states = output[:, d * hidden_size : (d + 1) * hidden_size]
         if request.cell.projected:
             # Of h_t: what comes from outside, and what the next step sends through W_hh.
-            recurrent, first = _shift_back(hidden @ own.weight_hh[d], request, d, packing)
-            grad_h.append(first)
+            recurrent, grad_first = _shift_back(hidden @ own.weight_hh[d], request, d, packing)
+            grad_h.append(grad_first)
             grad_of_h = grad_projected[d] + recurrent
             states_m, states = states, states @ own.weight_hr[d].t()
         found.append(products.grad_weight(preact, rows) if wanted[0] else None)
         if wanted[1] and cell.products:
-            before = _shift(states, h_0[d], request, d, packing)
-            found.append(_in_torch_order(products.grad_weight(hidden, before), turned))
+            first = None if h_0 is None else h_0[d]
+            later, before = _with_states_before(hidden, states, first, request, d, packing)
+            found.append(_in_torch_order(products.grad_weight(later, before), turned))
         else:
             found.append(None)
         if request.biased:
@@ -317,17 +357,19 @@ def _after_the_loop(
             found.append(sums[d, end:].view(cell.units, hidden_size) if wanted[-1] else None)
     if request.cell.projected:
         grad_h_0 = torch.stack(grad_h)
-    return [*results, grad_h_0, grad_c_0, *found]
+    results += [grad_h_0 if needs[1] else None, grad_c_0 if needs[2] else None]
+    return results + found
 
 
 def _grad_projected(
-    request: Request, grads: Sequence[Tensor], packing: Packing | None
+    request: Request, grad_output: Tensor, grad_h_n: Tensor | None, packing: Packing | None
 ) -> list[Tensor]:
     """Gradients (R, H_out) of every step's h that come from outside, per direction."""
     parts = []
-    for d, part in enumerate(grads[0].chunk(request.directions, 1)):
+    for d, part in enumerate(grad_output.chunk(request.directions, 1)):
         total = part.clone(memory_format=torch.contiguous_format)
-        total[_last_rows(request, total.size(0), d, packing)] += grads[1][d]
+        if grad_h_n is not None:
+            total[_last_rows(request, total.size(0), d, packing)] += grad_h_n[d]
         parts.append(total)
     return parts
 
