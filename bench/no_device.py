@@ -19,6 +19,7 @@ from triton.runtime.jit import JITFunction
 
 from triton_rnn import dispatch
 from triton_rnn.backends import triton as backend
+from triton_rnn.backends.native import calls
 from triton_rnn.backends.triton import launch, products
 from triton_rnn.kernels.plan import CHIPS
 
@@ -57,6 +58,7 @@ class _Kernel:
 def _forget() -> None:
     for cached in (launch._ready, launch._launcher, products._ready, dispatch._choose):
         cached.cache_clear()
+    calls.forget()
     for kernel in KERNELS:
         kernel.device_caches.pop(DEVICE, None)
 

@@ -14,6 +14,8 @@ from own_cells import MinimalGatedUnit, PeepholeLSTM, Uneven  # noqa: E402
 import triton_rnn  # noqa: E402
 from bench.__main__ import main  # noqa: E402
 from bench.no_device import no_device  # noqa: E402
+from triton_rnn import functional  # noqa: E402
+from triton_rnn.backends import native  # noqa: E402
 from triton_rnn.backends import triton as backend  # noqa: E402
 from triton_rnn.backends.triton import launch, launcher  # noqa: E402
 from triton_rnn.cells import CELLS, OwnCell  # noqa: E402
@@ -197,6 +199,72 @@ def test_who_listens_to_launches_is_told_of_each(launches):
     finally:
         hooks.remove(hook)
     assert told() == [(None, False)] * 2
+
+
+def test_a_launcher_serves_all_lengths_and_batches(launches):
+    """Its first launch is slow, and a program may meet another length at every call."""
+    for kernel in ("forward", "backward"):
+        first = launch.ready(request_of(CELLS["gru"], torch.float16), kernel)
+        for changes in ({"seq_len": 8}, {"batch": 2}, {"input_size": 3}):
+            other = launch.ready(request_of(CELLS["gru"], torch.float16, **changes), kernel)
+            assert other is not first and other.launcher is first.launcher
+        for changes in ({"directions": 2}, {"hidden_size": 64}, {"packed": True}):
+            request = request_of(CELLS["gru"], torch.float16, **changes)
+            assert launch.ready(request, kernel).launcher is not first.launcher
+
+
+def test_zeros_are_one_block_that_grows_and_is_never_let_go(monkeypatch):
+    monkeypatch.setattr(launch, "_zeros", {})
+    place = torch.device("cpu"), torch.float16
+    small = launch.zeros(*place, 100)
+    assert small.numel() >= 100 and not small.any()
+    assert launch.zeros(*place, 7) is launch.zeros(*place, 100) is small
+    large = launch.zeros(*place, 1000)
+    assert large.numel() >= 1000
+    assert launch.zeros(*place, 100) is large
+    assert launch.zeros(torch.device("cpu"), torch.float32, 10).dtype == torch.float32
+    # A launch on another stream may be reading the first.
+    assert [block is one for block, one in zip(launch._zeros[place], (small, large), strict=True)]
+
+
+@pytest.mark.parametrize("name", ["RNN", "GRU", "LSTM"])
+def test_states_that_are_not_given_are_nothing_to_make(launches, monkeypatch, name):
+    """Nor are their gradients: zeros on a GPU are a launch each."""
+    module = getattr(triton_rnn, name)(16, 32, dtype=torch.float16, bidirectional=True)
+    input = torch.zeros(5, 3, 16, dtype=torch.float16)
+
+    def step():
+        with triton_rnn.use_backend("triton"):
+            module(input)[0].backward(torch.ones(5, 3, 64, dtype=torch.float16))
+
+    step()
+
+    def refuse(*args, **kwargs):
+        raise AssertionError("zeros were made")
+
+    for place, made in ((torch, "zeros"), (torch, "zeros_like"), (torch.Tensor, "new_zeros")):
+        monkeypatch.setattr(place, made, refuse)
+    step()
+
+
+@pytest.mark.parametrize("grad", [False, True], ids=["no grad", "grad"])
+def test_a_call_that_was_seen_before_is_not_decided_anew(launches, monkeypatch, grad):
+    if native.known() is None:
+        pytest.skip("calls.c cannot be used here")
+    module = triton_rnn.GRU(16, 32, dtype=torch.float16)
+    input = torch.zeros(5, 3, 16, dtype=torch.float16)
+    with triton_rnn.use_backend("triton"), torch.set_grad_enabled(grad):
+        for _ in range(2):
+            module(input)
+
+        def refuse(*args):
+            raise AssertionError("the call was decided anew")
+
+        monkeypatch.setattr(functional, "prepare", refuse)
+        launches.clear()
+        output, h_n = module(input)
+    assert output.shape == (5, 3, 32) and h_n.shape == (1, 3, 32)
+    assert len(launches) == 2
 
 
 def test_numbers_are_those_of_each_launch(launches):
