@@ -152,6 +152,9 @@ def _specials() -> list[CheckCase]:
     case = CheckCase("repeat", "lstm", "float16", "cooperative", 512, 16, 64)
     repeat = [
         case,
+        # A part of W_hh is read again at every step.
+        replace(case, hidden=1536),
+        replace(case, cell="gru", dtype="float32_tf32", hidden=1536, batch=3, form="packed"),
         replace(case, dtype="bfloat16", variant="cooperative+barrier"),
         replace(case, cell="gru", dtype="bfloat16", hidden=1024, batch=70, directions=2),
         replace(case, variant="streaming", hidden=1024, dtype="float32_tf32"),
@@ -174,6 +177,7 @@ def _specials() -> list[CheckCase]:
         replace(case, cell="gru", dtype="float32", variant="stepwise", directions=2, layers=2),
         replace(case, variant="cooperative+barrier", hidden=300, form="batch_first", batch=70),
         replace(case, cell="rnn_relu", variant="resident", hidden=63, hx=False),
+        replace(case, hidden=2048, directions=2, form="packed"),
     ]
     case = CheckCase("graph", "lstm", "float16", "", 500, 17, 20)
     graph = [

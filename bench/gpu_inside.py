@@ -171,7 +171,7 @@ def request_of(point: TuningPoint, device: torch.device) -> Request:
 def candidates(point: TuningPoint, device: torch.device) -> list[Plan]:
     """The planner's choice first, then what is worth a try beside it.
 
-    The other exchange, W_hh not in registers or all of it, other warps, and of all that the planner
+    The other exchange, more or less of W_hh in registers, other warps, and of all that the planner
     looks at by turns the nearest to its choice and the one with the lowest floor.
     """
     from triton_rnn.backends.triton import launch
@@ -187,6 +187,11 @@ def candidates(point: TuningPoint, device: torch.device) -> list[Plan]:
     if chosen.variant == "cooperative":
         exchange = "barrier" if chosen.exchange == "flag" else "flag"
         found += [plan for plan in [best_exchanging(request, point.kernel, exchange)] if plan]
+    if chosen.streamed:
+        # The same with more and less of W_hh read again, and all of it by the other kernel.
+        found += [dataclasses.replace(chosen, streamed=chosen.streamed + by) for by in (1, -1)]
+        others = [plan for plan in every_plan(request, point.kernel) if not plan.on_chip]
+        found += sorted(others, key=lambda plan: plan.floor_us)[:1]
     if chosen.variant == "resident" and chosen.in_registers:
         products = launch.kernel_cell(request.cell).products
         found += [dataclasses.replace(chosen, in_registers=held) for held in (0, products)]

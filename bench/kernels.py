@@ -227,6 +227,7 @@ def _short(dtype: torch.dtype) -> str:
 
 def _blocks(found: Plan) -> str:
     kept = f", {found.in_registers} in registers" if found.in_registers else ""
+    kept += f", {found.streamed} blocks read again" if found.streamed else ""
     return (
         f"{found.variant} {found.block_h} x {found.block_n} x {found.block_k}"
         f" / {found.splits}, {found.warps} warps{kept}"
@@ -469,6 +470,9 @@ def kernels(arguments: argparse.Namespace) -> list[Kernel]:
             sizes: dict[str, Any] = {"hidden_sizes": (128, 768), "batches": (16,)}
             sizes |= {"directions": (2,), "variants": (None,)}
             found += recurrences(chip, **sizes)
+            # So many hidden units that a part of W_hh is read again.
+            large = {**sizes, "hidden_sizes": (1536,)}
+            found += recurrences(chip, ("lstm",), (torch.float16, torch.float32), **large)
             found += recurrences(chip, OWN_CELLS, (torch.float16,), **sizes)
     return [
         kernel for kernel in found if re.search(arguments.match, f"{kernel.name} {kernel.what}")

@@ -71,6 +71,31 @@ def assert_held(found, shape, chip):
     assert parts <= chip.shared_memory, (shape, found)
     assert found.splits == found.warps and found.block_k * shape.itemsize == 64
     assert shape.hidden_size * shape.itemsize % 16 == 0 and shape.copies == 1
+    blocks = -(-shape.inner // (found.splits * found.block_k))
+    rows = max(16, rows_of(shape, found.block_h))
+    assert 0 <= found.streamed < blocks
+    assert found.bytes_on_chip == 64 * found.splits * rows * (blocks - found.streamed)
+
+
+@pytest.mark.parametrize("kernel", ["forward", "backward"])
+def test_what_registers_cannot_hold_is_read_again_only_where_no_plan_holds_it(kernel):
+    """Float16 of an LSTM: 1024 units are held, of 1536 and 2048 a part of W_hh is."""
+    chip = CHIPS["H200"]
+
+    def of(hidden_size, itemsize=2, batch=16):
+        return plan(Shape(kernel, 4, hidden_size, 1, batch, itemsize, 1, 16), chip)
+
+    assert of(1024).streamed == 0
+    for hidden_size, batch in ((1536, 16), (2048, 8), (2048, 16)):
+        found = of(hidden_size, batch=batch)
+        assert (found.variant, found.exchange) == ("cooperative", "flag")
+        assert found.streamed > 0 and found.warps == 8
+    # More is read than the L1 cache keeps: slower, but not as slow as all of it from L2.
+    far, near = of(2048), of(1536)
+    assert far.floor_us > near.floor_us
+    every = plan(Shape(kernel, 4, 2048, 1, 16, 2, 1, 16), chip, "streaming")
+    assert far.floor_us < every.floor_us
+    assert plan(Shape(kernel, 4, 2048, 1, 16, 2, 2, 16), chip).streamed == 0
 
 
 @pytest.mark.parametrize("kernel", ["forward", "backward"])
@@ -114,7 +139,8 @@ def test_the_weights_of_a_program_are_counted_in_full():
     for shape in shapes("forward"):
         found = plan(shape, chip, "cooperative")
         if found is not None:
-            kept = rows_of(shape, found.block_h) * shape.hidden_size * shape.itemsize
+            inner = shape.hidden_size - found.streamed * found.splits * found.block_k
+            kept = rows_of(shape, found.block_h) * inner * shape.itemsize
             assert found.bytes_on_chip >= kept * shape.copies, (shape, found)
 
 
@@ -129,8 +155,8 @@ def test_w_hh_stays_on_the_chip_as_long_as_it_fits(size, variant):
 
 
 def test_w_hh_streams_when_the_whole_chip_is_too_small_for_it():
-    # 4 * 2048 * 2048 * 2 bytes are 32 MB, an H200 has 132 * 227 KB.
-    found = plan(Shape("forward", 4, 2048, 1, 16, 2), CHIPS["H200"])
+    # 4 * 2048 * 2048 * 4 bytes are 64 MB, an H200 has 132 * 227 KB, and as many in registers.
+    found = plan(Shape("forward", 4, 2048, 1, 16, 4), CHIPS["H200"])
     assert found.variant == "streaming"
     assert not found.on_chip
 

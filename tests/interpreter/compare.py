@@ -116,6 +116,7 @@ def exchanging(
     at_once=2,
     splits=2,
     together=1,
+    streamed=0,
 ):
     """Programs that exchange their states, which the planner never gives the interpreter.
 
@@ -138,6 +139,7 @@ def exchanging(
             block_k=64 // request.dtype.itemsize if exchange == "flag" else block_k,
             splits=splits,
             together=together,
+            streamed=streamed,
             units=-(-request.hidden_size // block_h),
             slots=slots,
             at_once=min(at_once, request.directions),

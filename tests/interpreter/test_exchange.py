@@ -145,6 +145,31 @@ def test_float16_is_exchanged_as_float32_is(monkeypatch, exchange, kind, form):
     assert_torchs_numbers(exact, ours, input, hx, prepare=prepare)
 
 
+@pytest.mark.parametrize(
+    ("kind", "dtype", "splits", "together", "streamed", "form"),
+    [
+        ("gru", torch.float32, 1, 2, 1, "packed"),
+        ("lstm", torch.float32, 1, 1, 2, "padded"),
+        ("lstm_proj", torch.float32, 2, 8, 1, "packed"),
+        ("rnn_tanh", torch.float16, 1, 2, 2, "padded"),
+    ],
+)
+def test_weights_that_are_read_again_at_every_step(
+    monkeypatch, kind, dtype, splits, together, streamed, form
+):
+    """The last blocks of three, the last of which is part empty; backward of those of all gates."""
+    cut = {"splits": splits, "together": together, "streamed": streamed}
+    exchanging(monkeypatch, *EXCHANGES["flag"], block_h=16, **cut)
+    Threads(monkeypatch, lambda: AtRandom(4))
+    size = splits * 2 * (64 // dtype.itemsize) + 16 // dtype.itemsize
+    exact, ours = exact_and_ours(kind, 5, size, dtype=dtype, bidirectional=kind == "gru")
+    before = [weight.detach().clone() for weight in ours.parameters()]
+    input, hx = input_and_hx(kind, ours, 3, 3, 5, batch=3)
+    prepare = pack([2, 3, 1]) if form == "packed" else as_it_is
+    assert_torchs_numbers(exact, ours, input, hx, prepare=prepare)
+    assert all(map(torch.equal, ours.parameters(), before)), "the backward's copy is its own"
+
+
 @pytest.mark.parametrize(("splits", "together"), [(1, 1), (1, 2), (1, 8), (4, 1), (2, 2)])
 def test_no_cut_of_the_inner_dimension_loses_half_a_word(monkeypatch, splits, together):
     exchanging(monkeypatch, *EXCHANGES["flag"], splits=splits, together=together)

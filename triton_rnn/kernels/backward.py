@@ -75,6 +75,23 @@ def _piece(
 
 
 @triton.jit
+def _piece_of_copy(
+    w_hh_ptr,
+    first,
+    row,
+    column,
+    H: tl.constexpr,
+    GATES: tl.constexpr,
+    TURN: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+):
+    """As `_piece`, where W_hh^T lies in memory in that order, (H, P * H)."""
+    unit = first + row
+    mask = (unit < H) & (column < GATES * H)
+    return load_piece(w_hh_ptr + unit * (GATES * H) + column, mask, 1)
+
+
+@triton.jit
 def _all_weights(
     w_hh_ptr,
     FIRST: tl.constexpr,
@@ -185,6 +202,7 @@ def recurrence_backward(
     EXCHANGE: tl.constexpr,
     ON_CHIP: tl.constexpr,
     IN_REGISTERS: tl.constexpr,
+    STREAMED: tl.constexpr,
     HAS_C: tl.constexpr,
     PACKED: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -198,6 +216,8 @@ def recurrence_backward(
         grad_output_ptr: (R, D * H). gates_ptr: (R, D, ROW * H), SAVED blocks of it by forward.
         states_ptr, initial_ptr: `cells` and c_0, or `output` and h_0 if the cell keeps no c.
         grad_gates_ptr: written. units_0_ptr, units_1_ptr: (UNITS, H) of either direction.
+        w_hh_0_ptr, w_hh_1_ptr: with STREAMED W_hh^T, (H, P * H), the products in the order of
+            `grad_gates`.
         grad_h_in_ptr, grad_c_in_ptr, grad_h_out_ptr, grad_c_out_ptr: the gradients of the states
             before and after these steps.
         FACTORS, CELL: the cell's `factors` and `backward`. WIDTH: blocks in a row of `grad_gates`.
@@ -210,6 +230,7 @@ def recurrence_backward(
     UNITS_ALONG: tl.constexpr = 1 if EXCHANGE == "flag" else 0
     NUM_H: tl.constexpr = (H + BLOCK_H - 1) // BLOCK_H
     INNER: tl.constexpr = GATES * H
+    PIECE: tl.constexpr = _piece_of_copy if STREAMED else _piece
     dtype: tl.constexpr = grad_gates_ptr.dtype.element_ty
 
     pid = tl.program_id(0)
@@ -236,7 +257,18 @@ def recurrence_backward(
         )
     elif EXCHANGE == "flag":
         weights = held_weights(
-            w_hh_ptr, first, _piece, H, GATES, TURN, INNER, BLOCK_H, BLOCK_H, BLOCK_K, SPLITS
+            w_hh_ptr,
+            first,
+            PIECE,
+            H,
+            GATES,
+            TURN,
+            INNER,
+            BLOCK_H,
+            BLOCK_H,
+            BLOCK_K,
+            SPLITS,
+            STREAMED,
         )
     elif ON_CHIP:
         weights = kept_weights(
@@ -340,11 +372,19 @@ def recurrence_backward(
                     looks = looks + (tl.where(written, polls, 0),)
                 product = held_product(
                     weights,
+                    # Never else than itself, which the compiler cannot know.
+                    w_hh_ptr + tl.where(polls < 0, s, 0),
+                    first,
                     sources,
                     looks,
                     error_ptr,
                     s + 1,
+                    PIECE,
+                    H,
+                    GATES,
+                    TURN,
                     INNER,
+                    BLOCK_H,
                     BLOCK_H,
                     BLOCK_K,
                     SPLITS,

@@ -152,6 +152,7 @@ def recurrence_forward(
     EXCHANGE: tl.constexpr,
     ON_CHIP: tl.constexpr,
     IN_REGISTERS: tl.constexpr,
+    STREAMED: tl.constexpr,
     HAS_C: tl.constexpr,
     PACKED: tl.constexpr,
     SAVED: tl.constexpr,
@@ -180,6 +181,7 @@ def recurrence_forward(
         EXCHANGE: "none" if a program owns all units, else one of those in `exchange`.
         ON_CHIP: keep the rows of W_hh on the chip for the whole launch; else they stream by.
         IN_REGISTERS: of how many gates, if a program owns all units, in registers.
+        STREAMED: with EXCHANGE "flag", blocks of each part of the product that every step reads.
         PRECISION: of products of float32. PTX: see `functions`.
     """
     HELD: tl.constexpr = EXCHANGE == "none"
@@ -212,7 +214,7 @@ def recurrence_forward(
             weights = into_registers(weights, zeros, IN_REGISTERS)
     elif EXCHANGE == "flag":
         weights = held_weights(
-            w_hh_ptr, first, _piece, H, GATES, 0, H, ROWS, BLOCK_H, BLOCK_K, SPLITS
+            w_hh_ptr, first, _piece, H, GATES, 0, H, ROWS, BLOCK_H, BLOCK_K, SPLITS, STREAMED
         )
     elif ON_CHIP:
         weights = kept_weights(w_hh_ptr, first, _weights, H, GATES, 0, H, BLOCK_H, BLOCK_K, SPLITS)
@@ -290,12 +292,20 @@ def recurrence_forward(
                     looks = looks + (tl.where(written & (column < active), polls, 0),)
                 product = held_product(
                     weights,
+                    # Never else than itself, which the compiler cannot know.
+                    w_hh_ptr + tl.where(polls < 0, s, 0),
+                    first,
                     sources,
                     looks,
                     error_ptr,
                     s + 1,
+                    _piece,
+                    H,
+                    GATES,
+                    0,
                     H,
                     ROWS,
+                    BLOCK_H,
                     BLOCK_K,
                     SPLITS,
                     TOGETHER,

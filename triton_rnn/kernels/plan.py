@@ -48,6 +48,12 @@ _MOVED = 3
 # Registers of a thread for W_hh and what is multiplied or added with it, going by what the compiler
 # made: fewer before Hopper.
 _HELD_REGISTERS, _HELD_REGISTERS_BEFORE = 200, 160
+# So many less for a program that reads a part of W_hh again: addresses, and what does not fit with
+# ease is better read than spilled.
+_STREAM_REGISTERS = 32
+# Bytes of W_hh that a program may read again at every step, and of those that its L1 cache keeps;
+# what comes from L2 takes twice as long.
+_MOST_STREAMED, _STREAMED_NEAR = 384 * 1024, 160 * 1024
 # `matrix_mflops` that a warp's own matrix instructions reach, which take operands from registers.
 # Later chips have faster ones of several warps, for which a program's few columns are too narrow.
 _WARP_MFLOPS = 4.5
@@ -123,6 +129,8 @@ class Plan:
         bytes_on_chip: shared memory, or registers, that a program is expected to take.
         floor_us: how long a step takes by the model, all sequences and directions, in microseconds.
         in_registers: of how many gates W_hh is kept there, not in shared memory.
+        streamed: blocks of each part of the inner dimension whose W_hh is not kept: every step
+            reads it again, from the L1 cache if there is room.
     """
 
     kernel: str
@@ -140,6 +148,7 @@ class Plan:
     bytes_on_chip: int
     floor_us: float
     in_registers: int = 0
+    streamed: int = 0
 
     @property
     def programs(self) -> int:
@@ -153,6 +162,7 @@ class Plan:
     def __str__(self) -> str:
         directions = "both directions" if self.at_once == 2 else "one direction"
         held = f", {self.in_registers} gates' W_hh in registers" if self.in_registers else ""
+        held += f" but {self.streamed} blocks" if self.streamed else ""
         return (
             f"{self.kernel}: {self.variant} ({self.exchange}), blocks of {self.block_h} units x "
             f"{self.block_n} sequences x {self.block_k}, {self.programs} programs of {self.warps} "
@@ -332,45 +342,72 @@ def _held(shape: Shape, chip: Chip) -> Iterator[Plan]:
     """Cooperative plans with W_hh in registers and the data as its own flag.
 
     Each warp multiplies its part of the inner dimension, from pieces of 16 bytes that it loads
-    itself; so rows must begin at those.
+    itself; so rows must begin at those. Only where no plan holds all of W_hh, it is held in part.
     """
     if chip.backend != "cuda" or shape.copies > 1 or shape.hidden_size * shape.itemsize % 16:
         return
     block_k = 64 // shape.itemsize
+    found = []
     for at_once, block_h, block_n, warps in itertools.product(
         range(1, shape.directions + 1), (8, 16, 32, 64), (8, 16, 32), (4, 8)
     ):
         units = _ceil(shape.hidden_size, block_h)
         if units * at_once > chip.multiprocessors:
             continue
-        threads = 32 * warps
-        rows = rows_of(shape, block_h)
-        # A matrix instruction has sixteen.
-        multiplied = max(16, rows)
         blocks = _ceil(shape.inner, warps * block_k)
-        elements = max(1, block_h * block_n // threads)
-        # Numbers of 32 bits in a thread: of W_hh, of a block of what is multiplied with it, of the
-        # result, of its parts that a thread adds.
-        weights = multiplied * blocks // 2
-        block, result = block_n // 2, multiplied * block_n // 32
-        parts = warps * rows // block_h * elements
-        room = (_HELD_REGISTERS if _is_hopper_or_later(chip) else _HELD_REGISTERS_BEFORE) - weights
-        if 4 * warps * rows * block_n > chip.shared_memory:
-            continue
-        together = min(blocks, (room - result) // block, 64 // block)
-        # Of eight warps some plans that just fit spilled eight bytes.
-        needed = parts + 1.5 * shape.numbers * elements + (2 if warps == 8 else 0)
-        if together < 1 or elements > 4 or needed > room:
-            continue
-        slots = _slots(shape, chip, block_n, units * at_once)
-        found = Plan(
-            shape.kernel, "cooperative", "flag", block_h, block_n, block_k, warps, together, warps,
-            units, slots, at_once, 4 * threads * weights, 0.0, shape.products,
-        )  # fmt: skip
-        step = sum(
-            us * count for us, count in zip(_HELD_US, held_counts(shape, found), strict=True)
-        )
-        yield replace(found, floor_us=turns_of(shape, found) * step)
+        block_bytes = _block_bytes(shape, block_h, warps)
+        # Of wide blocks a step would be thousands of instructions, and four warps hold less.
+        can_stream = block_n <= 16 and warps == 8
+        most = min(blocks, _MOST_STREAMED // block_bytes + 1) if can_stream else 1
+        for streamed in range(most):
+            together = _together(shape, chip, block_h, block_n, warps, streamed)
+            if together:
+                slots = _slots(shape, chip, block_n, units * at_once)
+                found.append(
+                    Plan(
+                        shape.kernel, "cooperative", "flag", block_h, block_n, block_k, warps,
+                        together, warps, units, slots, at_once, (blocks - streamed) * block_bytes,
+                        0.0, shape.products, streamed,
+                    )
+                )  # fmt: skip
+                break
+    held = [plan for plan in found if not plan.streamed]
+    for one in held or found:
+        step = sum(us * count for us, count in zip(_HELD_US, held_counts(shape, one), strict=True))
+        again = one.streamed * _block_bytes(shape, one.block_h, one.warps)
+        step += again / _L2_BYTES_PER_US * (1 if again <= _STREAMED_NEAR else 2)
+        yield replace(one, floor_us=turns_of(shape, one) * step)
+
+
+def _block_bytes(shape: Shape, block_h: int, warps: int) -> int:
+    """Bytes of W_hh in a block of each warp's part of the inner dimension; it is 64 wide."""
+    # A matrix instruction has sixteen rows.
+    return 64 * warps * max(16, rows_of(shape, block_h))
+
+
+def _together(
+    shape: Shape, chip: Chip, block_h: int, block_n: int, warps: int, streamed: int
+) -> int:
+    """Blocks that registers have room for beside W_hh but its last blocks; 0 if there is none."""
+    threads = 32 * warps
+    rows = rows_of(shape, block_h)
+    multiplied = max(16, rows)
+    blocks = _ceil(shape.inner, warps * 64 // shape.itemsize)
+    elements = max(1, block_h * block_n // threads)
+    # Numbers of 32 bits in a thread: of W_hh, of that two blocks that are not held, of a block of
+    # what is multiplied with it, of the result, of its parts that a thread adds.
+    weights = multiplied * (blocks - streamed + (2 if streamed else 0)) // 2
+    block, result = block_n // 2, multiplied * block_n // 32
+    parts = warps * rows // block_h * elements
+    room = (_HELD_REGISTERS if _is_hopper_or_later(chip) else _HELD_REGISTERS_BEFORE) - weights
+    room -= _STREAM_REGISTERS if streamed else 0
+    if 4 * warps * rows * block_n > chip.shared_memory:
+        return 0
+    # Of eight warps some plans that just fit spilled eight bytes.
+    needed = parts + 1.5 * shape.numbers * elements + (2 if warps == 8 else 0)
+    if elements > (1 if streamed else 4) or needed > room:
+        return 0
+    return max(0, min(blocks, (room - result) // block, 64 // block))
 
 
 def _slots(shape: Shape, chip: Chip, block_n: int, programs: int) -> int:

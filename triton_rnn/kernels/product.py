@@ -219,44 +219,71 @@ def held_weights(
     BLOCK_H: tl.constexpr,
     BLOCK_K: tl.constexpr,
     SPLITS: tl.constexpr,
+    STREAMED: tl.constexpr,
 ):
     """A program's weights in registers, as the left operands of `held_product`.
 
     PIECE(w_hh_ptr, first, row, column, H, GATES, TURN, BLOCK_H) loads what each thread holds of a
-    row from an inner number on. BLOCK_K numbers are 64 bytes.
+    row from an inner number on. BLOCK_K numbers are 64 bytes. The last STREAMED blocks are not
+    among them.
     """
     NUM_K: tl.constexpr = (INNER + SPLITS * BLOCK_K - 1) // (SPLITS * BLOCK_K)
-    TILES: tl.constexpr = ROWS // 8
     column = first_columns(INNER, BLOCK_K, SPLITS)
     weights = ()
-    for k in tl.static_range(NUM_K):
-        words = ()
-        for tile in tl.static_range(TILES):
-            row = (8 * tile + tl.arange(0, 8))[None, :, None]
-            words = words + PIECE(
-                w_hh_ptr, first, row, column + k * BLOCK_K, H, GATES, TURN, BLOCK_H
-            )
-        weights = weights + (left_operand(words, 0, 4, TILES, w_hh_ptr.dtype.element_ty),)
+    for k in tl.static_range(NUM_K - STREAMED):
+        block = _weight_block(
+            w_hh_ptr, first, column + k * BLOCK_K, PIECE, H, GATES, TURN, ROWS, BLOCK_H
+        )
+        weights = weights + (block,)
     return weights
+
+
+@triton.jit
+def _weight_block(
+    w_hh_ptr,
+    first,
+    column,
+    PIECE: tl.constexpr,
+    H: tl.constexpr,
+    GATES: tl.constexpr,
+    TURN: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+):
+    TILES: tl.constexpr = ROWS // 8
+    words = ()
+    for tile in tl.static_range(TILES):
+        row = (8 * tile + tl.arange(0, 8))[None, :, None]
+        words = words + PIECE(w_hh_ptr, first, row, column, H, GATES, TURN, BLOCK_H)
+    return left_operand(words, 0, 4, TILES, w_hh_ptr.dtype.element_ty)
 
 
 @triton.jit
 def held_product(
     weights,
+    w_hh_ptr,
+    first,
     sources,
     polls,
     error_ptr,
     step,
+    PIECE: tl.constexpr,
+    H: tl.constexpr,
+    GATES: tl.constexpr,
+    TURN: tl.constexpr,
     INNER: tl.constexpr,
     ROWS: tl.constexpr,
+    BLOCK_H: tl.constexpr,
     BLOCK_K: tl.constexpr,
     SPLITS: tl.constexpr,
     TOGETHER: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """The parts (SPLITS, ROWS, 8 * tiles) of the product of `held_weights` with what others send.
+    """The parts (SPLITS, ROWS, 8 * tiles) of the product of W_hh with what others send.
 
     Args:
+        weights: what `held_weights` holds; the other blocks are loaded from `w_hh_ptr`, which must
+            be another value, to the compiler, at every step: it would hold them too.
         sources: for each tile of eight sequences, (1, 8, 1) pointers to the inner number 0.
         polls: for each, how often is looked whether it has come; 0 where it is there.
         TOGETHER: blocks that are waited for together.
@@ -277,7 +304,14 @@ def held_product(
         )
         for k in tl.static_range(min(TOGETHER, NUM_K - group)):
             block = right_operand(words, 4 * k, 4 * min(TOGETHER, NUM_K - group), TILES, dtype)
-            product = tl.dot(weights[group + k], block, product, input_precision=PRECISION)
+            if group + k < len(weights):
+                w_block = weights[group + k]
+            else:
+                start = column + (group + k) * BLOCK_K
+                w_block = _weight_block(
+                    w_hh_ptr, first, start, PIECE, H, GATES, TURN, ROWS, BLOCK_H
+                )
+            product = tl.dot(w_block, block, product, input_precision=PRECISION)
     return product
 
 

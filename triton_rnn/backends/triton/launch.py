@@ -130,6 +130,7 @@ def _constants(
         "EXCHANGE": plan.exchange,
         "ON_CHIP": plan.on_chip,
         "IN_REGISTERS": plan.in_registers,
+        "STREAMED": plan.streamed,
         "HAS_C": cell.has_c,
         "PACKED": packed,
         "PRECISION": precision,
@@ -570,6 +571,10 @@ def backward(
     )
     if found.plan.exchange == "flag":
         _unwritten(grad_gates)
+    if found.plan.streamed:
+        # Every step reads it again: transposed, the products in their order in `grad_gates`.
+        turned = cell.turn * request.hidden_size
+        w_hh = [weight.roll(-turned, 0).t().contiguous() for weight in w_hh]
     grad_h_0 = grad_output.new_empty(found.states)
     grad_c_0 = grad_output.new_empty(found.states) if cell.has_c else None
     nought = missing
