@@ -50,7 +50,7 @@ _MOVED = 3
 _HELD_REGISTERS, _HELD_REGISTERS_BEFORE = 200, 160
 # So many less for a program that reads a part of W_hh again: addresses, and what does not fit with
 # ease is better read than spilled.
-_STREAM_REGISTERS = 32
+_STREAM_REGISTERS = 40
 # Bytes of W_hh that a program may read again at every step, and of those that its L1 cache keeps;
 # what comes from L2 takes twice as long.
 _MOST_STREAMED, _STREAMED_NEAR = 384 * 1024, 160 * 1024
@@ -356,8 +356,10 @@ def _held(shape: Shape, chip: Chip) -> Iterator[Plan]:
             continue
         blocks = _ceil(shape.inner, warps * block_k)
         block_bytes = _block_bytes(shape, block_h, warps)
-        # Of wide blocks a step would be thousands of instructions, and four warps hold less.
-        can_stream = block_n <= 16 and warps == 8
+        # Of wide blocks a step would be thousands of instructions; four warps hold less; others
+        # spilled a few bytes, also those that have to leave out what is beyond the inner dimension.
+        can_stream = (block_n, warps) == (16, 8) and block_h <= 16
+        can_stream = can_stream and shape.inner % (warps * block_k) == 0
         most = min(blocks, _MOST_STREAMED // block_bytes + 1) if can_stream else 1
         for streamed in range(most):
             together = _together(shape, chip, block_h, block_n, warps, streamed)
@@ -374,8 +376,11 @@ def _held(shape: Shape, chip: Chip) -> Iterator[Plan]:
     held = [plan for plan in found if not plan.streamed]
     for one in held or found:
         step = sum(us * count for us, count in zip(_HELD_US, held_counts(shape, one), strict=True))
-        again = one.streamed * _block_bytes(shape, one.block_h, one.warps)
-        step += again / _L2_BYTES_PER_US * (1 if again <= _STREAMED_NEAR else 2)
+        if one.streamed:
+            again = one.streamed * _block_bytes(shape, one.block_h, one.warps)
+            step += again / _L2_BYTES_PER_US * (1 if again <= _STREAMED_NEAR else 2)
+            waits = _ceil(_ceil(shape.inner, one.warps * block_k), one.together)
+            step += (waits - 1) * _LOAD_US
         yield replace(one, floor_us=turns_of(shape, one) * step)
 
 
@@ -407,7 +412,9 @@ def _together(
     needed = parts + 1.5 * shape.numbers * elements + (2 if warps == 8 else 0)
     if elements > (1 if streamed else 4) or needed > room:
         return 0
-    return max(0, min(blocks, (room - result) // block, 64 // block))
+    # Beside a block of W_hh on its way few others can be.
+    most = 16 // block if streamed else 64 // block
+    return max(0, min(blocks, (room - result) // block, most))
 
 
 def _slots(shape: Shape, chip: Chip, block_n: int, programs: int) -> int:
@@ -581,6 +588,11 @@ def _plans(shape: Shape, chip: Chip, variant: str) -> Iterator[Plan]:
 _CLASSES = (("independent", "resident", "cooperative"), ("streaming",), ("stepwise",))
 
 
+def _time(plan: Plan) -> tuple[float, int]:
+    """What the best plan has the least of."""
+    return plan.floor_us, plan.programs
+
+
 @functools.lru_cache(maxsize=4096)
 def plan(shape: Shape, chip: Chip, variant: str | None = None) -> Plan | None:
     """The fastest plan by the model; None if no variant, or not the one named, fits the chip."""
@@ -588,8 +600,11 @@ def plan(shape: Shape, chip: Chip, variant: str | None = None) -> Plan | None:
         return _interpreted(shape, variant)
     for names in ((variant,),) if variant else _CLASSES:
         found = itertools.chain.from_iterable(_plans(shape, chip, name) for name in names)
-        best = min(found, key=lambda plan: (plan.floor_us, plan.programs), default=None)
+        best = min(found, key=_time, default=None)
         if best is not None:
+            if best.streamed and variant is None:
+                # Neither keeps all of W_hh on the chip.
+                best = min([best, *_plans(shape, chip, "streaming")], key=_time)
             return best
     return None
 
