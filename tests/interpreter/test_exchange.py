@@ -172,7 +172,7 @@ def test_weights_that_are_read_again_at_every_step(
 
 @pytest.mark.parametrize(("splits", "together"), [(1, 1), (1, 2), (1, 8), (4, 1), (2, 2)])
 def test_no_cut_of_the_inner_dimension_loses_half_a_word(monkeypatch, splits, together):
-    exchanging(monkeypatch, *EXCHANGES["flag"], splits=splits, together=together)
+    exchanging(monkeypatch, *EXCHANGES["flag"], block_h=16, splits=splits, together=together)
     Threads(monkeypatch)
     exact, ours = exact_and_ours("gru", 5, 56, dtype=torch.float16)
     input, hx = input_and_hx("gru", ours, 3, 3, 5, batch=3)
