@@ -1,5 +1,7 @@
 """A layer as one operator: what torch.compile and torch.export see of it."""
 
+import itertools
+
 import pytest
 import torch
 
@@ -46,8 +48,9 @@ def test_the_operator_keeps_torchs_rules_for_operators(name):
     )
 
 
-@pytest.mark.parametrize("kind", list(LAYERS))
-@pytest.mark.parametrize("batch_first", [False, True], ids=["time_first", "batch_first"])
+@pytest.mark.parametrize(
+    ("kind", "batch_first"), zip(LAYERS, itertools.cycle([False, True]), strict=False)
+)
 def test_a_compiled_module_is_one_graph_with_the_operator_in_it(kind, batch_first, allow_rnn):
     theirs, ours = twins(
         kind, 5, 4, 2, dtype=torch.float32, bidirectional=True, batch_first=batch_first
