@@ -208,7 +208,7 @@ def test_two_runs_and_a_second_backward_give_the_same_bits(variant, kind):
 @pytest.mark.parametrize(
     ("kind", "form", "dtype"),
     [
-        (kind, *("packed", torch.float32) if number % 2 else ("padded", torch.float16))
+        (kind, *(("packed", torch.float32) if number % 2 else ("padded", torch.float16)))
         for number, kind in enumerate(LAYERS)
     ],
 )
