@@ -12,6 +12,13 @@ after the loop: nothing is accumulated here, so the order of additions is always
 import triton
 import triton.language as tl
 
+from triton_rnn.kernels.cluster import (
+    enter_cluster,
+    leave_cluster,
+    place_in_room,
+    rooms_of_all,
+    send_to_all,
+)
 from triton_rnn.kernels.exchange import arrive, send, wait_for_arrivals
 from triton_rnn.kernels.metadata import backward_metadata
 from triton_rnn.kernels.pieces import load_piece
@@ -227,9 +234,14 @@ def recurrence_backward(
     HELD: tl.constexpr = EXCHANGE == "none"
     # Small blocks, taken together, would be shared out among a few threads only.
     MOST: tl.constexpr = 4 if HELD else 1
-    UNITS_ALONG: tl.constexpr = 1 if EXCHANGE == "flag" else 0
+    NEAR: tl.constexpr = EXCHANGE == "cluster"
+    IN_PIECES: tl.constexpr = EXCHANGE == "flag" or NEAR
+    UNITS_ALONG: tl.constexpr = 1 if IN_PIECES else 0
     NUM_H: tl.constexpr = (H + BLOCK_H - 1) // BLOCK_H
     INNER: tl.constexpr = GATES * H
+    # Of all gradients in pieces, 64 bytes each, and in a room of `cluster`.
+    BLOCKS: tl.constexpr = (INNER + SPLITS * BLOCK_K - 1) // (SPLITS * BLOCK_K) * SPLITS
+    STATE: tl.constexpr = BLOCK_N * BLOCKS * 64
     PIECE: tl.constexpr = _piece_of_copy if STREAMED else _piece
     dtype: tl.constexpr = grad_gates_ptr.dtype.element_ty
 
@@ -255,7 +267,7 @@ def recurrence_backward(
         weights = weights + _all_weights(
             w_hh_ptr, IN_REGISTERS, GATES - IN_REGISTERS, TOGETHER, H, GATES, TURN, BLOCK_H
         )
-    elif EXCHANGE == "flag":
+    elif IN_PIECES:
         weights = held_weights(
             w_hh_ptr,
             first,
@@ -280,6 +292,10 @@ def recurrence_backward(
     units = unit_vectors(units_ptr, rows, H, UNITS, 0)
     alive = polls >= 0
     expected = 0
+    if NEAR:
+        room = enter_cluster(counters_ptr, polls, 2 * STATE)
+        rooms = rooms_of_all(room, pid % NUM_H, NUM_H, 2 * STATE)
+        here = 0
     for tile in range(slot, tl.cdiv(N, BLOCK_N), slots):
         n = tile * BLOCK_N + tl.arange(0, BLOCK_N)
         columns = along(n, 1 - UNITS_ALONG)
@@ -332,6 +348,12 @@ def recurrence_backward(
             sent = on_top(nothing, 0, IN_REGISTERS, TOGETHER)
             sent = sent + on_top(nothing, IN_REGISTERS, GATES - IN_REGISTERS, TOGETHER)
 
+        if NEAR:
+            own_columns = columns - tile * BLOCK_N
+            for g in tl.static_range(GATES):
+                place = here + place_in_room(g * H + rows, own_columns, BLOCKS, BLOCK_K)
+                send_to_all(rooms, place, tl.zeros((BLOCK_N, BLOCK_H), dtype), rows < H, dtype)
+
         for s in range(begin, end):
             t += ahead
             next_before_active, next_before_row = step_rows(
@@ -359,17 +381,24 @@ def recurrence_backward(
             if HELD:
                 for k in tl.static_range(len(weights)):
                     dh = tl.dot(weights[k], sent[k], dh, input_precision=PRECISION)
-            elif EXCHANGE == "flag":
+            elif IN_PIECES:
                 sources = ()
                 looks = ()
                 for block in tl.static_range(BLOCK_N // 8):
-                    column = (tile * BLOCK_N + 8 * block + tl.arange(0, 8))[None, :, None]
-                    written = column < after_active
-                    # What stands there of the others is left out below.
-                    place = tl.where(written, after_row + column, 0)
-                    source = grad_gates_ptr + place * (D * WIDTH * H) + d * WIDTH * H
+                    column = (8 * block + tl.arange(0, 8))[None, :, None]
+                    if NEAR:
+                        # Gradients of all sequences, also of those that took no part.
+                        source = room + here + place_in_room(0, column, BLOCKS, BLOCK_K)
+                        look = polls + 0 * column
+                    else:
+                        column += tile * BLOCK_N
+                        written = column < after_active
+                        # What stands there of the others is left out below.
+                        place = tl.where(written, after_row + column, 0)
+                        source = grad_gates_ptr + place * (D * WIDTH * H) + d * WIDTH * H
+                        look = tl.where(written, polls, 0)
                     sources = sources + (source,)
-                    looks = looks + (tl.where(written, polls, 0),)
+                    looks = looks + (look,)
                 product = held_product(
                     weights,
                     # Never else than itself, which the compiler cannot know.
@@ -390,6 +419,7 @@ def recurrence_backward(
                     SPLITS,
                     TOGETHER,
                     PRECISION,
+                    NEAR,
                 )
                 # Rows that took no part in the step before this one send nothing.
                 came = tl.reshape(parts_added(product, BLOCK_H), (BLOCK_N, BLOCK_H))
@@ -445,6 +475,16 @@ def recurrence_backward(
                 # Triton thinks that it was unpacked from 8 bits, and takes another layout.
                 sent = on_top(grads, 0, IN_REGISTERS, TOGETHER)
                 sent = sent + on_top(grads, IN_REGISTERS, GATES - IN_REGISTERS, TOGETHER)
+            if NEAR:
+                here = STATE - here
+                for g in tl.static_range(GATES):
+                    send_to_all(
+                        rooms,
+                        here + place_in_room(g * H + rows, own_columns, BLOCKS, BLOCK_K),
+                        tl.where(now, blocks[g], 0.0),
+                        (rows < H) & (s + 1 < end),
+                        dtype,
+                    )
             grad_ptrs = grad_gates_ptr + row * (D * WIDTH * H) + own_grads
             if EXCHANGE == "flag":
                 for g in tl.static_range(GATES):
@@ -490,3 +530,5 @@ def recurrence_backward(
         if HAS_C:
             dc_ptrs = grad_c_out_ptr + first_state + state_offsets
             tl.store(dc_ptrs, dc.to(grad_c_out_ptr.dtype.element_ty), mask=inside)
+    if NEAR:
+        leave_cluster(polls)

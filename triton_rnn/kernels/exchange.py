@@ -1,6 +1,6 @@
 """How the programs of one launch hand each other what they computed in a step.
 
-Three ways, by the constexpr EXCHANGE of the kernels:
+Four ways, by the constexpr EXCHANGE of the kernels:
 
 - "launch": they do not. A step is a launch of its own, and the launch is the barrier.
 - "barrier": each program adds one to a counter when its part is written, and waits until all
@@ -10,11 +10,13 @@ Three ways, by the constexpr EXCHANGE of the kernels:
   through the L2 cache instead of two, and no fence: no number is read but the one waited for. That
   a wider load never sees a part of a number is how the hardware works; PTX's memory model speaks of
   loads and stores of one size alone.
+- "cluster": the same, but the buffer is in the shared memory of programs that run next to each
+  other (`cluster`).
 
-Both waits need all programs on the chip at once (a cooperative launch), and both are bounded: when
-one runs out, the program notes the step in `error` and goes on without waiting ever again. So a
-launch always ends. After a failed barrier a program's states are NaN, and so are, with flags, the
-numbers that never came.
+All waits need all programs on the chip at once (a cooperative launch, or a cluster), and all are
+bounded: when one runs out, the program notes the step in `error` and goes on without waiting ever again. So a
+launch always ends. After a failed barrier a program's states are NaN, and so are, in the other
+two ways, the numbers that never came.
 """
 
 import triton
@@ -48,10 +50,15 @@ def wait_for_arrivals(counter_ptr, target, polls):
 
 
 @triton.jit
+def bits_to_send(block, DTYPE: tl.constexpr):
+    """The bits of numbers in a dtype, none of which says: not written yet."""
+    INTEGERS: tl.constexpr = tl.int16 if DTYPE.primitive_bitwidth == 16 else tl.int32
+    bits = block.to(DTYPE).to(INTEGERS, bitcast=True)
+    return tl.where(bits == -1, -2, bits)
+
+
+@triton.jit
 def send(ptrs, block, mask):
     """Store numbers for other programs."""
     dtype: tl.constexpr = ptrs.dtype.element_ty
-    integers: tl.constexpr = tl.int16 if dtype.primitive_bitwidth == 16 else tl.int32
-    bits = block.to(dtype).to(integers, bitcast=True)
-    block = tl.where(bits == -1, -2, bits).to(dtype, bitcast=True)
-    store_as_it_lies(ptrs, block, mask)
+    store_as_it_lies(ptrs, bits_to_send(block, dtype).to(dtype, bitcast=True), mask)

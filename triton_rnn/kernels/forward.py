@@ -13,6 +13,13 @@ units are what lies side by side in memory.
 import triton
 import triton.language as tl
 
+from triton_rnn.kernels.cluster import (
+    enter_cluster,
+    leave_cluster,
+    place_in_room,
+    rooms_of_all,
+    send_to_all,
+)
 from triton_rnn.kernels.exchange import arrive, send, wait_for_arrivals
 from triton_rnn.kernels.metadata import forward_metadata
 from triton_rnn.kernels.pieces import load_piece
@@ -171,7 +178,8 @@ def recurrence_forward(
         cells_ptr: written with SAVE_C.
         h_in_ptr, c_in_ptr, h_out_ptr, c_out_ptr: the states before `begin` and after the last step.
         batch_sizes_ptr, offsets_ptr: (T,) int32, int64; read if PACKED.
-        counters_ptr: (slots * AT_ONCE,) int32 zeros. error_ptr: one int64, see `exchange`.
+        counters_ptr: (slots * AT_ONCE,) int32 zeros; of the interpreter with EXCHANGE "cluster" the
+            rooms of all programs, unwritten. error_ptr: one int64, see `exchange`.
         first_direction: 1 if this launch is for the second alone, else 0.
         slots: programs side by side along the batch; each takes every slots-th block of it.
         polls: how often a wait looks before it gives up.
@@ -187,8 +195,13 @@ def recurrence_forward(
     HELD: tl.constexpr = EXCHANGE == "none"
     # Small blocks, taken together, would be shared out among a few threads only.
     MOST: tl.constexpr = 4 if HELD else 1
-    UNITS_ALONG: tl.constexpr = 1 if EXCHANGE == "flag" else 0
+    NEAR: tl.constexpr = EXCHANGE == "cluster"
+    IN_PIECES: tl.constexpr = EXCHANGE == "flag" or NEAR
+    UNITS_ALONG: tl.constexpr = 1 if IN_PIECES else 0
     NUM_H: tl.constexpr = (H + BLOCK_H - 1) // BLOCK_H
+    # Of a state in pieces, 64 bytes each, and in a room of `cluster`.
+    BLOCKS: tl.constexpr = (H + SPLITS * BLOCK_K - 1) // (SPLITS * BLOCK_K) * SPLITS
+    STATE: tl.constexpr = BLOCK_N * BLOCKS * 64
     ROWS: tl.constexpr = (GATES if GATES < 3 else (4 if GATES < 5 else 8)) * BLOCK_H
     dtype: tl.constexpr = output_ptr.dtype.element_ty
 
@@ -212,7 +225,7 @@ def recurrence_forward(
             zeros = product_zeros(polls, BLOCK_H, BLOCK_N, dtype, PRECISION)
         if IN_REGISTERS:
             weights = into_registers(weights, zeros, IN_REGISTERS)
-    elif EXCHANGE == "flag":
+    elif IN_PIECES:
         weights = held_weights(
             w_hh_ptr, first, _piece, H, GATES, 0, H, ROWS, BLOCK_H, BLOCK_K, SPLITS, STREAMED
         )
@@ -225,6 +238,10 @@ def recurrence_forward(
 
     alive = polls >= 0
     expected = 0
+    if NEAR:
+        room = enter_cluster(counters_ptr, polls, 2 * STATE)
+        rooms = rooms_of_all(room, pid % NUM_H, NUM_H, 2 * STATE)
+        here = 0
     for tile in range(slot, tl.cdiv(N, BLOCK_N), slots):
         n = tile * BLOCK_N + tl.arange(0, BLOCK_N)
         columns = along(n, 1 - UNITS_ALONG)
@@ -258,6 +275,10 @@ def recurrence_forward(
             MOST,
         )
 
+        if NEAR:
+            own_place = place_in_room(rows, columns - tile * BLOCK_N, BLOCKS, BLOCK_K)
+            send_to_all(rooms, here + own_place, h, rows < H, dtype)
+
         for s in range(begin, end):
             t += ahead
             next_active, next_row = step_rows(t, T, N, batch_sizes_ptr, offsets_ptr, PACKED)
@@ -277,19 +298,26 @@ def recurrence_forward(
                 for g in tl.static_range(GATES):
                     a = a + (tl.dot(weights[g], h_block, input_precision=PRECISION),)
                 inputs = apart(x, INPUTS, MOST)
-            elif EXCHANGE == "flag":
+            elif IN_PIECES:
                 sources = ()
                 looks = ()
                 for block in tl.static_range(BLOCK_N // 8):
-                    column = (tile * BLOCK_N + 8 * block + tl.arange(0, 8))[None, :, None]
-                    written = column < before_active
-                    source = tl.where(
-                        written,
-                        output_ptr + before_row * (D * H) + (column * (D * H) + d * H),
-                        h_0_ptr + first_state + tl.minimum(column, N - 1) * H,
-                    )
+                    column = (8 * block + tl.arange(0, 8))[None, :, None]
+                    if NEAR:
+                        # The states of all sequences, also of those that take no part.
+                        source = room + here + place_in_room(0, column, BLOCKS, BLOCK_K)
+                        look = polls + 0 * column
+                    else:
+                        column += tile * BLOCK_N
+                        written = column < before_active
+                        source = tl.where(
+                            written,
+                            output_ptr + before_row * (D * H) + (column * (D * H) + d * H),
+                            h_0_ptr + first_state + tl.minimum(column, N - 1) * H,
+                        )
+                        look = tl.where(written & (column < active), polls, 0)
                     sources = sources + (source,)
-                    looks = looks + (tl.where(written & (column < active), polls, 0),)
+                    looks = looks + (look,)
                 product = held_product(
                     weights,
                     # Never else than itself, which the compiler cannot know.
@@ -310,6 +338,7 @@ def recurrence_forward(
                     SPLITS,
                     TOGETHER,
                     PRECISION,
+                    NEAR,
                 )
                 a = _by_gate(parts_added(product, BLOCK_H), GATES)
             else:
@@ -351,6 +380,10 @@ def recurrence_forward(
 
             new_h, new_c, saved = CELL(a, inputs, vectors, h, c, PTX)
             now = inside & (columns < active)
+            if NEAR:
+                here = STATE - here
+                kept = tl.where(now, new_h, h)
+                send_to_all(rooms, here + own_place, kept, (rows < H) & (s + 1 < end), dtype)
             output_ptrs = output_ptr + row * (D * H) + own
             if EXCHANGE == "flag":
                 send(output_ptrs, new_h, now)
@@ -391,3 +424,5 @@ def recurrence_forward(
         if HAS_C:
             c_out_ptrs = c_out_ptr + first_state + state_offsets
             tl.store(c_out_ptrs, c.to(c_out_ptr.dtype.element_ty), mask=inside)
+    if NEAR:
+        leave_cluster(polls)

@@ -72,7 +72,12 @@ def reciprocal(x, PTX: tl.constexpr):
 
 @triton.jit
 def sigmoid(x, PTX: tl.constexpr):
-    return reciprocal(1.0 + exp(-x, PTX), PTX)
+    if PTX == "":
+        y = 1.0 / (1.0 + tl.exp(-x))
+    else:
+        # Not of -x, which would be an instruction more.
+        y = _rcp(1.0 + _ex2(x * -1.4426950408889634))
+    return y
 
 
 @triton.jit

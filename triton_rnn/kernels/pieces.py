@@ -19,15 +19,19 @@ def _types(count):
 
 
 @triton.constexpr_function
-def _look(tiles, pieces, padded, bits, asked):
+def _look(tiles, pieces, padded, bits, near, asked):
     """The PTX of `load_when_written` ("text"), or the constraints of its operands."""
+    load, stride = "ld.relaxed.gpu.global", 64
+    if near:
+        load, stride = "ld.relaxed.cluster.shared::cta", 512
     words = 4 * pieces
     count = tiles * words
     ptr = [f"${count + i}" for i in range(tiles)]
     polls = [f"${count + tiles + i}" for i in range(tiles)]
     left, error, step = (f"${count + 2 * tiles + i}" for i in range(3))
     if asked == "constraints":
-        return ",".join(["=&r"] * count + ["l"] * tiles + ["r"] * (tiles + 1) + ["l", "l"])
+        place = "r" if near else "l"
+        return ",".join(["=&r"] * count + [place] * tiles + ["r"] * (tiles + 1) + ["l", "l"])
     text = [
         "{",
         ".reg .pred missing, here, again;",
@@ -47,8 +51,8 @@ def _look(tiles, pieces, padded, bits, asked):
             first = tile * words + 4 * piece
             into = ", ".join(f"${first + word}" for word in range(4))
             guard = f"@inside{piece} " if padded else ""
-            place = f"[{ptr[tile]} + {64 * piece}]"
-            text += [f"{guard}ld.relaxed.gpu.global.v4.b32 {{{into}}}, {place};"]
+            place = f"[{ptr[tile]} + {stride * piece}]"
+            text += [f"{guard}{load}.v4.b32 {{{into}}}, {place};"]
     # A number and its distance from one below the pattern both have the highest bit set only if it
     # is the pattern (or, of two in a word, the upper one's, if the lower is: then one is found).
     below, highest = ("0xFFFEFFFE", "0x80008000") if bits == 16 else ("0xFFFFFFFE", "0x80000000")
@@ -80,18 +84,32 @@ def _look(tiles, pieces, padded, bits, asked):
         "@again bra LOOK;",
         f"st.relaxed.sys.global.b64 [{error}], {step};",
         "DONE:",
-        "}",
     ]
-    return "\n".join(text)
+    if near:
+        text += [".reg .b32 none;", "mov.b32 none, -1;"]
+        for tile in range(tiles):
+            for piece in range(pieces):
+                guard = f"@inside{piece} " if padded else ""
+                place = f"[{ptr[tile]} + {stride * piece}]"
+                text += [f"{guard}st.shared.v4.b32 {place}, {{none, none, none, none}};"]
+    return "\n".join([*text, "}"])
 
 
 if triton.knobs.runtime.interpret:
 
     @triton.jit
     def load_when_written(
-        ptrs, polls, left, error_ptr, step, PIECES: tl.constexpr, PADDED: tl.constexpr
+        ptrs,
+        polls,
+        left,
+        error_ptr,
+        step,
+        PIECES: tl.constexpr,
+        PADDED: tl.constexpr,
+        BITS: tl.constexpr,
+        NEAR: tl.constexpr,
     ):
-        NARROW: tl.constexpr = ptrs[0].dtype.element_ty.primitive_bitwidth == 16
+        STRIDE: tl.constexpr = 128 if NEAR else 16
         word = tl.arange(0, 4)[None, None, None, :]
         failed = tl.load(error_ptr) != 0
         words = ()
@@ -106,9 +124,9 @@ if triton.knobs.runtime.interpret:
                 first = ptrs[tile].to(tl.pointer_type(tl.int32))[:, :, :, None] + word
                 for piece in tl.static_range(PIECES):
                     inside = (left > piece)[:, :, :, None]
-                    four = tl.load(first + 16 * piece, mask=inside, other=0, volatile=True)
+                    four = tl.load(first + STRIDE * piece, mask=inside, other=0, volatile=True)
                     empty = four == -1
-                    if NARROW:
+                    if BITS == 16:
                         empty = ((four & 0xFFFF) == 0xFFFF) | ((four >> 16) == -1)
                     # A thread's wait is its own; here all wait for the one that looks longest.
                     waited = tl.max(empty.to(tl.int32) * polls[tile][:, :, :, None])
@@ -119,6 +137,12 @@ if triton.knobs.runtime.interpret:
             again = tl.where(failed, 0, again)
         if (unwritten > 0) & (failed == 0):
             tl.store(error_ptr, step)
+        if NEAR:
+            for tile in tl.static_range(len(ptrs)):
+                first = ptrs[tile].to(tl.pointer_type(tl.int32))[:, :, :, None] + word
+                for piece in tl.static_range(PIECES):
+                    inside = (left > piece)[:, :, :, None]
+                    tl.store(first + STRIDE * piece, -1, mask=inside)
         return words
 
     @triton.jit
@@ -157,7 +181,15 @@ else:
 
     @triton.jit
     def load_when_written(
-        ptrs, polls, left, error_ptr, step, PIECES: tl.constexpr, PADDED: tl.constexpr
+        ptrs,
+        polls,
+        left,
+        error_ptr,
+        step,
+        PIECES: tl.constexpr,
+        PADDED: tl.constexpr,
+        BITS: tl.constexpr,
+        NEAR: tl.constexpr,
     ):
         """PIECES of each of some pointer tensors, when others have written them: 4 words each.
 
@@ -168,16 +200,18 @@ else:
                 before it gives up; 0 where it is not others who write.
             left: with PADDED, how many pieces there are; the others are zero.
             error_ptr: where `step` is noted when a wait runs out.
+            BITS: of a number.
+            NEAR: `ptrs` are places in a room of `cluster`, which are made unwritten again.
         """
         TILES: tl.constexpr = len(ptrs)
-        BITS: tl.constexpr = ptrs[0].dtype.element_ty.primitive_bitwidth
-        # All operands of a kind, as the compiler wants them.
-        error_ptr = error_ptr.to(ptrs[0].dtype)
+        if not NEAR:
+            # All operands of a kind, as the compiler wants them.
+            error_ptr = error_ptr.to(ptrs[0].dtype)
         # To Triton it is pure, though it is not: else some versions leave copies of it behind where
         # they try layouts. It is not moved, for its operands are of the step, nor left out.
         return tl.inline_asm_elementwise(
-            _look(TILES, PIECES, PADDED, BITS, "text"),
-            _look(TILES, PIECES, PADDED, BITS, "constraints"),
+            _look(TILES, PIECES, PADDED, BITS, NEAR, "text"),
+            _look(TILES, PIECES, PADDED, BITS, NEAR, "constraints"),
             ptrs + polls + (left, error_ptr, step.to(tl.int64)),
             _types(4 * TILES * PIECES),
             is_pure=True,

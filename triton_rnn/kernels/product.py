@@ -8,6 +8,7 @@ a block's number runs through all parts at once.
 import triton
 import triton.language as tl
 
+from triton_rnn.kernels.cluster import place_in_room
 from triton_rnn.kernels.pieces import load_when_written
 from triton_rnn.kernels.steps import joined
 
@@ -278,29 +279,43 @@ def held_product(
     SPLITS: tl.constexpr,
     TOGETHER: tl.constexpr,
     PRECISION: tl.constexpr,
+    NEAR: tl.constexpr,
 ):
     """The parts (SPLITS, ROWS, 8 * tiles) of the product of W_hh with what others send.
 
     Args:
         weights: what `held_weights` holds; the other blocks are loaded from `w_hh_ptr`, which must
             be another value, to the compiler, at every step: it would hold them too.
-        sources: for each tile of eight sequences, (1, 8, 1) pointers to the inner number 0.
+        sources: for each tile of eight sequences, (1, 8, 1) pointers to the inner number 0; NEAR
+            places in a room of `cluster`.
         polls: for each, how often is looked whether it has come; 0 where it is there.
         TOGETHER: blocks that are waited for together.
     """
     NUM_K: tl.constexpr = (INNER + SPLITS * BLOCK_K - 1) // (SPLITS * BLOCK_K)
     TILES: tl.constexpr = len(sources)
     PADDED: tl.constexpr = INNER < NUM_K * SPLITS * BLOCK_K
-    dtype: tl.constexpr = sources[0].dtype.element_ty
+    dtype: tl.constexpr = w_hh_ptr.dtype.element_ty
     column = first_columns(INNER, BLOCK_K, SPLITS)
     left = (INNER - column + BLOCK_K - 1) // BLOCK_K
+    place, STEP = column, BLOCK_K
+    if NEAR:
+        place = place_in_room(column, 0, NUM_K * SPLITS, BLOCK_K)
+        STEP = 512  # type: ignore[assignment]
     product = tl.zeros((SPLITS, ROWS, 8 * TILES), tl.float32)
     for group in tl.static_range(0, NUM_K, TOGETHER):
         ptrs = ()
         for tile in tl.static_range(TILES):
-            ptrs = ptrs + (sources[tile] + (column + group * BLOCK_K),)
+            ptrs = ptrs + (sources[tile] + (place + group * STEP),)
         words = load_when_written(
-            ptrs, polls, left - group, error_ptr, step, min(TOGETHER, NUM_K - group), PADDED
+            ptrs,
+            polls,
+            left - group,
+            error_ptr,
+            step,
+            min(TOGETHER, NUM_K - group),
+            PADDED,
+            dtype.primitive_bitwidth,
+            NEAR,
         )
         for k in tl.static_range(min(TOGETHER, NUM_K - group)):
             block = right_operand(words, 4 * k, 4 * min(TOGETHER, NUM_K - group), TILES, dtype)

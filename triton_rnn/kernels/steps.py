@@ -117,13 +117,13 @@ def store_blocks(
 ):
     """Store blocks FIRST, FIRST + 1, ... of a tuple, `stride` elements apart.
 
-    With EXCHANGE "flag" from where they lie: a step has no time for shared memory and its barriers.
+    With EXCHANGE "flag" and "cluster" from where they lie: a step has no time for shared memory and its barriers.
     """
     narrow = ()
     for j in tl.static_range(COUNT):
         narrow = narrow + (blocks[j].to(ptrs.dtype.element_ty),)
     for first in tl.static_range(FIRST, COUNT, MOST):
-        if EXCHANGE == "flag":
+        if EXCHANGE == "flag" or EXCHANGE == "cluster":
             store_as_it_lies(ptrs + first * stride, narrow[first], mask)
         else:
             _store_group(ptrs, narrow, mask, stride, first, min(MOST, COUNT - first))
