@@ -39,7 +39,7 @@ def _untold(*launch: Any) -> None:
 class _Kernel:
     """What Triton would have compiled for a key."""
 
-    function, packed_metadata = 1, ()
+    function, packed_metadata = 1, (4, 1, 0)
 
     def __init__(self, name: str, key: Any, tell: Told) -> None:
         self.key, self.tell = (name, key), tell

@@ -121,22 +121,24 @@ def exchanging(
     """Programs that exchange their states, which the planner never gives the interpreter.
 
     Args:
-        variant, exchange: "cooperative" with "flag" or "barrier", or "streaming" with "barrier".
+        variant, exchange: "cooperative" with "flag" or "barrier", "streaming" with "barrier", or
+            "cluster" with "cluster".
         block_h: hidden units of a program. slots, at_once: as in `tiled`. The others: see `Plan`.
-        With "flag" `block_k` is what its pieces make it.
+        With "flag" and "cluster" `block_k` is what its pieces make it.
     """
     monkeypatch.setattr(launch, "variant", "stepwise")
 
     def change(plan, request):
         pieces = request.hidden_size * request.dtype.itemsize % 16 == 0
-        assert pieces or exchange != "flag", "others are waited for for ever"
+        in_pieces = exchange in IN_PIECES
+        assert pieces or not in_pieces, "others are waited for for ever"
         return dataclasses.replace(
             plan,
             variant=variant,
             exchange=exchange,
             block_h=block_h,
             block_n=16,
-            block_k=64 // request.dtype.itemsize if exchange == "flag" else block_k,
+            block_k=64 // request.dtype.itemsize if in_pieces else block_k,
             splits=splits,
             together=together,
             streamed=streamed,
@@ -149,13 +151,17 @@ def exchanging(
 
 
 def hidden_size(exchange, dtype=torch.float32):
-    """For three programs: with "flag" rows of whole pieces of 16 bytes, else odd ones."""
-    return {4: 20, 2: 24}[dtype.itemsize] if exchange == "flag" else 19
+    """For three programs: in pieces rows of whole ones of 16 bytes, else odd ones."""
+    return {4: 20, 2: 24}[dtype.itemsize] if exchange in IN_PIECES else 19
 
+
+# What is exchanged in pieces of 16 bytes.
+IN_PIECES = ("flag", "cluster")
 
 # Variant and exchange, by the name in test ids.
 EXCHANGES = {
     "flag": ("cooperative", "flag"),
     "barrier": ("cooperative", "barrier"),
     "streaming": ("streaming", "barrier"),
+    "cluster": ("cluster", "cluster"),
 }

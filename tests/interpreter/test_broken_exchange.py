@@ -24,7 +24,10 @@ from triton_rnn.backends.triton import launch
 from triton_rnn.kernels import backward, exchange, forward, pieces, product, steps
 
 # Where each kernel's part in the exchange is called.
-KERNELS = {"forward": (forward, product), "backward": (backward, product)}
+KERNELS = {
+    "forward": (forward, product, pieces),
+    "backward": (backward, product, pieces),
+}
 
 
 def never(*args):
@@ -136,6 +139,11 @@ BREAKAGES = {
     ("flag", "no wait"): lambda: {"load_when_written": load_with(none_of_them)},
     ("flag", "a wait for half a block"): lambda: {"load_when_written": load_with(half_of_them)},
     ("flag", "no store"): lambda: {"send": never},
+    ("cluster", "nothing"): dict,
+    ("cluster", "no wait"): lambda: {"load_when_written": load_with(none_of_them)},
+    ("cluster", "a wait for half a block"): lambda: {"load_when_written": load_with(half_of_them)},
+    ("cluster", "no store"): lambda: {"send_to_all": never},
+    ("cluster", "what was read stays"): lambda: {"_unwrite": never},
 }
 
 

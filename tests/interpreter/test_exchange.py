@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 from compare import (
     EXCHANGES,
+    IN_PIECES,
     assert_torchs_numbers,
     exact_and_ours,
     exchanging,
@@ -52,7 +53,8 @@ def as_it_is(input):
     return input
 
 
-# Directions, how many at once, form; programs that stream wait at the barrier of others.
+# Directions, how many at once, form; programs that stream wait at the barrier of others, and those
+# of a cluster as with flags.
 LAUNCHES = {"1": (1, 1, "padded"), "2": (2, 2, "packed"), "2_in_turn": (2, 1, "padded")}
 
 
@@ -62,7 +64,7 @@ LAUNCHES = {"1": (1, 1, "padded"), "2": (2, 2, "packed"), "2_in_turn": (2, 1, "p
         pytest.param(exchange, *launch, id=f"{exchange}-{name}")
         for exchange in EXCHANGES
         for name, launch in LAUNCHES.items()
-        if exchange != "streaming" or name == "2"
+        if exchange not in ("streaming", "cluster") or name == "2"
     ],
 )
 @pytest.mark.parametrize("kind", LAYERS)
@@ -108,7 +110,7 @@ def test_batch_blocks_in_turn_keep_their_counts_apart(
     """Three blocks of 16 sequences on one or two slots; packed, the last block has one step."""
     exchanging(monkeypatch, *EXCHANGES[exchange], slots=slots, at_once=at_once)
     threads = Threads(monkeypatch, lambda: AtRandom(2))
-    exact, ours = exact_and_ours(kind, 5, 12 if exchange == "flag" else 9, bidirectional=True)
+    exact, ours = exact_and_ours(kind, 5, 12 if exchange in IN_PIECES else 9, bidirectional=True)
     input, hx = input_and_hx(kind, ours, 3, 35, 5, batch=35)
     prepare = pack([1] * 16 + [2] * 17 + [3] * 2) if form == "packed" else as_it_is
     assert_torchs_numbers(exact, ours, input, hx, prepare=prepare)
@@ -125,7 +127,7 @@ def test_no_cut_of_the_inner_dimension_loses_a_part(
     cut = {"block_k": block_k, "splits": splits, "together": together}
     exchanging(monkeypatch, *EXCHANGES[exchange], **cut)
     threads = Threads(monkeypatch)
-    exact, ours = exact_and_ours("gru", 5, 28 if exchange == "flag" else 31)
+    exact, ours = exact_and_ours("gru", 5, 28 if exchange in IN_PIECES else 31)
     input, hx = input_and_hx("gru", ours, 3, 3, 5, batch=3)
     assert_torchs_numbers(exact, ours, input, hx)
     assert {programs for _, programs in threads.launches} == {4}
@@ -249,11 +251,11 @@ def test_one_step_and_one_unit_need_no_others(monkeypatch, exchange, kind):
     exchanging(monkeypatch, *EXCHANGES[exchange])
     Threads(monkeypatch)
     size = hidden_size(exchange)
-    # With "flag" a row of one piece of 16 bytes is the least.
+    # In pieces a row of one piece of 16 bytes is the least.
     for seq_len, units in (
         (1, size),
-        (3, 4 if exchange == "flag" else 3),
-        (3, 4 if exchange == "flag" else 1),
+        (3, 4 if exchange in IN_PIECES else 3),
+        (3, 4 if exchange in IN_PIECES else 1),
     ):
         if kind == "lstm_proj" and units == 1:
             continue
@@ -280,4 +282,6 @@ def test_every_launch_that_waits_is_cooperative(monkeypatch, exchange):
     _, ours = exact_and_ours("gru", 5, 20)
     input, hx = input_and_hx("gru", ours, 2, 3, 5, batch=3)
     run_on_kernels(ours, input, hx)
-    assert [option["launch_cooperative_grid"] for option in options] == [True, True]
+    # A cluster is on the chip as a whole, or not yet.
+    cooperative = [option.get("launch_cooperative_grid", False) for option in options]
+    assert cooperative == [exchange != "cluster"] * 2

@@ -236,8 +236,12 @@ def sentinel(tensor):
     assert tensor.isnan().all()
 
 
-@pytest.mark.parametrize("schedule", [InTurn, AsFarAsItCan])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize(
+    ("dtype", "schedule"),
+    [(torch.float32, InTurn), (torch.float16, AsFarAsItCan)],
+    ids=["float32", "float16"],
+)
+@pytest.mark.parametrize("exchange", ["flag", "barrier", "cluster"], indirect=True)
 @pytest.mark.parametrize("where", ["h_0", "bias_ih_l0", "input", "grad of output"])
 @pytest.mark.parametrize("kind", ["rnn_relu", "gru"])
 def test_a_callers_nan_that_looks_like_unwritten_memory_is_just_a_nan(
@@ -275,6 +279,24 @@ def test_a_callers_nan_that_looks_like_unwritten_memory_is_just_a_nan(
             # torch selects where the kernels multiply by 0: there NaN stays NaN.
             found = found & lost
         assert torch.equal(found, lost), f"NaN elsewhere in {name}"
+
+
+@pytest.mark.parametrize("exchange", ["cluster"], indirect=True)
+@pytest.mark.parametrize("kernel", ["forward", "backward"])
+@pytest.mark.usefixtures("plausible")
+def test_a_cluster_that_lacks_a_program_has_no_number_at_all(monkeypatch, exchange, kernel):
+    """No device starts one, but should it: also the first step waits for everybody's state."""
+    threads = Threads(monkeypatch)
+    threads.withheld[f"recurrence_{kernel}"] = (2,)
+    _, ours = exact_and_ours("lstm", 5, 20)
+    input, hx = input_and_hx("lstm", ours, 3, 3, 5, batch=3)
+    results = run_on_kernels(ours, input, hx)
+    if kernel == "forward":
+        assert results["output"][..., :16].isnan().all()
+    else:
+        assert results["output"].isfinite().all()
+        assert results["grad of h_0"][..., :16].isnan().all()
+    raised(FAILED.format(kernel, 0))
 
 
 def test_waits_in_time_leave_no_trace(monkeypatch, exchange):

@@ -141,9 +141,12 @@ if triton.knobs.runtime.interpret:
             for tile in tl.static_range(len(ptrs)):
                 first = ptrs[tile].to(tl.pointer_type(tl.int32))[:, :, :, None] + word
                 for piece in tl.static_range(PIECES):
-                    inside = (left > piece)[:, :, :, None]
-                    tl.store(first + STRIDE * piece, -1, mask=inside)
+                    _unwrite(first + STRIDE * piece, (left > piece)[:, :, :, None])
         return words
+
+    @triton.jit
+    def _unwrite(ptrs, inside):
+        tl.store(ptrs, -1, mask=inside)
 
     @triton.jit
     def _apart(four):

@@ -13,6 +13,8 @@ Variants:
   state never leaves it.
 - cooperative: W_hh is spread over the programs and stays on the chip; they exchange the state at
   every step.
+- cluster: as cooperative, by few programs that run next to each other and hand the state round in
+  their shared memory. Only where asked for by name: no GPU has run it yet.
 - streaming: as cooperative, but W_hh is too large for the chip: every step reads it from L2. Only
   where none of the above fits.
 - stepwise: a launch per step. For devices without cooperative launch, and the interpreter.
@@ -29,6 +31,13 @@ from dataclasses import dataclass, replace
 # what plans of many shapes took on an H200, and drawn a little to an earlier run's. Without that
 # `bench/gpu_fit.py` fits them.
 _HELD_US = (0.4235, 0.0052, 0.0044, 0.8586, 0.0003, 0.0065, 0.1708)
+# Of programs of a cluster: for a step, by published latencies of a trip between neighbours, and for
+# 1000 bytes that a program is sent; the rest as above. Not measured yet.
+_CLUSTER_US, _SENT_US = 0.3, 0.04
+# The most programs of a cluster that all devices promise, and how many run next to each other.
+_CLUSTER, _NEIGHBOURS = 8, 16
+# Shared memory of a program that asks for no more than every program gets.
+_PLAIN_SHARED = 48 * 1024
 # The others by published latencies and by instructions, from the machine code; so many times that
 # was measured there, by warps. The order of two plans is what counts.
 _RESIDENT_OVER = {1: 1.2, 2: 1.2, 4: 1.2, 8: 1.5}
@@ -115,8 +124,8 @@ class Plan:
 
     Attributes:
         kernel: "forward" or "backward".
-        variant: "independent", "resident", "cooperative", "streaming" or "stepwise".
-        exchange: "none", "flag", "barrier" or "launch" (see `exchange.py`).
+        variant: "independent", "resident", "cooperative", "cluster", "streaming" or "stepwise".
+        exchange: "none", "flag", "barrier", "cluster" or "launch" (see `exchange.py`).
         block_h, block_n, block_k: hidden units and sequences of a program; the inner dimension of
             its product is taken block_k at a time.
         splits: parts of that dimension that are added up side by side.
@@ -157,7 +166,12 @@ class Plan:
     @property
     def on_chip(self) -> bool:
         """Whether W_hh stays on the chip for the whole launch."""
-        return self.variant in ("resident", "cooperative")
+        return self.variant in ("resident", "cooperative", "cluster")
+
+    @property
+    def cluster(self) -> int:
+        """Programs that must run next to each other."""
+        return self.units if self.exchange == "cluster" else 1
 
     def __str__(self) -> str:
         directions = "both directions" if self.at_once == 2 else "one direction"
@@ -384,6 +398,40 @@ def _held(shape: Shape, chip: Chip) -> Iterator[Plan]:
         yield replace(one, floor_us=turns_of(shape, one) * step)
 
 
+def _clusters(shape: Shape, chip: Chip) -> Iterator[Plan]:
+    """Plans whose programs share a direction's hidden units and are one cluster; W_hh as `_held`."""
+    if not _is_hopper_or_later(chip) or chip.backend != "cuda" or shape.copies > 1:
+        return
+    if shape.hidden_size * shape.itemsize % 16:
+        return
+    for block_h, block_n, warps in itertools.product((8, 16, 32, 64), (8, 16), (4, 8)):
+        units = _ceil(shape.hidden_size, block_h)
+        # A number that two threads have would be sent twice.
+        if not 2 <= units <= _CLUSTER or block_h * block_n < 32 * warps:
+            continue
+        together = _together(shape, chip, block_h, block_n, warps, 0)
+        block_k = 64 // shape.itemsize
+        blocks = _ceil(shape.inner, warps * block_k)
+        side_by_side = chip.multiprocessors // _NEIGHBOURS * (_NEIGHBOURS // units)
+        slots = min(_ceil(shape.batch, block_n), max(1, side_by_side // shape.directions))
+        found = Plan(
+            shape.kernel, "cluster", "cluster", block_h, block_n, block_k, warps, together, warps,
+            units, slots, shape.directions, blocks * _block_bytes(shape, block_h, warps), 0.0,
+            shape.products,
+        )  # fmt: skip
+        parts = 4 * warps * rows_of(shape, block_h) * block_n
+        if together and room_bytes(shape, found) + parts + 1024 <= _PLAIN_SHARED:
+            counts, each = held_counts(shape, found), _HELD_US
+            step = _CLUSTER_US + _SENT_US * counts[1] + sum(counts[i] * each[i] for i in (4, 5))
+            yield replace(found, floor_us=turns_of(shape, found) * step)
+
+
+def room_bytes(shape: Shape, found: Plan) -> int:
+    """Bytes for what a program of a cluster is sent: two states, in whole blocks."""
+    blocks = _ceil(shape.inner, found.splits * found.block_k) * found.splits
+    return 2 * blocks * found.block_n * 64
+
+
 def _block_bytes(shape: Shape, block_h: int, warps: int) -> int:
     """Bytes of W_hh in a block of each warp's part of the inner dimension; it is 64 wide."""
     # A matrix instruction has sixteen rows.
@@ -580,6 +628,8 @@ def _plans(shape: Shape, chip: Chip, variant: str) -> Iterator[Plan]:
         yield from _independent(shape, chip)
     elif variant == "resident":
         yield from _resident(shape, chip)
+    elif variant == "cluster":
+        yield from _clusters(shape, chip)
     elif chip.cooperative or variant == "stepwise":
         yield from _spread(shape, chip, variant)
 

@@ -18,7 +18,7 @@ from triton_rnn.cells import Cell, OwnCell
 from triton_rnn.kernels.backward import recurrence_backward
 from triton_rnn.kernels.cells import KERNEL_CELLS, KernelCell
 from triton_rnn.kernels.forward import recurrence_forward
-from triton_rnn.kernels.plan import CHIPS, INTERPRETER, Chip, Plan, Shape, plan
+from triton_rnn.kernels.plan import CHIPS, INTERPRETER, Chip, Plan, Shape, plan, room_bytes
 from triton_rnn.request import Request
 
 # A wait looks so often before it gives up: seconds, where a step takes microseconds.
@@ -422,6 +422,7 @@ def _ready(
             function,
             tuple(constants.items()),
             tuple(recurrence_options(plan).items()),
+            1 if chip_of(device) == INTERPRETER else plan.cluster,
         ),
         (directions, request.batch, size),
         nothing(device, request.dtype),
@@ -440,9 +441,10 @@ def _launcher(
     kernel: Any,
     constants: tuple[tuple[str, Any], ...],
     options: tuple[tuple[str, Any], ...],
+    cluster: int,
 ) -> Launcher:
     """One for all lengths and batches: a launcher's first launch is slow."""
-    return Launcher(kernel, dict(constants), dict(options))
+    return Launcher(kernel, dict(constants), dict(options), cluster)
 
 
 def _each_step(launches: Iterable[tuple[Any, ...]]) -> Iterator[tuple[Any, ...]]:
@@ -455,6 +457,17 @@ def _each_step(launches: Iterable[tuple[Any, ...]]) -> Iterator[tuple[Any, ...]]
 def _float32_copy(state: Tensor, like: Tensor) -> Tensor:
     """A state, or the first of a block of zeros, in the shape of another."""
     return state.flatten()[: like.numel()].view_as(like).to(torch.float32, copy=True)
+
+
+def _rooms(ready: Ready, request: Request) -> Tensor:
+    """The interpreter's stand-in for the rooms of all programs (see `kernels.cluster`)."""
+    plan = ready.plan
+    shape = shape_of(
+        ready.cell, plan.kernel, request.hidden_size, request.directions, request.batch,
+        request.dtype.itemsize, 1,
+    )  # fmt: skip
+    words = plan.programs * room_bytes(shape, plan) // 4
+    return torch.full((words,), -1, dtype=torch.int32)
 
 
 def _launch_all(
@@ -480,6 +493,8 @@ def _launch_all(
         # The states between the launches.
         h, c = (_float32_copy(states[i], states[i + 2]) for i in range(2))
         states = (h, c, h, c)
+    if exchange == "cluster" and chip_of(device) == INTERPRETER:
+        counters = _rooms(ready, request)
     everything = (*tensors, *states, sizes, offsets, counters)
     for numbers in launches:
         if exchange == "barrier":
@@ -515,8 +530,9 @@ def forward(
     cell, missing = found.cell, found.missing
     if found.plan.exchange == "flag":
         _unwritten(output)
-        # They are read as what the others write is.
+        # It is read as what the others write is.
         h_0 = None if h_0 is None else _in_pieces(h_0)
+    if found.plan.exchange in ("flag", "cluster"):
         w_hh = [_in_pieces(tensor) for tensor in w_hh]
     h_n = gates.new_empty(found.states)
     c_n = gates.new_empty(found.states) if cell.has_c else None

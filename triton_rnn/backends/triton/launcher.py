@@ -30,12 +30,18 @@ class Launcher:
     Args:
         kernel: the `@triton.jit` function: first tensors, then others, then constants.
         constants: of the kernel, by name. options: of the compiler.
+        cluster: programs side by side in the grid that must run next to each other on the chip.
     """
 
     def __init__(
-        self, kernel: Any, constants: Mapping[str, Any], options: Mapping[str, Any]
+        self,
+        kernel: Any,
+        constants: Mapping[str, Any],
+        options: Mapping[str, Any],
+        cluster: int = 1,
     ) -> None:
         self._kernel, self._constants, self._options = kernel, constants, options
+        self._cluster = cluster
         # In the order of the kernel's signature; not there under the interpreter.
         names = kernel.arg_names[len(kernel.arg_names) - len(constants) :]
         self._in_order = [constants[name] for name in names]
@@ -56,17 +62,19 @@ class Launcher:
         aligned = functools.reduce(operator.or_, pointers) % _ALIGNMENT == 0
         start = self._start
         if start is None or not aligned or _is_watched():
-            found = self._kernel[(programs,)](*tensors, *others, **self._constants, **self._options)
+            launch = self._launch if self._cluster == 1 else self._launch_clusters
+            found = launch(programs, tensors, others)
             # The interpreter hands back nothing.
             if aligned and found is not None:
-                self._function, self._packed_metadata = found.function, found.packed_metadata
+                self._function = found.function
+                self._packed_metadata = self._packed(found)
                 # The last of them, for other threads look at it.
                 self._start = found.run
             return
         # What Triton does with what it has found: the form of this call is the same from 3.6 to
         # 3.9. No metadata and no hooks, for nobody watches.
         start(
-            programs,
+            programs // self._cluster,
             1,
             1,
             triton.runtime.driver.active.get_current_stream(device.index),
@@ -79,3 +87,40 @@ class Launcher:
             *others,
             *self._in_order,
         )
+
+    def _launch(self, programs: int, tensors: Sequence[Tensor], others: Sequence[Any]) -> Any:
+        """Triton's way."""
+        return self._kernel[(programs,)](*tensors, *others, **self._constants, **self._options)
+
+    def _launch_clusters(
+        self, programs: int, tensors: Sequence[Tensor], others: Sequence[Any]
+    ) -> Any:
+        """The same, in clusters: to Triton a cluster shares one program's work, so it has none."""
+        found = self._kernel.warmup(
+            *tensors, *others, grid=(programs,), **self._constants, **self._options
+        )
+        active, runtime = triton.runtime.driver.active, triton.knobs.runtime
+        stream = active.get_current_stream(active.get_current_device())
+        arguments = (*tensors, *others, *self._in_order)
+        # Which also loads it, and so `found.function` is there.
+        start = found.run
+        start(
+            programs // self._cluster,
+            1,
+            1,
+            stream,
+            found.function,
+            self._packed(found),
+            found.launch_metadata((programs, 1, 1), stream, *arguments),
+            runtime.launch_enter_hook,
+            runtime.launch_exit_hook,
+            *arguments,
+        )
+        return found
+
+    def _packed(self, found: Any) -> Any:
+        """How a kernel is to run, as Triton tells its driver: of a cluster's, whose it is, too."""
+        if self._cluster == 1:
+            return found.packed_metadata
+        warps, _, shared = found.packed_metadata
+        return warps, self._cluster, shared
