@@ -23,7 +23,7 @@ OWN_CELLS = ("peephole", "mgu", "ind_rnn")
 # float32 with TF32 products, as torch's default is, and without.
 DTYPES = ("float16", "bfloat16", "float32_tf32", "float32")
 # TRITON_RNN_VARIANT, and after a plus what the plan's exchange is replaced by.
-VARIANTS = ("resident", "cooperative", "cooperative+barrier", "streaming", "stepwise")
+VARIANTS = ("resident", "cooperative", "cluster", "cooperative+barrier", "streaming", "stepwise")
 FORMS = ("padded", "packed", "batch_first", "packed_unsorted", "strided", "unbatched")
 
 
@@ -139,6 +139,8 @@ def _allowed(values: Values) -> bool:
         64 if values["dtype"].startswith("float32") else 128
     ):
         return False
+    if values["variant"] == "cluster" and not _clusters(values["hidden"], values["dtype"]):
+        return False
     if values["form"] == "unbatched" and values["batch"] != 1:
         return False
     # relu's on and off depend on a bias that keeps its numbers away from the edge.
@@ -147,20 +149,38 @@ def _allowed(values: Values) -> bool:
     return not (values["cell"] == "lstm_proj" and values["hidden"] == 1)
 
 
+def _clusters(hidden: int, dtype: str) -> bool:
+    """Whether a few programs hold W_hh, in rows of whole pieces of 16 bytes."""
+    piece = 4 if dtype == "float32_tf32" else 8
+    return dtype != "float32" and 16 < hidden <= 256 and hidden % piece == 0
+
+
 def _specials() -> list[CheckCase]:
     """Races, unwritten memory, graphs and numbers that are none, the riskiest first."""
     case = CheckCase("repeat", "lstm", "float16", "cooperative", 512, 16, 64)
     repeat = [
         case,
+        replace(case, variant="cluster", hidden=256),
         # A part of W_hh is read again at every step.
         replace(case, hidden=1536),
         replace(case, cell="gru", dtype="float32_tf32", hidden=1536, batch=3, form="packed"),
         replace(case, dtype="bfloat16", variant="cooperative+barrier"),
+        replace(
+            case,
+            cell="gru",
+            dtype="bfloat16",
+            variant="cluster",
+            hidden=128,
+            batch=70,
+            form="packed",
+            directions=2,
+        ),
         replace(case, cell="gru", dtype="bfloat16", hidden=1024, batch=70, directions=2),
         replace(case, variant="streaming", hidden=1024, dtype="float32_tf32"),
         replace(case, cell="rnn_tanh", hidden=500, batch=300, form="packed"),
         replace(case, cell="gru", variant="cooperative+barrier", directions=2, batch=300),
         replace(case, dtype="float32_tf32", hidden=256, batch=3, form="packed_unsorted"),
+        replace(case, dtype="float32_tf32", variant="cluster", hidden=100, batch=300),
         replace(case, hidden=1000, variant="streaming", cell="gru", form="packed"),
         replace(case, variant="", hidden=64, dtype="bfloat16"),
         replace(case, cell="lstm_proj", variant="", directions=2, layers=2, form="packed"),
@@ -172,6 +192,7 @@ def _specials() -> list[CheckCase]:
     poison = [
         case,
         replace(case, cell="gru", dtype="bfloat16", form="packed", directions=2, hidden=500),
+        replace(case, variant="cluster", hidden=104, form="packed_unsorted"),
         replace(case, cell="lstm_proj", form="packed_unsorted", directions=2),
         replace(case, cell="rnn_tanh", dtype="float32_tf32", variant="streaming", hidden=500),
         replace(case, cell="gru", dtype="float32", variant="stepwise", directions=2, layers=2),
@@ -184,6 +205,7 @@ def _specials() -> list[CheckCase]:
         replace(case, training=False),
         case,
         replace(case, cell="gru", dtype="bfloat16", directions=2, layers=2),
+        replace(case, variant="cluster", hidden=256, layers=2),
         replace(case, cell="gru", form="packed", training=False),
         replace(case, cell="rnn_tanh", dtype="float32_tf32", variant="stepwise", hidden=100),
         replace(case, cell="lstm_proj", form="packed", hidden=64),
@@ -192,6 +214,7 @@ def _specials() -> list[CheckCase]:
     case = CheckCase("nonfinite", "lstm", "float16", "cooperative", 256, 17, 12)
     nonfinite = [
         case,
+        replace(case, variant="cluster", dtype="bfloat16"),
         replace(case, cell="gru", dtype="bfloat16", variant="cooperative+barrier"),
         replace(case, cell="rnn_tanh", dtype="float32_tf32", variant="resident", hidden=63),
         replace(case, cell="rnn_relu", dtype="float32", form="packed"),
@@ -208,12 +231,14 @@ def _in_turn(*lists: list[CheckCase]) -> list[CheckCase]:
 
 def _products() -> list[CheckCase]:
     """Every cell in every dtype in every variant, at a middling size of each variant."""
-    sizes = {"resident": 64, "stepwise": 63}
+    sizes = {"resident": 64, "cluster": 128, "stepwise": 63}
     found = [
         CheckCase("numbers", cell, dtype, variant, sizes.get(variant, 320), 17, 7, directions=2)
         for variant in VARIANTS
         for dtype in DTYPES
         for cell in CELLS
+        # Three products for one leave no room in registers for W_hh.
+        if (variant, dtype) != ("cluster", "float32")
     ]
     random.Random(SEED).shuffle(found)
     return found
@@ -228,6 +253,7 @@ def _own() -> list[CheckCase]:
     return [
         case,
         replace(case, cell="mgu", dtype="bfloat16", variant="cooperative", hidden=320),
+        replace(case, dtype="float16", variant="cluster", hidden=192, form="packed"),
         replace(case, cell="ind_rnn", variant="", form="packed", hidden=500),
         replace(case, variant="streaming", dtype="float32_tf32", hidden=320, form="packed"),
         replace(case, variant="cooperative+barrier", dtype="bfloat16", hidden=500, directions=1),

@@ -2,9 +2,10 @@
 
     python -m bench.gpu_fit bench/results/gpu.json
 
-Of every cooperative plan with W_hh in registers it takes what a step took and what the planner
-counts for one (`plan.held_counts`), and finds the constants, none below zero, whose sums are off by
-the least part of the measured times. It prints them for `plan._HELD_US`, and how well they do.
+Of every plan with W_hh in registers of several programs it takes what a step took and what the
+planner counts for one (`plan.held_counts`, of a cluster's `plan.cluster_counts`), and finds the
+constants, none below zero, whose sums are off by the least part of the measured times. It prints
+them for `plan._HELD_US` and `plan._CLUSTER_US`, and how well they do.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -22,9 +23,16 @@ import numpy as np
 from bench.gpu_grid import ITEMSIZE
 from triton_rnn.backends.triton import launch
 from triton_rnn.cells import CELLS
-from triton_rnn.kernels.plan import Plan, Shape, held_counts, turns_of
+from triton_rnn.kernels.plan import Plan, Shape, cluster_counts, held_counts, turns_of
 
 ROUNDS = 20_000
+
+# By how programs exchange: the planner's constants, and what it multiplies with them.
+Counts = Callable[[Shape, Plan], tuple[float, ...]]
+FITS: dict[str, tuple[str, Counts]] = {
+    "flag": ("_HELD_US", held_counts),
+    "cluster": ("_CLUSTER_US", cluster_counts),
+}
 
 
 def shape_of(case: dict[str, Any]) -> Shape:
@@ -41,18 +49,21 @@ def shape_of(case: dict[str, Any]) -> Shape:
     )
 
 
-def measured(data: dict[str, Any]) -> list[tuple[str, float, tuple[float, ...]]]:
-    """Of every plan that was timed: its name, a turn's step in microseconds, its counts."""
+def measured(
+    data: dict[str, Any], exchange: str = "flag"
+) -> list[tuple[str, float, tuple[float, ...]]]:
+    """Of every plan of an exchange that was timed: its name, a turn's step in us, its counts."""
     found = []
+    _, counts = FITS[exchange]
     names = {field.name for field in fields(Plan)}
     for point in data.get("tuning", {}).get("results", []):
         shape = shape_of(point["case"])
         for row in point.get("plans", []):
             plan = Plan(**{name: value for name, value in row["plan"].items() if name in names})
-            if plan.exchange == "flag" and row["status"] == "ok":
+            if plan.exchange == exchange and row["status"] == "ok":
                 us = row["us_per_step"] / turns_of(shape, plan)
                 blocks = f"{plan.block_h} x {plan.block_n}, {plan.warps} warps"
-                found.append((f"{point['id']} {blocks}", us, held_counts(shape, plan)))
+                found.append((f"{point['id']} {blocks}", us, counts(shape, plan)))
     return found
 
 
@@ -78,15 +89,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("results", type=Path, help="gpu.json of `bench.gpu_session`")
     options = parser.parse_args(arguments)
-    rows = measured(json.loads(options.results.read_text()))
-    if not rows:
+    data = json.loads(options.results.read_text())
+    found = {exchange: measured(data, exchange) for exchange in FITS}
+    if not any(found.values()):
         print("no plan with W_hh in registers was timed there", file=sys.stderr)
         return 1
-    names, us, counts = zip(*rows, strict=True)
-    constants = fitted(us, counts)
-    print("_HELD_US =", tuple(float(f"{value:.4f}") for value in constants))
-    for name, taken, count in zip(names, us, counts, strict=True):
-        print(f"{name:52s} {taken:6.2f} us a turn's step, {constants @ count / taken:.2f} of it")
+    for exchange, rows in found.items():
+        if rows:
+            _, us, counts = zip(*rows, strict=True)
+            constants = fitted(us, counts)
+            print(FITS[exchange][0], "=", tuple(float(f"{value:.4f}") for value in constants))
+            for name, taken, count in rows:
+                part = constants @ count / taken
+                print(f"{name:52s} {taken:6.2f} us a turn's step, {part:.2f} of it")
     return 0
 
 

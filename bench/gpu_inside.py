@@ -171,8 +171,9 @@ def request_of(point: TuningPoint, device: torch.device) -> Request:
 def candidates(point: TuningPoint, device: torch.device) -> list[Plan]:
     """The planner's choice first, then what is worth a try beside it.
 
-    The other exchange, more or less of W_hh in registers, other warps, and of all that the planner
-    looks at by turns the nearest to its choice and the one with the lowest floor.
+    Clusters of programs, the other exchange, more or less of W_hh in registers, other warps, and of
+    all that the planner looks at by turns the nearest to its choice and the one with the lowest
+    floor.
     """
     from triton_rnn.backends.triton import launch
 
@@ -184,6 +185,8 @@ def candidates(point: TuningPoint, device: torch.device) -> list[Plan]:
     near = _neighbours(chosen, plans)
     fast = sorted(plans, key=lambda plan: plan.floor_us)
     found = [chosen]
+    clusters = [plan for plan in plans if plan.variant == "cluster"]
+    found += sorted(clusters, key=lambda plan: plan.floor_us)[:2]
     if chosen.variant == "cooperative":
         exchange = "barrier" if chosen.exchange == "flag" else "flag"
         found += [plan for plan in [best_exchanging(request, point.kernel, exchange)] if plan]
@@ -195,7 +198,7 @@ def candidates(point: TuningPoint, device: torch.device) -> list[Plan]:
     if chosen.variant == "resident" and chosen.in_registers:
         products = launch.kernel_cell(request.cell).products
         found += [dataclasses.replace(chosen, in_registers=held) for held in (0, products)]
-    if chosen.exchange != "flag":
+    if chosen.exchange not in ("flag", "cluster"):
         # Else a warp is a part of the inner dimension.
         found += [dataclasses.replace(chosen, warps=warps) for warps in (4, 8)]
     found += [plan for pair in zip(near, fast, strict=True) for plan in pair]
@@ -237,7 +240,7 @@ def every_plan(request: Request, kernel: str) -> list[Plan]:
         request.dtype.itemsize,
         launch.copies(launch.precision(request.dtype, chip.backend)),
     )
-    variants = ("resident", "cooperative", "streaming")
+    variants = ("resident", "cooperative", "cluster", "streaming")
     return [plan for name in variants for plan in planner._plans(shape, chip, name)]
 
 

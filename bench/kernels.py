@@ -100,7 +100,7 @@ def recurrences(
     hidden_sizes: Iterable[int] = HIDDEN_SIZES,
     batches: Iterable[int] = BATCHES,
     directions: Iterable[int] = (1, 2),
-    variants: Iterable[str | None] = (None, "streaming", "stepwise"),
+    variants: Iterable[str | None] = (None, "cluster", "streaming", "stepwise"),
 ) -> Iterator[Kernel]:
     """Every recurrence at every plan over a grid of sizes, once each."""
     seen = set()
@@ -228,6 +228,7 @@ def _short(dtype: torch.dtype) -> str:
 def _blocks(found: Plan) -> str:
     kept = f", {found.in_registers} in registers" if found.in_registers else ""
     kept += f", {found.streamed} blocks read again" if found.streamed else ""
+    kept += f", {found.cluster} programs" if found.cluster > 1 else ""
     return (
         f"{found.variant} {found.block_h} x {found.block_n} x {found.block_k}"
         f" / {found.splits}, {found.warps} warps{kept}"
@@ -302,7 +303,7 @@ def examine(kernel: Kernel) -> Row:
     ):
         problems.append("no matrix instruction")
     constants = dict(kernel.constants)
-    if constants.get("EXCHANGE") == "flag":
+    if constants.get("EXCHANGE") in ("flag", "cluster"):
         # Nothing but the parts of the product.
         rows = constants["BLOCK_H"]
         if kernel.name == "forward":
@@ -310,6 +311,8 @@ def examine(kernel: Kernel) -> Row:
         parts = 4 * constants["SPLITS"] * rows * constants["BLOCK_N"]
         if binary.metadata.shared > parts + 1024:
             problems.append("more than a product's parts in shared memory")
+    if constants.get("EXCHANGE") == "cluster" and loop.get("sent", 0) != _sent(kernel):
+        problems.append(f"{loop.get('sent', 0)} numbers sent for {_sent(kernel)}")
     elif constants.get("IN_REGISTERS"):
         weights = constants["GATES"] * constants["BLOCK_H"] ** 2 * kernel.dtype.itemsize
         # On their way they pass through it a gate at a time. Small ones are hidden by what the step
@@ -325,6 +328,14 @@ def examine(kernel: Kernel) -> Row:
         loop,
         tuple(problems),
     )
+
+
+def _sent(kernel: Kernel) -> int:
+    """How many numbers a thread of a cluster's program sends at a step: none may be sent twice."""
+    constants = dict(kernel.constants)
+    elements = constants["BLOCK_H"] * constants["BLOCK_N"] // (32 * constants["SPLITS"])
+    programs = -(-constants["H"] // constants["BLOCK_H"])
+    return elements * programs * (constants["GATES"] if kernel.name == "backward" else 1)
 
 
 # Triton's functions cannot be sent to another process; one that is forked has them already.
@@ -389,6 +400,8 @@ _KINDS = {
     "barrier": r"(BAR\.|WARPSYNC\.|s_barrier)",
     "load": r"(LDG|global_load|buffer_load|flat_load)",
     "store": r"(STG|global_store|buffer_store|flat_store)",
+    # Into the shared memory of a cluster's programs.
+    "sent": r"ST\.E",
     "async": r"(LDGSTS|UBLKCP)",
     "shared": r"(LDS|STS|LDSM|STSM|ds_read|ds_write|ds_load|ds_store)",
     "atomic": r"(ATOM|RED\b|ATOMG|global_atomic|buffer_atomic|flat_atomic)",

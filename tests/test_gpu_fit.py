@@ -4,6 +4,7 @@ import json
 import os
 import statistics
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -14,8 +15,15 @@ pytest.importorskip("triton", reason="the planner's cells need triton, which is 
 ROOT = Path(__file__).parent.parent
 sys.path.append(os.fspath(ROOT))
 
-from bench import gpu_fit  # noqa: E402  (needs the path)
-from triton_rnn.kernels.plan import _HELD_US  # noqa: E402
+from bench import gpu_fit, gpu_grid  # noqa: E402  (needs the path)
+from triton_rnn.kernels import plan as plan_module  # noqa: E402
+from triton_rnn.kernels.plan import (  # noqa: E402
+    _HELD_US,
+    CHIPS,
+    Shape,
+    cluster_counts,
+    turns_of,
+)
 
 KEPT = ROOT / "bench" / "results" / "gpu.json"
 
@@ -38,6 +46,28 @@ def test_the_planners_constants_describe_the_kept_results():
         errors.append(abs(model / us - 1))
         assert errors[-1] < 0.5, name
     assert statistics.median(errors) < 1 / 6
+
+
+def test_plans_of_clusters_are_fitted_by_their_own_counts(capsys, tmp_path):
+    shape = Shape("forward", 4, 128, 1, 16, 2, 1, 16)
+    plans = list(plan_module._plans(shape, CHIPS["H200"], "cluster"))
+    constants = np.array([0.4, 0.03, 2.0])
+    rows = [
+        {
+            "plan": asdict(plan),
+            "status": "ok",
+            "us_per_step": float(constants @ cluster_counts(shape, plan)) * turns_of(shape, plan),
+        }
+        for plan in plans
+    ]
+    case = asdict(gpu_grid.TuningPoint("lstm", "bfloat16", 128, 16, "forward"))
+    results = [{"id": "point", "case": case, "plans": rows}]
+    path = tmp_path / "gpu.json"
+    path.write_text(json.dumps({"tuning": {"results": results}}))
+    assert gpu_fit.main([os.fspath(path)]) == 0
+    first, *others = capsys.readouterr().out.splitlines()
+    assert first.startswith("_CLUSTER_US = (") and len(others) == len(plans) > 2
+    assert all(line.endswith(("1.00 of it", "0.99 of it", "1.01 of it")) for line in others)
 
 
 def test_the_command_prints_constants_and_how_well_they_do(capsys, tmp_path):

@@ -93,6 +93,8 @@ def test_checks_cover_cells_dtypes_and_variants_and_begin_with_every_kind_of_che
     assert len({case.id for case in cases}) == len(cases)
     assert {case.check for case in cases[:12]} == set(gpu_checks.CHECKS)
     wanted = set(itertools.product(gpu_checks.CELLS, gpu_checks.DTYPES, gpu_checks.VARIANTS))
+    # Which has no plan.
+    wanted -= {(cell, "float32", "cluster") for cell in gpu_checks.CELLS}
     assert {(case.cell, case.dtype, case.variant) for case in cases} >= wanted
     assert {case.cell for case in cases[:36]} >= {*gpu_checks.CELLS, *gpu_checks.OWN_CELLS}
     for case in cases:

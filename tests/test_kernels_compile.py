@@ -32,6 +32,10 @@ for cell, dtype in (("lstm", torch.float16), ("gru", torch.bfloat16), ("rnn_tanh
 asked += kernels.recurrences(
     chip, ("lstm",), (torch.float16,), (768,), (16,), (1,), ("streaming", "stepwise")
 )
+# Only by name, and only on Hopper and later.
+asked += kernels.recurrences(
+    chip, ("lstm",), (torch.float16,), (128,), (16,), (1,), ("cluster",)
+)
 # Users' cells: the most numbers of a step, products that are no inputs, no product.
 for cell, dtype, sizes in (
     ("PeepholeLSTM", torch.float16, [(64, 16, 1), (2048, 16, 1)]),
@@ -100,6 +104,16 @@ def test_a_step_with_w_hh_in_registers_has_no_fence_and_few_barriers(rows):
             assert "fence" not in row["loop"] and "atomic" not in row["loop"], row
     # AMD's have none: the pieces are loaded by PTX.
     assert (seen > 0) == all(row["chip"] != "MI300X" for row in rows)
+
+
+def test_a_clusters_step_has_no_fence_and_sends_its_numbers_to_all(rows):
+    seen = [row for row in rows if "cluster" in row["what"]]
+    assert bool(seen) == (rows[0]["chip"] in ("H200", "B200"))
+    for row in seen:
+        # A number of each thread, backward one of each gate, to eight programs.
+        assert row["loop"]["sent"] == (8 if row["name"] == "forward" else 32), row
+        assert row["loop"]["barrier"] <= 4, row
+        assert "fence" not in row["loop"] and "atomic" not in row["loop"], row
 
 
 def test_a_resident_step_neither_waits_nor_exchanges(rows):

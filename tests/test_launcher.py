@@ -140,6 +140,40 @@ def test_every_variant_is_launched_as_triton_would(both_ways, monkeypatch, name,
     assert both_ways
 
 
+@pytest.mark.parametrize("directions", [1, 2])
+def test_programs_of_a_cluster_are_one_to_the_driver(launches, monkeypatch, directions):
+    """It is told how many of them are one, and that many fewer to start; on every way to it."""
+    monkeypatch.setattr(launch, "variant", "cluster")
+    request = request_of(
+        CELLS["lstm"], torch.bfloat16, batch=33, hidden_size=128, output_size=128,
+        directions=directions, needs_grad=False,
+    )  # fmt: skip
+    found = launch.ready(request, "forward")
+    plan = found.plan
+    assert (plan.exchange, plan.cluster, plan.programs) == ("cluster", 8, 8 * 5 * directions)
+    starts = []
+    for _ in range(3):
+        launches.clear()
+        run(request)
+        starts.append([grid for (name, _), grid, *_ in launches if name == "recurrence_forward"])
+    assert starts == [[(5 * directions, 1, 1, 7)]] * 3
+    assert found.launcher._packed_metadata == (4, 8, 0)
+    hooks = triton.knobs.runtime.launch_enter_hook
+
+    def hook(metadata):
+        raise AssertionError("the driver calls it, and this one starts nothing")
+
+    hooks.add(hook)
+    try:
+        launches.clear()
+        run(request)
+    finally:
+        hooks.remove(hook)
+    (_, (x, *_), arguments, metadata, watched) = launches[-1]
+    assert (x, metadata, watched) == (5 * directions, "metadata", True)
+    assert arguments[16:19] == (5, 33, 0), "steps, sequences, first direction"
+
+
 @pytest.mark.parametrize("layout", ["batch first", "every second", "reversed"])
 def test_an_input_is_read_by_its_own_strides(both_ways, layout):
     request = request_of(CELLS["gru"], torch.float32)

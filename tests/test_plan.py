@@ -14,6 +14,7 @@ from triton_rnn.kernels.plan import (
     Shape,
     held_counts,
     plan,
+    room_bytes,
     rows_of,
     turns_of,
 )
@@ -99,6 +100,33 @@ def test_what_registers_cannot_hold_is_read_again(kernel, itemsize, sizes):
     assert of(2048).variant == "streaming"
     # Rows that the blocks do not divide, and three products for one.
     assert of(sizes[-1] + 8).streamed == of(sizes[-1], copies=2).streamed == 0
+
+
+@pytest.mark.parametrize("kernel", ["forward", "backward"])
+@pytest.mark.parametrize("name", sorted(CHIPS))
+def test_a_clusters_programs_hold_all_units_and_send_each_number_once(name, kernel):
+    chip = CHIPS[name]
+    found = {shape: plan(shape, chip, "cluster") for shape in shapes(kernel)}
+    planned = {shape: one for shape, one in found.items() if one is not None}
+    # Hopper and later; of whole pieces of 16 bytes; of a product that is one.
+    assert bool(planned) == (name in ("H100", "H200", "B200"))
+    for shape, one in planned.items():
+        assert one.exchange == "cluster" and 2 <= one.cluster <= 8
+        assert one.cluster == one.units and one.units * one.block_h >= shape.hidden_size
+        assert one.block_h * one.block_n >= 32 * one.warps, "a number would be sent twice"
+        parts = 4 * one.splits * rows_of(shape, one.block_h) * one.block_n
+        assert room_bytes(shape, one) + parts <= 48 * 1024, (shape, one)
+        assert room_bytes(shape, one) >= 2 * shape.inner * one.block_n * shape.itemsize
+        assert one.programs <= chip.multiprocessors and one.at_once == shape.directions
+        assert shape.copies == 1 and shape.hidden_size * shape.itemsize % 16 == 0
+    sizes = {shape.hidden_size for shape in planned}
+    assert not planned or (128 in sizes and max(sizes) <= 650)
+
+
+def test_clusters_are_only_for_who_asks_until_they_are_measured():
+    for kernel in ("forward", "backward"):
+        for shape in shapes(kernel):
+            assert plan(shape, CHIPS["H200"]).cluster == 1
 
 
 @pytest.mark.parametrize("kernel", ["forward", "backward"])

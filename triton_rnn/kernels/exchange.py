@@ -14,9 +14,9 @@ Four ways, by the constexpr EXCHANGE of the kernels:
   other (`cluster`).
 
 All waits need all programs on the chip at once (a cooperative launch, or a cluster), and all are
-bounded: when one runs out, the program notes the step in `error` and goes on without waiting ever again. So a
-launch always ends. After a failed barrier a program's states are NaN, and so are, in the other
-two ways, the numbers that never came.
+bounded: when one runs out, the program notes the step in `error` and goes on without waiting ever
+again. So a launch always ends. After a failed barrier a program's states are NaN, and so are, in
+the last two ways, the numbers that never came.
 """
 
 import triton

@@ -31,9 +31,10 @@ from dataclasses import dataclass, replace
 # what plans of many shapes took on an H200, and drawn a little to an earlier run's. Without that
 # `bench/gpu_fit.py` fits them.
 _HELD_US = (0.4235, 0.0052, 0.0044, 0.8586, 0.0003, 0.0065, 0.1708)
-# Of programs of a cluster: for a step, by published latencies of a trip between neighbours, and for
-# 1000 bytes that a program is sent; the rest as above. Not measured yet.
-_CLUSTER_US, _SENT_US = 0.3, 0.04
+# Of programs of a cluster: for a step, by published latencies of a trip between neighbours; for
+# 1000 bytes that a program is sent; and so many times what the above makes of matrix instructions
+# and shared memory. Not measured yet.
+_CLUSTER_US = (0.3, 0.04, 1.0)
 # The most programs of a cluster that all devices promise, and how many run next to each other.
 _CLUSTER, _NEIGHBOURS = 8, 16
 # Shared memory of a program that asks for no more than every program gets.
@@ -389,7 +390,7 @@ def _held(shape: Shape, chip: Chip) -> Iterator[Plan]:
                 break
     held = [plan for plan in found if not plan.streamed]
     for one in held or found:
-        step = sum(us * count for us, count in zip(_HELD_US, held_counts(shape, one), strict=True))
+        step = _step_us(_HELD_US, held_counts(shape, one))
         if one.streamed:
             again = one.streamed * _block_bytes(shape, one.block_h, one.warps)
             step += again / _L2_BYTES_PER_US * (1 if again <= _STREAMED_NEAR else 2)
@@ -399,7 +400,7 @@ def _held(shape: Shape, chip: Chip) -> Iterator[Plan]:
 
 
 def _clusters(shape: Shape, chip: Chip) -> Iterator[Plan]:
-    """Plans whose programs share a direction's hidden units and are one cluster; W_hh as `_held`."""
+    """Plans whose programs share a direction's hidden units as one cluster; W_hh as `_held`."""
     if not _is_hopper_or_later(chip) or chip.backend != "cuda" or shape.copies > 1:
         return
     if shape.hidden_size * shape.itemsize % 16:
@@ -421,8 +422,7 @@ def _clusters(shape: Shape, chip: Chip) -> Iterator[Plan]:
         )  # fmt: skip
         parts = 4 * warps * rows_of(shape, block_h) * block_n
         if together and room_bytes(shape, found) + parts + 1024 <= _PLAIN_SHARED:
-            counts, each = held_counts(shape, found), _HELD_US
-            step = _CLUSTER_US + _SENT_US * counts[1] + sum(counts[i] * each[i] for i in (4, 5))
+            step = _step_us(_CLUSTER_US, cluster_counts(shape, found))
             yield replace(found, floor_us=turns_of(shape, found) * step)
 
 
@@ -488,6 +488,16 @@ def held_counts(shape: Shape, found: Plan) -> tuple[float, ...]:
     elements = max(found.block_h * block_n, 32 * warps)
     shared = 4 * warps * (rows * block_n + rows // found.block_h * elements) / 1e3
     return 1.0, loaded, every, every**0.5, products, shared, found.programs * warps / 1e3
+
+
+def cluster_counts(shape: Shape, found: Plan) -> tuple[float, ...]:
+    """What a step of a cluster's plan takes, in the units of `_CLUSTER_US`."""
+    _, sent, _, _, products, shared, _ = held_counts(shape, found)
+    return 1.0, sent, products * _HELD_US[4] + shared * _HELD_US[5]
+
+
+def _step_us(constants: tuple[float, ...], counts: tuple[float, ...]) -> float:
+    return sum(us * count for us, count in zip(constants, counts, strict=True))
 
 
 def _spread(shape: Shape, chip: Chip, variant: str) -> Iterator[Plan]:

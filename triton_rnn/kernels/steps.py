@@ -117,7 +117,8 @@ def store_blocks(
 ):
     """Store blocks FIRST, FIRST + 1, ... of a tuple, `stride` elements apart.
 
-    With EXCHANGE "flag" and "cluster" from where they lie: a step has no time for shared memory and its barriers.
+    With EXCHANGE "flag" and "cluster" from where they lie: a step has no time for shared memory and
+    its barriers.
     """
     narrow = ()
     for j in tl.static_range(COUNT):
