@@ -41,7 +41,7 @@ if triton.knobs.runtime.interpret:
     def rooms_of_all(room, rank, COUNT: tl.constexpr, BYTES: tl.constexpr):
         rooms = ()
         for k in tl.static_range(COUNT):
-            rooms = rooms + (room + ((rank + k) % COUNT - rank) * BYTES,)  # type: ignore[assignment]
+            rooms = rooms + (room + ((rank + k) % COUNT - rank) * BYTES,)
         return rooms
 
     @triton.jit
@@ -114,7 +114,7 @@ else:
                 is_pure=True,
                 pack=1,
             )
-            rooms = rooms + (there,)  # type: ignore[assignment]
+            rooms = rooms + (there,)
         return rooms
 
     @triton.constexpr_function
@@ -139,7 +139,7 @@ else:
         # Addresses of 64 bits: else a register of the chip is asked for their upper half each time.
         there = ()
         for k in tl.static_range(len(rooms)):
-            there = there + (rooms[k] + places,)  # type: ignore[assignment]
+            there = there + (rooms[k] + places,)
         tl.inline_asm_elementwise(
             _send(len(rooms), DTYPE.primitive_bitwidth, "text"),
             _send(len(rooms), DTYPE.primitive_bitwidth, "constraints"),

@@ -300,7 +300,7 @@ def held_product(
     place, STEP = column, BLOCK_K
     if NEAR:
         place = place_in_room(column, 0, NUM_K * SPLITS, BLOCK_K)
-        STEP = 512  # type: ignore[assignment]
+        STEP = 512
     product = tl.zeros((SPLITS, ROWS, 8 * TILES), tl.float32)
     for group in tl.static_range(0, NUM_K, TOGETHER):
         ptrs = ()
