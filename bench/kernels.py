@@ -311,14 +311,14 @@ def examine(kernel: Kernel) -> Row:
         parts = 4 * constants["SPLITS"] * rows * constants["BLOCK_N"]
         if binary.metadata.shared > parts + 1024:
             problems.append("more than a product's parts in shared memory")
-    if constants.get("EXCHANGE") == "cluster" and loop.get("sent", 0) != _sent(kernel):
-        problems.append(f"{loop.get('sent', 0)} numbers sent for {_sent(kernel)}")
     elif constants.get("IN_REGISTERS"):
         weights = constants["GATES"] * constants["BLOCK_H"] ** 2 * kernel.dtype.itemsize
         # On their way they pass through it a gate at a time. Small ones are hidden by what the step
         # itself takes.
         if binary.metadata.shared > weights >= 32 * 1024:
             problems.append("W_hh is not in registers")
+    if constants.get("EXCHANGE") == "cluster":
+        problems += _of_a_cluster(constants, kernel.name == "backward", binary, loop)
     return Row(
         kernel,
         registers,
@@ -330,12 +330,34 @@ def examine(kernel: Kernel) -> Row:
     )
 
 
-def _sent(kernel: Kernel) -> int:
-    """How many numbers a thread of a cluster's program sends at a step: none may be sent twice."""
-    constants = dict(kernel.constants)
-    elements = constants["BLOCK_H"] * constants["BLOCK_N"] // (32 * constants["SPLITS"])
-    programs = -(-constants["H"] // constants["BLOCK_H"])
-    return elements * programs * (constants["GATES"] if kernel.name == "backward" else 1)
+def _of_a_cluster(
+    constants: dict[str, Any], is_backward: bool, binary: Any, loop: dict[str, int]
+) -> list[str]:
+    """What would be wrong, or wait for ever, and nothing but a GPU would show it."""
+    block_n, splits, size = constants["BLOCK_N"], constants["SPLITS"], constants["H"]
+    programs = -(-size // constants["BLOCK_H"])
+    elements = constants["BLOCK_H"] * block_n // (32 * splits)
+    if is_backward:
+        # Of each round's parts a thread has so many; it adds up those of all programs.
+        sent = -(-size // (16 * splits)) * block_n // 2
+        read, word = elements * programs, "b32"
+    else:
+        sent = elements * programs
+        read, word = -(-size // (splits * constants["BLOCK_K"])) * block_n // 8, "v4.b32"
+    problems = []
+    # A number that two threads have would be sent twice.
+    if loop.get("sent", 0) != sent:
+        problems.append(f"{loop.get('sent', 0)} numbers sent for {sent}")
+    # What is read is unwritten then: a second reading would wait for it.
+    ptx = binary.asm["ptx"]
+    count = ptx.count(f"ld.relaxed.cluster.shared::cta.{word}")
+    if count != read:
+        problems.append(f"{count} numbers read for {read}")
+    # Shared memory that Triton does not know of.
+    rooms = re.findall(r"\.shared \.align 16 \.b8 room\[(\d+)\]", ptx)
+    if len(rooms) != 1 or int(rooms[0]) + binary.metadata.shared > 48 * 1024:
+        problems.append(f"rooms of {rooms} beside {binary.metadata.shared} bytes")
+    return problems
 
 
 # Triton's functions cannot be sent to another process; one that is forked has them already.

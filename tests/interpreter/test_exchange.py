@@ -215,7 +215,11 @@ def at_an_odd_place(tensor):
 def look(words_ptr, found_ptr, error_ptr, polls, SIZE: tl.constexpr, DTYPE: tl.constexpr):
     place = tl.arange(0, SIZE)[:, None, None]
     ptrs = (words_ptr + 16 * place).to(tl.pointer_type(DTYPE))
-    pieces.load_when_written((ptrs,), (polls + 0 * place,), 1 + 0 * place, error_ptr, 1, 1, False)
+    looks = (polls + 0 * place,)
+    BITS: tl.constexpr = DTYPE.primitive_bitwidth
+    pieces.load_when_written(
+        (ptrs,), looks, 1 + 0 * place, error_ptr, 1, 1, False, BITS, False, 64, 4
+    )
     tl.store(found_ptr, tl.load(error_ptr))
 
 

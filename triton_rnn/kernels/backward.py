@@ -14,14 +14,17 @@ import triton.language as tl
 
 from triton_rnn.kernels.cluster import (
     enter_cluster,
+    lay_out,
     leave_cluster,
-    place_in_room,
-    rooms_of_all,
-    send_to_all,
+    parts_of_all,
+    rooms_of_rows,
+    send_parts,
+    sum_of_parts,
+    weights_of_own,
 )
 from triton_rnn.kernels.exchange import arrive, send, wait_for_arrivals
 from triton_rnn.kernels.metadata import backward_metadata
-from triton_rnn.kernels.pieces import load_piece
+from triton_rnn.kernels.pieces import load_piece, place_in_room
 from triton_rnn.kernels.product import (
     exchanged_product,
     held_product,
@@ -235,13 +238,14 @@ def recurrence_backward(
     # Small blocks, taken together, would be shared out among a few threads only.
     MOST: tl.constexpr = 4 if HELD else 1
     NEAR: tl.constexpr = EXCHANGE == "cluster"
-    IN_PIECES: tl.constexpr = EXCHANGE == "flag" or NEAR
-    UNITS_ALONG: tl.constexpr = 1 if IN_PIECES else 0
+    UNITS_ALONG: tl.constexpr = 1 if EXCHANGE == "flag" or NEAR else 0
     NUM_H: tl.constexpr = (H + BLOCK_H - 1) // BLOCK_H
     INNER: tl.constexpr = GATES * H
-    # Of all gradients in pieces, 64 bytes each, and in a room of `cluster`.
-    BLOCKS: tl.constexpr = (INNER + SPLITS * BLOCK_K - 1) // (SPLITS * BLOCK_K) * SPLITS
-    STATE: tl.constexpr = BLOCK_N * BLOCKS * 64
+    # In a room of `cluster` the parts that a step sends, and the gradients that a program lays out:
+    # so many blocks of 64 bytes of each sequence.
+    PARTS: tl.constexpr = 4 * NUM_H * BLOCK_H * BLOCK_N
+    BLOCKS: tl.constexpr = (GATES * BLOCK_H + BLOCK_K - 1) // BLOCK_K
+    OWN: tl.constexpr = BLOCK_N * BLOCKS * 64
     PIECE: tl.constexpr = _piece_of_copy if STREAMED else _piece
     dtype: tl.constexpr = grad_gates_ptr.dtype.element_ty
 
@@ -267,7 +271,9 @@ def recurrence_backward(
         weights = weights + _all_weights(
             w_hh_ptr, IN_REGISTERS, GATES - IN_REGISTERS, TOGETHER, H, GATES, TURN, BLOCK_H
         )
-    elif IN_PIECES:
+    elif NEAR:
+        weights = weights_of_own(w_hh_ptr, first, H, GATES, TURN, BLOCK_H, BLOCK_K, SPLITS)
+    elif EXCHANGE == "flag":
         weights = held_weights(
             w_hh_ptr,
             first,
@@ -293,9 +299,12 @@ def recurrence_backward(
     alive = polls >= 0
     expected = 0
     if NEAR:
-        room = enter_cluster(counters_ptr, polls, 2 * STATE)
-        rooms = rooms_of_all(room, pid % NUM_H, NUM_H, 2 * STATE)
+        SIZE: tl.constexpr = 2 * PARTS + 2 * OWN
+        room = enter_cluster(counters_ptr, polls, SIZE)
+        rooms = rooms_of_rows(room, pid % NUM_H, H, BLOCK_H, BLOCK_N, SPLITS, SIZE)
         here = 0
+        laid_out = room + 2 * PARTS
+        other = OWN
     for tile in range(slot, tl.cdiv(N, BLOCK_N), slots):
         n = tile * BLOCK_N + tl.arange(0, BLOCK_N)
         columns = along(n, 1 - UNITS_ALONG)
@@ -348,12 +357,6 @@ def recurrence_backward(
             sent = on_top(nothing, 0, IN_REGISTERS, TOGETHER)
             sent = sent + on_top(nothing, IN_REGISTERS, GATES - IN_REGISTERS, TOGETHER)
 
-        if NEAR:
-            own_columns = columns - tile * BLOCK_N
-            for g in tl.static_range(GATES):
-                place = here + place_in_room(g * H + rows, own_columns, BLOCKS, BLOCK_K)
-                send_to_all(rooms, place, tl.zeros((BLOCK_N, BLOCK_H), dtype), rows < H, dtype)
-
         for s in range(begin, end):
             t += ahead
             next_before_active, next_before_row = step_rows(
@@ -381,24 +384,31 @@ def recurrence_backward(
             if HELD:
                 for k in tl.static_range(len(weights)):
                     dh = tl.dot(weights[k], sent[k], dh, input_precision=PRECISION)
-            elif IN_PIECES:
+            elif NEAR:
+                came = sum_of_parts(
+                    room + here,
+                    columns - tile * BLOCK_N,
+                    rows - first,
+                    # Nobody sends anything for the first step, or for units that there are not.
+                    tl.where((rows < H) & (s > begin), polls, 0),
+                    error_ptr,
+                    s + 1,
+                    NUM_H,
+                    BLOCK_H,
+                    BLOCK_N,
+                )
+                dh += tl.where((rows < H) & (columns < after_active), came, 0.0)
+            elif EXCHANGE == "flag":
                 sources = ()
                 looks = ()
                 for block in tl.static_range(BLOCK_N // 8):
-                    column = (8 * block + tl.arange(0, 8))[None, :, None]
-                    if NEAR:
-                        # Gradients of all sequences, also of those that took no part.
-                        source = room + here + place_in_room(0, column, BLOCKS, BLOCK_K)
-                        look = polls + 0 * column
-                    else:
-                        column += tile * BLOCK_N
-                        written = column < after_active
-                        # What stands there of the others is left out below.
-                        place = tl.where(written, after_row + column, 0)
-                        source = grad_gates_ptr + place * (D * WIDTH * H) + d * WIDTH * H
-                        look = tl.where(written, polls, 0)
+                    column = (tile * BLOCK_N + 8 * block + tl.arange(0, 8))[None, :, None]
+                    written = column < after_active
+                    # What stands there of the others is left out below.
+                    place = tl.where(written, after_row + column, 0)
+                    source = grad_gates_ptr + place * (D * WIDTH * H) + d * WIDTH * H
                     sources = sources + (source,)
-                    looks = looks + (look,)
+                    looks = looks + (tl.where(written, polls, 0),)
                 product = held_product(
                     weights,
                     # Never else than itself, which the compiler cannot know.
@@ -419,7 +429,7 @@ def recurrence_backward(
                     SPLITS,
                     TOGETHER,
                     PRECISION,
-                    NEAR,
+                    False,
                 )
                 # Rows that took no part in the step before this one send nothing.
                 came = tl.reshape(parts_added(product, BLOCK_H), (BLOCK_N, BLOCK_H))
@@ -476,15 +486,22 @@ def recurrence_backward(
                 sent = on_top(grads, 0, IN_REGISTERS, TOGETHER)
                 sent = sent + on_top(grads, IN_REGISTERS, GATES - IN_REGISTERS, TOGETHER)
             if NEAR:
-                here = STATE - here
+                here = PARTS - here
+                places = ()
                 for g in tl.static_range(GATES):
-                    send_to_all(
-                        rooms,
-                        here + place_in_room(g * H + rows, own_columns, BLOCKS, BLOCK_K),
-                        tl.where(now, blocks[g], 0.0),
-                        (rows < H) & (s + 1 < end),
-                        dtype,
+                    place = place_in_room(
+                        g * BLOCK_H + rows - first, columns - tile * BLOCK_N, BLOCKS, BLOCK_K
                     )
+                    # Out of a sequence's steps nothing flows on.
+                    lay_out(laid_out + place, tl.where(now, blocks[g], 0.0), dtype)
+                for block in tl.static_range(BLOCK_N // 8):
+                    places = places + (laid_out + block * (BLOCKS * 512),)
+                products = parts_of_all(
+                    weights, places, dtype, GATES, BLOCK_H, BLOCK_K, SPLITS, PRECISION
+                )
+                send_parts(products, rooms, here, s + 1 < end, H, BLOCK_H, SPLITS)
+                laid_out += other
+                other = -other
             grad_ptrs = grad_gates_ptr + row * (D * WIDTH * H) + own_grads
             if EXCHANGE == "flag":
                 for g in tl.static_range(GATES):

@@ -2,15 +2,22 @@
 
 A cluster's programs run next to each other (Hopper and later), and each may store into the others'
 shared memory: one trip between neighbours instead of two to the L2 cache, where all who wait meet.
-So a step's state lies in a room of every program's own, and whoever computes a part of it stores
-that part in all rooms.
+So what a step sends lies in a room of every program's own.
 
-A room holds two states, by turns: while one is read, the next arrives. It is laid out as the
-threads read it (`pieces`): of every 64 bytes of the inner dimension those of eight sequences side
-by side. What is not written yet has all bits set, as in `exchange`. Whoever has read a piece makes
-it unwritten again. That is in time: the next state but one is stored there by programs that have
-the next one, all of it, and that was sent by threads that a barrier let through after the reading.
-For the same reason nobody may store a number twice: a late copy would be taken for the next state.
+Forward whoever computes a part of the state stores it in all rooms, and all multiply all of it with
+their rows of W_hh. A room is laid out as the threads read it (`pieces`): of every 64 bytes of the
+inner dimension those of eight sequences side by side.
+
+Backward the gradients are G times as many numbers. There a program multiplies its own alone with
+their rows of W_hh, which makes a part of every unit's gradient, and sends each unit's part, in
+float32, to the program that owns the unit; that one adds up what came of all. So what is sent is
+half as much of an LSTM in 16 bits, and the inner dimension is short: no warp needs another's sums.
+
+A room holds what two steps send, by turns: while one is read, the next arrives. What is not written
+yet has all bits set, as in `exchange`. Whoever has read it makes it unwritten again. That is in
+time: what the next step but one sends comes from programs that have all that the next one sent, and
+that was sent by threads that a barrier let through after the reading. For the same reason nobody
+may store a number twice: a late copy would be taken for a later step's.
 
 The interpreter has no clusters: there a room is a part of a tensor.
 """
@@ -19,17 +26,8 @@ import triton
 import triton.language as tl
 
 from triton_rnn.kernels.exchange import bits_to_send
-
-
-@triton.jit
-def place_in_room(column, n, BLOCKS: tl.constexpr, BLOCK_K: tl.constexpr):
-    """In bytes, where the number `column` of sequence n of a program's lies in a state.
-
-    BLOCKS of BLOCK_K numbers, 64 bytes each, make up the inner dimension.
-    """
-    block = (n // 8) * BLOCKS + column // BLOCK_K
-    return block * 512 + n % 8 * 64 + column % BLOCK_K * (64 // BLOCK_K)
-
+from triton_rnn.kernels.pieces import load_piece, load_when_written
+from triton_rnn.kernels.product import left_operand, right_operand
 
 if triton.knobs.runtime.interpret:
 
@@ -50,6 +48,27 @@ if triton.knobs.runtime.interpret:
         for k in tl.static_range(len(rooms)):
             ptrs = (rooms[k] + places).to(tl.pointer_type(INTEGERS))
             tl.store(ptrs, bits_to_send(block, DTYPE), mask=mask)
+
+    @triton.jit
+    def room_of(room, rank, to, BYTES: tl.constexpr):
+        return room + (to - rank) * BYTES
+
+    @triton.jit
+    def send(ptrs, block, mask):
+        tl.store(ptrs.to(tl.pointer_type(tl.int32)), bits_to_send(block, tl.float32), mask=mask)
+
+    @triton.jit
+    def lay_out(places, block, DTYPE: tl.constexpr):
+        tl.store(places.to(tl.pointer_type(DTYPE)), block.to(DTYPE))
+
+    @triton.jit
+    def load_laid_out(places, left, PIECES: tl.constexpr, PADDED: tl.constexpr):
+        words = ()
+        for tile in tl.static_range(len(places)):
+            for piece in tl.static_range(PIECES):
+                ptrs = (places[tile] + 512 * piece).to(tl.pointer_type(tl.int32))
+                words = words + load_piece(ptrs, left > piece, 1)
+        return words
 
     @triton.jit
     def leave_cluster(polls):
@@ -150,6 +169,101 @@ else:
         )
 
     @triton.jit
+    def room_of(room, rank, to, BYTES: tl.constexpr):
+        """The room of program number `to` of each element; `rank` is the own number."""
+        return tl.inline_asm_elementwise(
+            """{
+            .reg .b64 here;
+            cvt.u64.u32 here, $1;
+            cvta.shared.u64 here, here;
+            mapa.u64 $0, here, $2;
+            }""",
+            "=l,r,r",
+            (room, to),
+            tl.int64,
+            is_pure=True,
+            pack=1,
+        )
+
+    @triton.jit
+    def send(ptrs, block, mask):
+        """Store numbers of float32 in rooms, each from the one thread that has it."""
+        tl.inline_asm_elementwise(
+            """{
+            .reg .pred inside;
+            setp.ne.u32 inside, $3, 0;
+            @inside st.relaxed.cluster.b32 [$1], $2;
+            mov.b32 $0, 0;
+            }""",
+            "=r,l,r,r",
+            (ptrs, bits_to_send(block, tl.float32), mask.to(tl.int32)),
+            tl.int32,
+            is_pure=False,
+            pack=1,
+        )
+
+    @triton.constexpr_function
+    def _lay_out(bits):
+        """The PTX of `lay_out`."""
+        text = f"st.shared.b{bits} [$1], {'half' if bits == 16 else '$2'}; mov.b32 $0, 0;"
+        if bits == 16:
+            text = f".reg .b16 half, other; mov.b32 {{half, other}}, $2; {text}"
+        return f"{{ {text} }}"
+
+    @triton.jit
+    def lay_out(places, block, DTYPE: tl.constexpr):
+        """Store numbers in the own room, for the own warps."""
+        INTEGERS: tl.constexpr = tl.int16 if DTYPE.primitive_bitwidth == 16 else tl.int32
+        tl.inline_asm_elementwise(
+            _lay_out(DTYPE.primitive_bitwidth),
+            "=r,r,r",
+            (places, block.to(DTYPE).to(INTEGERS, bitcast=True).to(tl.int32)),
+            tl.int32,
+            is_pure=False,
+            pack=1,
+        )
+
+    @triton.constexpr_function
+    def _load_laid_out(tiles, pieces, padded, asked):
+        """The PTX of `load_laid_out`, or the constraints of its operands, or its results' types."""
+        count = 4 * tiles * pieces
+        if asked == "types":
+            return (tl.int32,) * count
+        if asked == "constraints":
+            return ",".join(["=&r"] * count + ["r"] * (tiles + 1))
+        text = ["{", f".reg .pred inside<{pieces}>;", "barrier.sync 0;"]
+        for piece in range(pieces):
+            text += [f"setp.gt.s32 inside{piece}, ${count + tiles}, {piece};"] if padded else []
+        for tile in range(tiles):
+            for piece in range(pieces):
+                first = 4 * (tile * pieces + piece)
+                four = [f"${first + word}" for word in range(4)]
+                text += [f"mov.b32 {word}, 0;" for word in four] if padded else []
+                guard = f"@inside{piece} " if padded else ""
+                place = f"[${count + tile} + {512 * piece}]"
+                text += [f"{guard}ld.shared.v4.b32 {{{', '.join(four)}}}, {place};"]
+        return "\n".join([*text, "}"])
+
+    @triton.jit
+    def load_laid_out(places, left, PIECES: tl.constexpr, PADDED: tl.constexpr):
+        """PIECES of 16 bytes each from places in the own room, when all warps have laid out theirs.
+
+        Where a thread has an element, and only there: all of them wait for each other here.
+
+        Args:
+            places: of tiles of eight sequences; the pieces lie 512 bytes apart.
+            left: with PADDED, how many pieces there are; the others are zero.
+        """
+        return tl.inline_asm_elementwise(
+            _load_laid_out(len(places), PIECES, PADDED, "text"),
+            _load_laid_out(len(places), PIECES, PADDED, "constraints"),
+            places + (left,),
+            _load_laid_out(len(places), PIECES, PADDED, "types"),
+            is_pure=False,
+            pack=1,
+        )
+
+    @triton.jit
     def leave_cluster(polls):
         """Wait for all programs of the cluster: nobody may store where a program has ended."""
         tl.inline_asm_elementwise(
@@ -160,3 +274,149 @@ else:
             is_pure=False,
             pack=1,
         )
+
+
+# Backward -----------------------------------------------------------------------------------------
+#
+# The product's inner dimension are a program's own gradients, gate after gate, its rows all units:
+# sixteen at a time for each of SPLITS warps, and so many rounds of that as it takes. Fragments are
+# those of `product`, but warps differ in the rows, not in the inner numbers.
+
+
+@triton.jit
+def _units(k, SPLITS: tl.constexpr, WIDTH: tl.constexpr, STEP: tl.constexpr):
+    """(SPLITS, WIDTH, 1): units that each warp's rows of round k are, from STEP on."""
+    rows = STEP + tl.arange(0, WIDTH)[None, :, None]
+    return (k * SPLITS + tl.arange(0, SPLITS)[:, None, None]) * 16 + rows
+
+
+@triton.jit
+def weights_of_own(
+    w_hh_ptr,
+    first,
+    H: tl.constexpr,
+    GATES: tl.constexpr,
+    TURN: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    SPLITS: tl.constexpr,
+):
+    """W_hh^T, all rows, for the gradients of a program's units, as left operands of `parts_of_all`.
+
+    TURN: the gate whose gradients come first.
+    """
+    ROUNDS: tl.constexpr = (H + 16 * SPLITS - 1) // (16 * SPLITS)
+    NUM_K: tl.constexpr = (GATES * BLOCK_H + BLOCK_K - 1) // BLOCK_K
+    weights = ()
+    for k in tl.static_range(ROUNDS):
+        for block in tl.static_range(NUM_K):
+            column = block * BLOCK_K + (tl.arange(0, 4) * (BLOCK_K // 4))[None, None, :]
+            own = first + column % BLOCK_H
+            row = (column // BLOCK_H + TURN) % GATES * H + own
+            words = ()
+            for half in tl.static_range(2):
+                unit = _units(k, SPLITS, 8, 8 * half)
+                mask = (unit < H) & (own < H) & (column < GATES * BLOCK_H)
+                words = words + load_piece(w_hh_ptr + row * H + unit, mask, H)
+            weights = weights + (left_operand(words, 0, 4, 2, w_hh_ptr.dtype.element_ty),)
+    return weights
+
+
+@triton.jit
+def parts_of_all(
+    weights,
+    places,
+    DTYPE: tl.constexpr,
+    GATES: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    SPLITS: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """The products (SPLITS, 16, 8 * tiles) of each round with what was laid out.
+
+    Args:
+        weights: of `weights_of_own`. places: where each tile of eight sequences is laid out.
+    """
+    NUM_K: tl.constexpr = (GATES * BLOCK_H + BLOCK_K - 1) // BLOCK_K
+    TILES: tl.constexpr = len(places)
+    column = (tl.arange(0, 4) * (BLOCK_K // 4))[None, None, :] + 0 * tl.arange(0, SPLITS)[
+        :, None, None
+    ]
+    left = (GATES * BLOCK_H - column + BLOCK_K - 1) // BLOCK_K
+    ptrs = ()
+    for tile in tl.static_range(TILES):
+        row = tl.arange(0, 8)[None, :, None]
+        ptrs = ptrs + (places[tile] + (row * 64 + column * (64 // BLOCK_K)),)
+    words = load_laid_out(ptrs, left, NUM_K, GATES * BLOCK_H % BLOCK_K > 0)
+    products = ()
+    for k in tl.static_range(len(weights) // NUM_K):
+        product = tl.zeros((SPLITS, 16, 8 * TILES), tl.float32)
+        for block in tl.static_range(NUM_K):
+            right = right_operand(words, 4 * block, 4 * NUM_K, TILES, DTYPE)
+            product = tl.dot(weights[k * NUM_K + block], right, product, input_precision=PRECISION)
+        products = products + (product,)
+    return products
+
+
+@triton.jit
+def rooms_of_rows(
+    room,
+    rank,
+    H: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    SPLITS: tl.constexpr,
+    BYTES: tl.constexpr,
+):
+    """Of each round where the parts of its units belong: (SPLITS, 16, 1) places in their rooms."""
+    ROUNDS: tl.constexpr = (H + 16 * SPLITS - 1) // (16 * SPLITS)
+    rooms = ()
+    for k in tl.static_range(ROUNDS):
+        unit = _units(k, SPLITS, 16, 0)
+        to = tl.minimum(unit, H - 1) // BLOCK_H
+        own = rank * (4 * BLOCK_N * BLOCK_H) + unit % BLOCK_H * 4
+        rooms = rooms + (room_of(room, rank, to, BYTES) + own,)
+    return rooms
+
+
+@triton.jit
+def send_parts(
+    products,
+    rooms,
+    here,
+    wanted,
+    H: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+    SPLITS: tl.constexpr,
+):
+    """Send each unit's part, `here` bytes into the rooms of `rooms_of_rows`, if it is wanted."""
+    for k in tl.static_range(len(products)):
+        n = tl.arange(0, products[k].shape[2])[None, None, :]
+        mask = (_units(k, SPLITS, 16, 0) < H) & wanted & (n >= 0)
+        send(rooms[k] + (here + n * (4 * BLOCK_H)), products[k], mask)
+
+
+@triton.jit
+def sum_of_parts(
+    room,
+    n,
+    own,
+    polls,
+    error_ptr,
+    step,
+    COUNT: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """What COUNT programs have sent for units `own` and sequences n of a program, added up."""
+    places = room + (n * (4 * BLOCK_H) + own * 4)
+    looks = polls + 0 * (n + own)
+    words = load_when_written(
+        (places,), (looks,), looks, error_ptr, step, COUNT, False, 32, True,
+        4 * BLOCK_N * BLOCK_H, 1,
+    )  # fmt: skip
+    total = words[0].to(tl.float32, bitcast=True)
+    for k in tl.static_range(1, COUNT):
+        total += words[k].to(tl.float32, bitcast=True)
+    return total

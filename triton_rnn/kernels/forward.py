@@ -16,13 +16,12 @@ import triton.language as tl
 from triton_rnn.kernels.cluster import (
     enter_cluster,
     leave_cluster,
-    place_in_room,
     rooms_of_all,
     send_to_all,
 )
 from triton_rnn.kernels.exchange import arrive, send, wait_for_arrivals
 from triton_rnn.kernels.metadata import forward_metadata
-from triton_rnn.kernels.pieces import load_piece
+from triton_rnn.kernels.pieces import load_piece, place_in_room
 from triton_rnn.kernels.product import (
     exchanged_product,
     held_product,

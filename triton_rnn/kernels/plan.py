@@ -410,26 +410,51 @@ def _clusters(shape: Shape, chip: Chip) -> Iterator[Plan]:
         # A number that two threads have would be sent twice.
         if not 2 <= units <= _CLUSTER or block_h * block_n < 32 * warps:
             continue
-        together = _together(shape, chip, block_h, block_n, warps, 0)
         block_k = 64 // shape.itemsize
-        blocks = _ceil(shape.inner, warps * block_k)
+        if shape.kernel == "forward":
+            blocks = _ceil(shape.inner, warps * block_k)
+            weights = blocks * _block_bytes(shape, block_h, warps)
+            together = _together(shape, chip, block_h, block_n, warps, 0)
+        else:
+            blocks = _ceil(shape.products * block_h, block_k)
+            weights = blocks * _rounds(shape, warps) * warps * 1024
+            together = _fits_cluster_backward(shape, units, blocks, block_h, block_n, warps)
         side_by_side = chip.multiprocessors // _NEIGHBOURS * (_NEIGHBOURS // units)
         slots = min(_ceil(shape.batch, block_n), max(1, side_by_side // shape.directions))
         found = Plan(
-            shape.kernel, "cluster", "cluster", block_h, block_n, block_k, warps, together, warps,
-            units, slots, shape.directions, blocks * _block_bytes(shape, block_h, warps), 0.0,
-            shape.products,
+            shape.kernel, "cluster", "cluster", block_h, block_n, block_k, warps, int(together),
+            warps, units, slots, shape.directions, weights, 0.0, shape.products,
         )  # fmt: skip
-        parts = 4 * warps * rows_of(shape, block_h) * block_n
+        parts = 4 * warps * rows_of(shape, block_h) * block_n if shape.kernel == "forward" else 0
         if together and room_bytes(shape, found) + parts + 1024 <= _PLAIN_SHARED:
             step = _step_us(_CLUSTER_US, cluster_counts(shape, found))
             yield replace(found, floor_us=turns_of(shape, found) * step)
 
 
+def _rounds(shape: Shape, warps: int) -> int:
+    """How often each warp of a cluster's backward multiplies sixteen rows, of all units."""
+    return _ceil(shape.hidden_size, 16 * warps)
+
+
+def _fits_cluster_backward(
+    shape: Shape, units: int, blocks: int, block_h: int, block_n: int, warps: int
+) -> bool:
+    """Whether its numbers stay in registers; blocks: of the inner dimension."""
+    elements, rounds = block_h * block_n // (32 * warps), _rounds(shape, warps)
+    # Of W_hh, of what is multiplied with it, of the results, where these go.
+    needed: float = 8 * blocks * rounds + blocks * block_n // 2 + block_n // 2 * rounds + 4 * rounds
+    # What is added up, and a step's own numbers.
+    needed += units * elements + 1.5 * shape.numbers * elements
+    return elements <= 4 and needed <= _HELD_REGISTERS
+
+
 def room_bytes(shape: Shape, found: Plan) -> int:
-    """Bytes for what a program of a cluster is sent: two states, in whole blocks."""
-    blocks = _ceil(shape.inner, found.splits * found.block_k) * found.splits
-    return 2 * blocks * found.block_n * 64
+    """Bytes for what a program of a cluster is sent, by two steps, and lays out for its warps."""
+    parts = found.splits * found.block_k
+    if shape.kernel == "forward":
+        return 2 * _ceil(shape.inner, parts) * found.splits * found.block_n * 64
+    own = _ceil(shape.products * found.block_h, found.block_k) * found.block_n * 64
+    return 2 * (own + 4 * found.cluster * found.block_h * found.block_n)
 
 
 def _block_bytes(shape: Shape, block_h: int, warps: int) -> int:
@@ -492,7 +517,16 @@ def held_counts(shape: Shape, found: Plan) -> tuple[float, ...]:
 
 def cluster_counts(shape: Shape, found: Plan) -> tuple[float, ...]:
     """What a step of a cluster's plan takes, in the units of `_CLUSTER_US`."""
-    _, sent, _, _, products, shared, _ = held_counts(shape, found)
+    if shape.kernel == "forward":
+        _, sent, _, _, products, shared, _ = held_counts(shape, found)
+    else:
+        sent = 4 * found.cluster * found.block_h * found.block_n / 1e3
+        blocks = _ceil(shape.products * found.block_h, found.block_k)
+        rounds = _rounds(shape, found.warps)
+        products = rounds * blocks * 2 * found.block_n // 8 * found.warps // 4
+        products *= shape.itemsize // 2
+        # What is added up, and what all warps read of what one has laid out.
+        shared = sent + found.warps * blocks * found.block_n * 64 / 1e3
     return 1.0, sent, products * _HELD_US[4] + shared * _HELD_US[5]
 
 

@@ -8,8 +8,7 @@ a block's number runs through all parts at once.
 import triton
 import triton.language as tl
 
-from triton_rnn.kernels.cluster import place_in_room
-from triton_rnn.kernels.pieces import load_when_written
+from triton_rnn.kernels.pieces import load_when_written, place_in_room
 from triton_rnn.kernels.steps import joined
 
 
@@ -316,6 +315,8 @@ def held_product(
             PADDED,
             dtype.primitive_bitwidth,
             NEAR,
+            512 if NEAR else 64,
+            4,
         )
         for k in tl.static_range(min(TOGETHER, NUM_K - group)):
             block = right_operand(words, 4 * k, 4 * min(TOGETHER, NUM_K - group), TILES, dtype)
