@@ -81,6 +81,16 @@ def load_with(change):
     return load_when_written
 
 
+def wait_with(change):
+    """Both kernels of a cluster, waiting for other numbers."""
+    original = cluster.sum_when_sent
+
+    def sum_when_sent(places, polls, *args):
+        return original(places, change(polls), *args)
+
+    return {"load_when_written": load_with(change), "sum_when_sent": sum_when_sent}
+
+
 def none_of_them(polls):
     return polls * 0
 
@@ -88,7 +98,7 @@ def none_of_them(polls):
 def half_of_them(polls):
     """Of every four threads of a row the first two: a part of it is another program's too."""
     if len(polls.shape) == 2:
-        # Of sums of what was sent, by units.
+        # Of sums of what was sent: by sequences and units.
         return tl.where(tl.arange(0, polls.shape[1])[None, :] % 4 < 2, polls, 0)
     quarter = tl.arange(0, 4)[None, None, :]
     return tl.where(quarter < 2, polls, 0)
@@ -143,10 +153,10 @@ BREAKAGES = {
     ("flag", "a wait for half a block"): lambda: {"load_when_written": load_with(half_of_them)},
     ("flag", "no store"): lambda: {"send": never},
     ("cluster", "nothing"): dict,
-    ("cluster", "no wait"): lambda: {"load_when_written": load_with(none_of_them)},
-    ("cluster", "a wait for half a block"): lambda: {"load_when_written": load_with(half_of_them)},
+    ("cluster", "no wait"): lambda: wait_with(none_of_them),
+    ("cluster", "a wait for half a block"): lambda: wait_with(half_of_them),
     ("cluster", "no store"): lambda: {"send_to_all": never, "send_parts": never},
-    ("cluster", "what was read stays"): lambda: {"_unwrite": never},
+    ("cluster", "what was read stays"): lambda: {"unwrite": never},
 }
 
 

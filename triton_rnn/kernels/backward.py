@@ -19,8 +19,9 @@ from triton_rnn.kernels.cluster import (
     parts_of_all,
     rooms_of_rows,
     send_parts,
-    sum_of_parts,
+    sum_when_sent,
     weights_of_own,
+    when_laid_out,
 )
 from triton_rnn.kernels.exchange import arrive, send, wait_for_arrivals
 from triton_rnn.kernels.metadata import backward_metadata
@@ -385,17 +386,15 @@ def recurrence_backward(
                 for k in tl.static_range(len(weights)):
                     dh = tl.dot(weights[k], sent[k], dh, input_precision=PRECISION)
             elif NEAR:
-                came = sum_of_parts(
-                    room + here,
-                    columns - tile * BLOCK_N,
-                    rows - first,
+                own_place = (columns - tile * BLOCK_N) * (4 * BLOCK_H) + (rows - first) * 4
+                came = sum_when_sent(
+                    room + here + own_place,
                     # Nobody sends anything for the first step, or for units that there are not.
-                    tl.where((rows < H) & (s > begin), polls, 0),
+                    tl.where((rows < H) & (s > begin), polls, 0) + 0 * own_place,
                     error_ptr,
                     s + 1,
                     NUM_H,
-                    BLOCK_H,
-                    BLOCK_N,
+                    4 * BLOCK_H * BLOCK_N,
                 )
                 dh += tl.where((rows < H) & (columns < after_active), came, 0.0)
             elif EXCHANGE == "flag":
@@ -494,8 +493,9 @@ def recurrence_backward(
                     )
                     # Out of a sequence's steps nothing flows on.
                     lay_out(laid_out + place, tl.where(now, blocks[g], 0.0), dtype)
+                first_place = when_laid_out(laid_out)
                 for block in tl.static_range(BLOCK_N // 8):
-                    places = places + (laid_out + block * (BLOCKS * 512),)
+                    places = places + (first_place + block * (BLOCKS * 512),)
                 products = parts_of_all(
                     weights, places, dtype, GATES, BLOCK_H, BLOCK_K, SPLITS, PRECISION
                 )

@@ -26,7 +26,7 @@ import triton
 import triton.language as tl
 
 from triton_rnn.kernels.exchange import bits_to_send
-from triton_rnn.kernels.pieces import load_piece, load_when_written
+from triton_rnn.kernels.pieces import load_piece, unwrite
 from triton_rnn.kernels.product import left_operand, right_operand
 
 if triton.knobs.runtime.interpret:
@@ -62,6 +62,10 @@ if triton.knobs.runtime.interpret:
         tl.store(places.to(tl.pointer_type(DTYPE)), block.to(DTYPE))
 
     @triton.jit
+    def when_laid_out(place):
+        return place
+
+    @triton.jit
     def load_laid_out(places, left, PIECES: tl.constexpr, PADDED: tl.constexpr):
         words = ()
         for tile in tl.static_range(len(places)):
@@ -69,6 +73,29 @@ if triton.knobs.runtime.interpret:
                 ptrs = (places[tile] + 512 * piece).to(tl.pointer_type(tl.int32))
                 words = words + load_piece(ptrs, left > piece, 1)
         return words
+
+    @triton.jit
+    def sum_when_sent(places, polls, error_ptr, step, COUNT: tl.constexpr, STRIDE: tl.constexpr):
+        ptrs = places.to(tl.pointer_type(tl.int32))
+        failed = tl.load(error_ptr) != 0
+        looks = 0
+        missing = polls
+        total = tl.zeros(places.shape, tl.float32)
+        while tl.max(missing) > looks:
+            missing = 0 * polls
+            total = tl.zeros(places.shape, tl.float32)
+            for k in tl.static_range(COUNT):
+                word = tl.load(ptrs + STRIDE // 4 * k, volatile=True)
+                missing = tl.where(word == -1, polls, missing)
+                total += word.to(tl.float32, bitcast=True)
+            looks += 1
+            if failed:
+                looks = tl.max(polls)
+        if (tl.max(missing) > 0) & (failed == 0):
+            tl.store(error_ptr, step)
+        for k in tl.static_range(COUNT):
+            unwrite(ptrs + STRIDE // 4 * k, polls >= 0)
+        return total
 
     @triton.jit
     def leave_cluster(polls):
@@ -223,6 +250,13 @@ else:
             pack=1,
         )
 
+    @triton.jit
+    def when_laid_out(place):
+        """A place, when all warps have laid out what they had to."""
+        return tl.inline_asm_elementwise(
+            "bar.sync 0; mov.b32 $0, $1;", "=r,r", (place,), tl.int32, is_pure=False, pack=1
+        )
+
     @triton.constexpr_function
     def _load_laid_out(tiles, pieces, padded, asked):
         """The PTX of `load_laid_out`, or the constraints of its operands, or its results' types."""
@@ -231,7 +265,7 @@ else:
             return (tl.int32,) * count
         if asked == "constraints":
             return ",".join(["=&r"] * count + ["r"] * (tiles + 1))
-        text = ["{", f".reg .pred inside<{pieces}>;", "barrier.sync 0;"]
+        text = ["{", f".reg .pred inside<{pieces}>;"]
         for piece in range(pieces):
             text += [f"setp.gt.s32 inside{piece}, ${count + tiles}, {piece};"] if padded else []
         for tile in range(tiles):
@@ -246,20 +280,85 @@ else:
 
     @triton.jit
     def load_laid_out(places, left, PIECES: tl.constexpr, PADDED: tl.constexpr):
-        """PIECES of 16 bytes each from places in the own room, when all warps have laid out theirs.
-
-        Where a thread has an element, and only there: all of them wait for each other here.
+        """PIECES of 16 bytes each from places in the own room, which warps have laid out.
 
         Args:
             places: of tiles of eight sequences; the pieces lie 512 bytes apart.
             left: with PADDED, how many pieces there are; the others are zero.
         """
+        # Pure, as `pieces.load_when_written`: it stays behind what its places come from.
         return tl.inline_asm_elementwise(
             _load_laid_out(len(places), PIECES, PADDED, "text"),
             _load_laid_out(len(places), PIECES, PADDED, "constraints"),
             places + (left,),
             _load_laid_out(len(places), PIECES, PADDED, "types"),
-            is_pure=False,
+            is_pure=True,
+            pack=1,
+        )
+
+    @triton.constexpr_function
+    def _sum(count, stride):
+        """The PTX of `sum_when_sent`: the sum $0, place $1, polls $2, error_ptr $3, step $4."""
+        text = [
+            "{",
+            ".reg .pred missing, again;",
+            f".reg .b32 looks, rest, word<{count}>, none;",
+            f".reg .f32 sum<{count}>;",
+            ".reg .b64 failed;",
+            "mov.u32 looks, 0;",
+            "LOOK:",
+        ]
+        text += [
+            f"ld.relaxed.cluster.shared::cta.b32 word{k}, [$1 + {stride * k}];"
+            for k in range(count)
+        ]
+        text += [f"mov.b32 sum{k}, word{k};" for k in range(count)]
+        # By pairs, always the same ones.
+        step = 1
+        while step < count:
+            pairs = range(0, count - step, 2 * step)
+            text += [f"add.f32 sum{k}, sum{k}, sum{k + step};" for k in pairs]
+            step *= 2
+        # What is not written is a NaN: if the sum is none, all is there.
+        text += [
+            "mov.b32 $0, sum0;",
+            "testp.number.f32 again, sum0;",
+            "@again bra DONE;",
+            "setp.eq.u32 again, $2, 0;",
+            "@again bra DONE;",
+            "setp.eq.u32 missing, word0, 0xFFFFFFFF;",
+        ]
+        text += [f"setp.eq.or.u32 missing, word{k}, 0xFFFFFFFF, missing;" for k in range(1, count)]
+        text += [
+            "@!missing bra DONE;",
+            "add.u32 looks, looks, 1;",
+            "and.b32 rest, looks, 1023;",
+            "setp.ne.u32 again, rest, 0;",
+            "@again bra LOOK;",
+            "ld.relaxed.sys.global.b64 failed, [$3];",
+            "setp.ne.s64 again, failed, 0;",
+            "@again bra DONE;",
+            "setp.lt.u32 again, looks, $2;",
+            "@again bra LOOK;",
+            "st.relaxed.sys.global.b64 [$3], $4;",
+            "DONE:",
+            "mov.b32 none, -1;",
+        ]
+        text += [f"st.shared.b32 [$1 + {stride * k}], none;" for k in range(count)]
+        return "\n".join([*text, "}"])
+
+    @triton.jit
+    def sum_when_sent(places, polls, error_ptr, step, COUNT: tl.constexpr, STRIDE: tl.constexpr):
+        """Sums of COUNT numbers STRIDE bytes apart in the own room, when they have been sent.
+
+        They are unwritten then. Arguments as of `pieces.load_when_written`.
+        """
+        return tl.inline_asm_elementwise(
+            _sum(COUNT, STRIDE),
+            "=&f,r,r,l,l",
+            (places, polls, error_ptr, step.to(tl.int64)),
+            tl.float32,
+            is_pure=True,
             pack=1,
         )
 
@@ -395,28 +494,3 @@ def send_parts(
         n = tl.arange(0, products[k].shape[2])[None, None, :]
         mask = (_units(k, SPLITS, 16, 0) < H) & wanted & (n >= 0)
         send(rooms[k] + (here + n * (4 * BLOCK_H)), products[k], mask)
-
-
-@triton.jit
-def sum_of_parts(
-    room,
-    n,
-    own,
-    polls,
-    error_ptr,
-    step,
-    COUNT: tl.constexpr,
-    BLOCK_H: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-):
-    """What COUNT programs have sent for units `own` and sequences n of a program, added up."""
-    places = room + (n * (4 * BLOCK_H) + own * 4)
-    looks = polls + 0 * (n + own)
-    words = load_when_written(
-        (places,), (looks,), looks, error_ptr, step, COUNT, False, 32, True,
-        4 * BLOCK_N * BLOCK_H, 1,
-    )  # fmt: skip
-    total = words[0].to(tl.float32, bitcast=True)
-    for k in tl.static_range(1, COUNT):
-        total += words[k].to(tl.float32, bitcast=True)
-    return total

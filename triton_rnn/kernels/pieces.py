@@ -23,22 +23,24 @@ def place_in_room(column, n, BLOCKS: tl.constexpr, BLOCK_K: tl.constexpr):
     return block * 512 + n % 8 * 64 + column % BLOCK_K * (64 // BLOCK_K)
 
 
+@triton.jit
+def unwrite(ptrs, inside):
+    """Mark words as not written yet; where there is PTX, that which reads them does it."""
+    tl.store(ptrs, -1, mask=inside)
+
+
 @triton.constexpr_function
 def _types(count):
     return (tl.int32,) * count
 
 
 @triton.constexpr_function
-def _vector(names):
-    """How PTX speaks of several registers, or of one: behind the instruction, and as operand."""
-    return ("", names[0]) if len(names) == 1 else (f".v{len(names)}", f"{{{', '.join(names)}}}")
-
-
-@triton.constexpr_function
-def _look(tiles, pieces, padded, bits, near, stride, width, asked):
+def _look(tiles, pieces, padded, bits, near, asked):
     """The PTX of `load_when_written` ("text"), or the constraints of its operands."""
-    load = "ld.relaxed.cluster.shared::cta" if near else "ld.relaxed.gpu.global"
-    words = width * pieces
+    load, stride = "ld.relaxed.gpu.global", 64
+    if near:
+        load, stride = "ld.relaxed.cluster.shared::cta", 512
+    words = 4 * pieces
     count = tiles * words
     ptr = [f"${count + i}" for i in range(tiles)]
     polls = [f"${count + tiles + i}" for i in range(tiles)]
@@ -62,11 +64,11 @@ def _look(tiles, pieces, padded, bits, near, stride, width, asked):
     text += ["LOOK:"]
     for tile in range(tiles):
         for piece in range(pieces):
-            first = tile * words + width * piece
-            into = _vector([f"${first + word}" for word in range(width)])
+            first = tile * words + 4 * piece
+            into = ", ".join(f"${first + word}" for word in range(4))
             guard = f"@inside{piece} " if padded else ""
             place = f"[{ptr[tile]} + {stride * piece}]"
-            text += [f"{guard}{load}{into[0]}.b32 {into[1]}, {place};"]
+            text += [f"{guard}{load}.v4.b32 {{{into}}}, {place};"]
     # A number and its distance from one below the pattern both have the highest bit set only if it
     # is the pattern (or, of two in a word, the upper one's, if the lower is: then one is found).
     below, highest = ("0xFFFEFFFE", "0x80008000") if bits == 16 else ("0xFFFFFFFE", "0x80000000")
@@ -100,13 +102,12 @@ def _look(tiles, pieces, padded, bits, near, stride, width, asked):
         "DONE:",
     ]
     if near:
-        none = _vector(["none"] * width)
         text += [".reg .b32 none;", "mov.b32 none, -1;"]
         for tile in range(tiles):
             for piece in range(pieces):
                 guard = f"@inside{piece} " if padded else ""
                 place = f"[{ptr[tile]} + {stride * piece}]"
-                text += [f"{guard}st.shared{none[0]}.b32 {place}, {none[1]};"]
+                text += [f"{guard}st.shared.v4.b32 {place}, {{none, none, none, none}};"]
     return "\n".join([*text, "}"])
 
 
@@ -123,9 +124,9 @@ if triton.knobs.runtime.interpret:
         PADDED: tl.constexpr,
         BITS: tl.constexpr,
         NEAR: tl.constexpr,
-        STRIDE: tl.constexpr,
-        WIDTH: tl.constexpr,
     ):
+        STRIDE: tl.constexpr = 128 if NEAR else 16
+        word = tl.arange(0, 4)[None, None, None, :]
         failed = tl.load(error_ptr) != 0
         words = ()
         looks = 0
@@ -136,58 +137,37 @@ if triton.knobs.runtime.interpret:
             unwritten = 0
             again = 0
             for tile in tl.static_range(len(ptrs)):
-                first = _words(ptrs[tile], WIDTH)
+                first = ptrs[tile].to(tl.pointer_type(tl.int32))[:, :, :, None] + word
                 for piece in tl.static_range(PIECES):
-                    inside = _each(left > piece, WIDTH)
-                    ptr = first + STRIDE // 4 * piece
-                    four = tl.load(ptr, mask=inside, other=0, volatile=True)
+                    inside = (left > piece)[:, :, :, None]
+                    four = tl.load(first + STRIDE * piece, mask=inside, other=0, volatile=True)
                     empty = four == -1
                     if BITS == 16:
                         empty = ((four & 0xFFFF) == 0xFFFF) | ((four >> 16) == -1)
                     # A thread's wait is its own; here all wait for the one that looks longest.
-                    waited = tl.max(empty.to(tl.int32) * _each(polls[tile], WIDTH))
+                    waited = tl.max(empty.to(tl.int32) * polls[tile][:, :, :, None])
                     unwritten += (waited > 0).to(tl.int32)
                     again += (waited > looks).to(tl.int32)
-                    words = words + _apart(four, WIDTH)
+                    words = words + _apart(four)
             looks += 1
             again = tl.where(failed, 0, again)
         if (unwritten > 0) & (failed == 0):
             tl.store(error_ptr, step)
         if NEAR:
             for tile in tl.static_range(len(ptrs)):
-                first = _words(ptrs[tile], WIDTH)
+                first = ptrs[tile].to(tl.pointer_type(tl.int32))[:, :, :, None] + word
                 for piece in tl.static_range(PIECES):
-                    _unwrite(first + STRIDE // 4 * piece, _each(left > piece, WIDTH))
+                    unwrite(first + STRIDE * piece, (left > piece)[:, :, :, None])
         return words
 
     @triton.jit
-    def _words(ptrs, WIDTH: tl.constexpr):
-        """Where the words of pieces are: one, or WIDTH of them in one dimension more."""
-        first = ptrs.to(tl.pointer_type(tl.int32))
-        if WIDTH > 1:
-            first = first[:, :, :, None] + tl.arange(0, WIDTH)[None, None, None, :]
-        return first
-
-    @triton.jit
-    def _each(block, WIDTH: tl.constexpr):
-        return block if WIDTH == 1 else block[:, :, :, None]
-
-    @triton.jit
-    def _unwrite(ptrs, inside):
-        tl.store(ptrs, -1, mask=inside)
-
-    @triton.jit
-    def _apart(four, WIDTH: tl.constexpr):
-        """The words of pieces (..., 4), or of one."""
-        if WIDTH == 1:
-            words = (four,)
-        else:
-            pairs = tl.reshape(four, (four.shape[0], four.shape[1], four.shape[2], 2, 2))
-            even, odd = tl.split(pairs)
-            first, third = tl.split(even)
-            second, fourth = tl.split(odd)
-            words = (first, second, third, fourth)  # type: ignore[assignment]
-        return words
+    def _apart(four):
+        """The words of pieces (..., 4)."""
+        pairs = tl.reshape(four, (four.shape[0], four.shape[1], four.shape[2], 2, 2))
+        even, odd = tl.split(pairs)
+        first, third = tl.split(even)
+        second, fourth = tl.split(odd)
+        return (first, second, third, fourth)
 
     @triton.jit
     def load_piece(ptrs, mask, STRIDE: tl.constexpr):
@@ -225,10 +205,8 @@ else:
         PADDED: tl.constexpr,
         BITS: tl.constexpr,
         NEAR: tl.constexpr,
-        STRIDE: tl.constexpr,
-        WIDTH: tl.constexpr,
     ):
-        """PIECES of each of some pointer tensors, when others have written them: WIDTH words each.
+        """PIECES of each of some pointer tensors, when others have written them: 4 words each.
 
         Words of a tensor after each other. Loads pass by the L1 cache, which nobody keeps coherent.
 
@@ -239,7 +217,6 @@ else:
             error_ptr: where `step` is noted when a wait runs out.
             BITS: of a number.
             NEAR: `ptrs` are places in a room of `cluster`, which are made unwritten again.
-            STRIDE: from piece to piece in bytes. WIDTH: 4 or 1.
         """
         TILES: tl.constexpr = len(ptrs)
         if not NEAR:
@@ -248,10 +225,10 @@ else:
         # To Triton it is pure, though it is not: else some versions leave copies of it behind where
         # they try layouts. It is not moved, for its operands are of the step, nor left out.
         return tl.inline_asm_elementwise(
-            _look(TILES, PIECES, PADDED, BITS, NEAR, STRIDE, WIDTH, "text"),
-            _look(TILES, PIECES, PADDED, BITS, NEAR, STRIDE, WIDTH, "constraints"),
+            _look(TILES, PIECES, PADDED, BITS, NEAR, "text"),
+            _look(TILES, PIECES, PADDED, BITS, NEAR, "constraints"),
             ptrs + polls + (left, error_ptr, step.to(tl.int64)),
-            _types(WIDTH * TILES * PIECES),
+            _types(4 * TILES * PIECES),
             is_pure=True,
             pack=1,
         )

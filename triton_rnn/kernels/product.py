@@ -315,8 +315,6 @@ def held_product(
             PADDED,
             dtype.primitive_bitwidth,
             NEAR,
-            512 if NEAR else 64,
-            4,
         )
         for k in tl.static_range(min(TOGETHER, NUM_K - group)):
             block = right_operand(words, 4 * k, 4 * min(TOGETHER, NUM_K - group), TILES, dtype)
