@@ -353,6 +353,8 @@ def _of_a_cluster(
     count = ptx.count(f"ld.relaxed.cluster.shared::cta.{word}")
     if count != read:
         problems.append(f"{count} numbers read for {read}")
+    if not loop.get("barrier"):
+        problems.append("nothing between what a step reads and what it sends")
     # Shared memory that Triton does not know of.
     rooms = re.findall(r"\.shared \.align 16 \.b8 room\[(\d+)\]", ptx)
     if len(rooms) != 1 or int(rooms[0]) + binary.metadata.shared > 48 * 1024:

@@ -127,9 +127,20 @@ def test_a_clusters_programs_hold_all_units_and_send_each_number_once(name, kern
 
 
 def test_clusters_are_only_for_who_asks_until_they_are_measured():
+    chip = CHIPS["H200"]
+    asked = replace(chip, clusters=True)
+    clusters = 0
     for kernel in ("forward", "backward"):
         for shape in shapes(kernel):
-            assert plan(shape, CHIPS["H200"]).cluster == 1
+            usual = plan(shape, chip)
+            assert usual.cluster == 1
+            # By the model the best of all, and a size of its own for each kernel.
+            found = plan(shape, asked)
+            clusters += found.cluster > 1
+            assert found == (usual if found.cluster == 1 else plan(shape, chip, "cluster"))
+            assert found.floor_us <= usual.floor_us
+            assert plan(shape, asked, "resident") == plan(shape, chip, "resident")
+    assert clusters > 10
 
 
 @pytest.mark.parametrize("kernel", ["forward", "backward"])

@@ -14,7 +14,7 @@ Variants:
 - cooperative: W_hh is spread over the programs and stays on the chip; they exchange the state at
   every step.
 - cluster: as cooperative, by few programs that run next to each other and hand the state round in
-  their shared memory. Only where asked for by name: no GPU has run it yet.
+  their shared memory. Only where asked for (`Chip.clusters`): no GPU has run it yet.
 - streaming: as cooperative, but W_hh is too large for the chip: every step reads it from L2. Only
   where none of the above fits.
 - stepwise: a launch per step. For devices without cooperative launch, and the interpreter.
@@ -81,6 +81,7 @@ class Chip:
         matrix_mflops: dense 16-bit arithmetic of one multiprocessor in 1e6 operations per
             microsecond.
         cooperative: whether the device can guarantee that all programs of a launch run at once.
+        clusters: whether plans of clusters are looked at without being asked for by name.
         narrow_apart: whether even products of eight columns are made in a memory of their own
             (data-centre Blackwell, by Triton 3.8 and later).
     """
@@ -92,6 +93,7 @@ class Chip:
     shared_memory: int
     matrix_mflops: float
     cooperative: bool = True
+    clusters: bool = False
     narrow_apart: bool = False
 
     @property
@@ -692,7 +694,10 @@ def plan(shape: Shape, chip: Chip, variant: str | None = None) -> Plan | None:
     """The fastest plan by the model; None if no variant, or not the one named, fits the chip."""
     if chip == INTERPRETER:
         return _interpreted(shape, variant)
-    for names in ((variant,),) if variant else _CLASSES:
+    classes = ((variant,),) if variant else _CLASSES
+    if chip.clusters and variant is None:
+        classes = ((*classes[0], "cluster"), *classes[1:])
+    for names in classes:
         found = itertools.chain.from_iterable(_plans(shape, chip, name) for name in names)
         best = min(found, key=_time, default=None)
         if best is not None:

@@ -59,6 +59,7 @@ def chip_of(device: torch.device) -> Chip:
         properties.multi_processor_count,
         limits["max_shared_mem"],
         known[0].matrix_mflops if known else CHIPS["A100"].matrix_mflops,
+        clusters=os.environ.get("TRITON_RNN_CLUSTERS") == "1",
         narrow_apart=properties.major == 10 and not hip and version >= (3, 8),
     )
 
