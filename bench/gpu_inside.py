@@ -171,9 +171,9 @@ def request_of(point: TuningPoint, device: torch.device) -> Request:
 def candidates(point: TuningPoint, device: torch.device) -> list[Plan]:
     """The planner's choice first, then what is worth a try beside it.
 
-    Clusters of programs, the other exchange, more or less of W_hh in registers, other warps, and of
-    all that the planner looks at by turns the nearest to its choice and the one with the lowest
-    floor.
+    Clusters of programs, two programs on a multiprocessor, the other exchange, more or less of W_hh
+    in registers, other warps, and of all that the planner looks at by turns the nearest to its
+    choice and the one with the lowest floor.
     """
     from triton_rnn.backends.triton import launch
 
@@ -187,6 +187,7 @@ def candidates(point: TuningPoint, device: torch.device) -> list[Plan]:
     found = [chosen]
     clusters = [plan for plan in plans if plan.variant == "cluster"]
     found += sorted(clusters, key=lambda plan: plan.floor_us)[:2]
+    found += _two_at_a_time(plans, point.batch)
     if chosen.variant == "cooperative":
         exchange = "barrier" if chosen.exchange == "flag" else "flag"
         found += [plan for plan in [best_exchanging(request, point.kernel, exchange)] if plan]
@@ -206,6 +207,18 @@ def candidates(point: TuningPoint, device: torch.device) -> list[Plan]:
     for plan in found:
         distinct.setdefault(_launch_of(plan), plan)
     return list(distinct.values())[:CANDIDATES]
+
+
+def _two_at_a_time(plans: Sequence[Plan], batch: int) -> list[Plan]:
+    """The best plan of four warps that takes blocks of the batch by turns, with twice the programs.
+
+    Two such programs fit a multiprocessor: while one waits for the others, the other has work.
+    """
+    for plan in sorted(plans, key=lambda plan: plan.floor_us):
+        tiles = -(-batch // plan.block_n)
+        if plan.exchange == "flag" and plan.warps == 4 and tiles > plan.slots:
+            return [dataclasses.replace(plan, slots=min(tiles, 2 * plan.slots))]
+    return []
 
 
 def _launch_of(plan: Plan) -> Plan:

@@ -15,6 +15,7 @@ import triton.language as tl
 from triton_rnn.kernels.cluster import (
     enter_cluster,
     lay_out,
+    lay_zeros,
     leave_cluster,
     parts_of_all,
     rooms_of_rows,
@@ -358,6 +359,11 @@ def recurrence_backward(
             sent = on_top(nothing, 0, IN_REGISTERS, TOGETHER)
             sent = sent + on_top(nothing, IN_REGISTERS, GATES - IN_REGISTERS, TOGETHER)
 
+        if NEAR:
+            # For the first step, nor does anybody: zeros came, so that it is one as all others.
+            own_place = (columns - tile * BLOCK_N) * (4 * BLOCK_H) + (rows - first) * 4
+            lay_zeros(room + here + own_place, NUM_H, 4 * BLOCK_H * BLOCK_N)
+
         for s in range(begin, end):
             t += ahead
             next_before_active, next_before_row = step_rows(
@@ -386,15 +392,10 @@ def recurrence_backward(
                 for k in tl.static_range(len(weights)):
                     dh = tl.dot(weights[k], sent[k], dh, input_precision=PRECISION)
             elif NEAR:
-                own_place = (columns - tile * BLOCK_N) * (4 * BLOCK_H) + (rows - first) * 4
+                # Nobody sends anything for units that there are not.
+                looks = tl.where(rows < H, polls, 0) + 0 * own_place
                 came = sum_when_sent(
-                    room + here + own_place,
-                    # Nobody sends anything for the first step, or for units that there are not.
-                    tl.where((rows < H) & (s > begin), polls, 0) + 0 * own_place,
-                    error_ptr,
-                    s + 1,
-                    NUM_H,
-                    4 * BLOCK_H * BLOCK_N,
+                    room + here + own_place, looks, error_ptr, s + 1, NUM_H, 4 * BLOCK_H * BLOCK_N
                 )
                 dh += tl.where((rows < H) & (columns < after_active), came, 0.0)
             elif EXCHANGE == "flag":

@@ -98,6 +98,11 @@ if triton.knobs.runtime.interpret:
         return total
 
     @triton.jit
+    def lay_zeros(places, COUNT: tl.constexpr, STRIDE: tl.constexpr):
+        for k in tl.static_range(COUNT):
+            tl.store(places.to(tl.pointer_type(tl.int32)) + STRIDE // 4 * k, 0)
+
+    @triton.jit
     def leave_cluster(polls):
         pass
 
@@ -360,6 +365,19 @@ else:
             tl.float32,
             is_pure=True,
             pack=1,
+        )
+
+    @triton.constexpr_function
+    def _zeros(count, stride):
+        """The PTX of `lay_zeros`."""
+        text = [f"st.shared.b32 [$1 + {stride * k}], none;" for k in range(count)]
+        return "\n".join(["{", ".reg .b32 none;", "mov.b32 none, 0;", *text, "mov.b32 $0, 0;", "}"])
+
+    @triton.jit
+    def lay_zeros(places, COUNT: tl.constexpr, STRIDE: tl.constexpr):
+        """Zeros in the place of what `sum_when_sent` adds up, for the thread that does."""
+        tl.inline_asm_elementwise(
+            _zeros(COUNT, STRIDE), "=r,r", (places,), tl.int32, is_pure=False, pack=1
         )
 
     @triton.jit
