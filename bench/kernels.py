@@ -507,6 +507,9 @@ def kernels(arguments: argparse.Namespace) -> list[Kernel]:
             sizes: dict[str, Any] = {"hidden_sizes": (128, 768), "batches": (16,)}
             sizes |= {"directions": (2,), "variants": (None,)}
             found += recurrences(chip, **sizes)
+            # Only where asked for.
+            small = {**sizes, "hidden_sizes": (128,), "variants": ("cluster",)}
+            found += recurrences(chip, **small)
             # So many hidden units that a part of W_hh is read again.
             large = {**sizes, "hidden_sizes": (1536,)}
             found += recurrences(chip, ("lstm",), (torch.float16, torch.float32), **large)

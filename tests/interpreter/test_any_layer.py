@@ -4,6 +4,7 @@ import pytest
 import torch
 from compare import (
     EXCHANGES,
+    IN_PIECES,
     assert_torchs_numbers,
     exact_and_ours,
     exchanging,
@@ -69,7 +70,7 @@ def test_any_layer_on_any_plan_gives_torchs_outputs_and_gradients(
     call, variant, used, slots, at_once, block_h, splits, together, seed
 ):
     kind, input_size, hidden_size, options, seq_len, batch, lengths, given_hx = call
-    if variant == "flag":
+    if variant in IN_PIECES:
         # Rows of whole pieces of 16 bytes.
         hidden_size += -hidden_size % (16 // options["dtype"].itemsize)
     torch.manual_seed(seed)

@@ -3,6 +3,7 @@
 - `cells`: the pointwise arithmetic of every cell, forward and backward.
 - `functions`: sigmoid, tanh and others, which that is made of.
 - `exchange`: how the programs of one launch hand each other a state.
+- `cluster`: the same for programs that store into each other's shared memory.
 - `pieces`: numbers that each thread loads and stores for itself, by PTX.
 - `forward`, `backward`: the recurrence, one kernel each, written over the cell.
 - `steps`, `product`: what both are made of.

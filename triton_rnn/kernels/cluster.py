@@ -36,13 +36,6 @@ if triton.knobs.runtime.interpret:
         return rooms_ptr.to(tl.pointer_type(tl.int8)) + tl.program_id(0) * BYTES
 
     @triton.jit
-    def rooms_of_all(room, rank, COUNT: tl.constexpr, BYTES: tl.constexpr):
-        rooms = ()
-        for k in tl.static_range(COUNT):
-            rooms = rooms + (room + ((rank + k) % COUNT - rank) * BYTES,)
-        return rooms
-
-    @triton.jit
     def send_to_all(rooms, places, block, mask, DTYPE: tl.constexpr):
         INTEGERS: tl.constexpr = tl.int16 if DTYPE.primitive_bitwidth == 16 else tl.int32
         for k in tl.static_range(len(rooms)):
@@ -148,25 +141,21 @@ else:
         )
 
     @triton.jit
-    def rooms_of_all(room, rank, COUNT: tl.constexpr, BYTES: tl.constexpr):
-        """The rooms of all COUNT programs of a cluster, from the own one, of number `rank`, on."""
-        rooms = ()
-        for k in tl.static_range(COUNT):
-            there = tl.inline_asm_elementwise(
-                """{
-                .reg .b64 here;
-                cvt.u64.u32 here, $1;
-                cvta.shared.u64 here, here;
-                mapa.u64 $0, here, $2;
-                }""",
-                "=l,r,r",
-                (room, (rank + k) % COUNT),
-                tl.int64,
-                is_pure=True,
-                pack=1,
-            )
-            rooms = rooms + (there,)
-        return rooms
+    def room_of(room, rank, to, BYTES: tl.constexpr):
+        """The room of program number `to` of each element; `rank` is the own number."""
+        return tl.inline_asm_elementwise(
+            """{
+            .reg .b64 here;
+            cvt.u64.u32 here, $1;
+            cvta.shared.u64 here, here;
+            mapa.u64 $0, here, $2;
+            }""",
+            "=l,r,r",
+            (room, to),
+            tl.int64,
+            is_pure=True,
+            pack=1,
+        )
 
     @triton.constexpr_function
     def _send(count, bits, asked):
@@ -197,23 +186,6 @@ else:
             there + (bits_to_send(block, DTYPE).to(tl.int32), mask.to(tl.int32)),
             tl.int32,
             is_pure=False,
-            pack=1,
-        )
-
-    @triton.jit
-    def room_of(room, rank, to, BYTES: tl.constexpr):
-        """The room of program number `to` of each element; `rank` is the own number."""
-        return tl.inline_asm_elementwise(
-            """{
-            .reg .b64 here;
-            cvt.u64.u32 here, $1;
-            cvta.shared.u64 here, here;
-            mapa.u64 $0, here, $2;
-            }""",
-            "=l,r,r",
-            (room, to),
-            tl.int64,
-            is_pure=True,
             pack=1,
         )
 
@@ -391,6 +363,15 @@ else:
             is_pure=False,
             pack=1,
         )
+
+
+@triton.jit
+def rooms_of_all(room, rank, COUNT: tl.constexpr, BYTES: tl.constexpr):
+    """The rooms of all COUNT programs of a cluster, from the own one, of number `rank`, on."""
+    rooms = ()
+    for k in tl.static_range(COUNT):
+        rooms = rooms + (room_of(room, rank, (rank + k) % COUNT, BYTES),)
+    return rooms
 
 
 # Backward -----------------------------------------------------------------------------------------
