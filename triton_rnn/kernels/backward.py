@@ -360,7 +360,7 @@ def recurrence_backward(
             sent = sent + on_top(nothing, IN_REGISTERS, GATES - IN_REGISTERS, TOGETHER)
 
         if NEAR:
-            # For the first step, nor does anybody: zeros came, so that it is one as all others.
+            # For the first step nobody does either: zeros came, so that it is one as all others.
             own_place = (columns - tile * BLOCK_N) * (4 * BLOCK_H) + (rows - first) * 4
             lay_zeros(room + here + own_place, NUM_H, 4 * BLOCK_H * BLOCK_N)
 
@@ -392,12 +392,12 @@ def recurrence_backward(
                 for k in tl.static_range(len(weights)):
                     dh = tl.dot(weights[k], sent[k], dh, input_precision=PRECISION)
             elif NEAR:
-                # Nobody sends anything for units that there are not.
-                looks = tl.where(rows < H, polls, 0) + 0 * own_place
+                # Nobody sends anything for units, or sequences, that there are not.
+                looks = tl.where(inside, polls, 0)
                 came = sum_when_sent(
                     room + here + own_place, looks, error_ptr, s + 1, NUM_H, 4 * BLOCK_H * BLOCK_N
                 )
-                dh += tl.where((rows < H) & (columns < after_active), came, 0.0)
+                dh += tl.where(inside & (columns < after_active), came, 0.0)
             elif EXCHANGE == "flag":
                 sources = ()
                 looks = ()
@@ -500,7 +500,8 @@ def recurrence_backward(
                 products = parts_of_all(
                     weights, places, dtype, GATES, BLOCK_H, BLOCK_K, SPLITS, PRECISION
                 )
-                send_parts(products, rooms, here, s + 1 < end, H, BLOCK_H, SPLITS)
+                sequences = tl.where(s + 1 < end, N - tile * BLOCK_N, 0)
+                send_parts(products, rooms, here, sequences, H, BLOCK_H, SPLITS)
                 laid_out += other
                 other = -other
             grad_ptrs = grad_gates_ptr + row * (D * WIDTH * H) + own_grads

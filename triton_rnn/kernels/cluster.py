@@ -483,13 +483,13 @@ def send_parts(
     products,
     rooms,
     here,
-    wanted,
+    sequences,
     H: tl.constexpr,
     BLOCK_H: tl.constexpr,
     SPLITS: tl.constexpr,
 ):
-    """Send each unit's part, `here` bytes into the rooms of `rooms_of_rows`, if it is wanted."""
+    """Send each unit's part, of so many sequences, `here` bytes into those of `rooms_of_rows`."""
     for k in tl.static_range(len(products)):
         n = tl.arange(0, products[k].shape[2])[None, None, :]
-        mask = (_units(k, SPLITS, 16, 0) < H) & wanted & (n >= 0)
+        mask = (_units(k, SPLITS, 16, 0) < H) & (n < sequences)
         send(rooms[k] + (here + n * (4 * BLOCK_H)), products[k], mask)

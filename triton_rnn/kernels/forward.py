@@ -276,7 +276,7 @@ def recurrence_forward(
 
         if NEAR:
             own_place = place_in_room(rows, columns - tile * BLOCK_N, BLOCKS, BLOCK_K)
-            send_to_all(rooms, here + own_place, h, rows < H, dtype)
+            send_to_all(rooms, here + own_place, h, inside, dtype)
 
         for s in range(begin, end):
             t += ahead
@@ -303,9 +303,9 @@ def recurrence_forward(
                 for block in tl.static_range(BLOCK_N // 8):
                     column = (8 * block + tl.arange(0, 8))[None, :, None]
                     if NEAR:
-                        # The states of all sequences, also of those that take no part.
+                        # The states of all sequences, also of those that take no part now.
                         source = room + here + place_in_room(0, column, BLOCKS, BLOCK_K)
-                        look = polls + 0 * column
+                        look = tl.where(tile * BLOCK_N + column < N, polls, 0)
                     else:
                         column += tile * BLOCK_N
                         written = column < before_active
@@ -382,7 +382,7 @@ def recurrence_forward(
             if NEAR:
                 here = STATE - here
                 kept = tl.where(now, new_h, h)
-                send_to_all(rooms, here + own_place, kept, (rows < H) & (s + 1 < end), dtype)
+                send_to_all(rooms, here + own_place, kept, inside & (s + 1 < end), dtype)
             output_ptrs = output_ptr + row * (D * H) + own
             if EXCHANGE == "flag":
                 send(output_ptrs, new_h, now)
