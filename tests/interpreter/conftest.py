@@ -41,6 +41,42 @@ if INTERPRETED:
         interpreter.interpreter_builder.options = options
         interpreter._get_np_dtype = dtype_of
 
+    def _remembering(kind, key_of, own=()):
+        """An __init__ that gives an object what the first one of the same key was given.
+
+        Args:
+            key_of: what the attributes depend on, by the arguments. own: those that are an object's
+                own, which are the first arguments.
+        """
+        original, known = kind.__init__, {}
+
+        def __init__(self, *args):
+            key = key_of(*args)
+            found = known.get(key)
+            if found is None:
+                original(self, *args)
+                known[key] = {name: v for name, v in vars(self).items() if name not in own}
+            else:
+                self.__dict__.update(found)
+                self.__dict__.update(zip(own, args, strict=False))
+
+        return __init__
+
+    @pytest.fixture(autouse=True, scope="session")
+    def types_made_once():
+        """A fifth of the time: types and shapes, which are made anew for every tensor."""
+        core = interpreter.tl.core
+        block_type, tensor = core.block_type.__init__, core.tensor.__init__
+        core.block_type.__init__ = _remembering(
+            core.block_type,
+            lambda element, shape: (element.name, *(getattr(s, "value", s) for s in shape)),
+        )
+        core.tensor.__init__ = _remembering(
+            core.tensor, lambda handle, type: type.name, own=("handle", "type")
+        )
+        yield
+        core.block_type.__init__, core.tensor.__init__ = block_type, tensor
+
     @pytest.fixture(autouse=True, scope="session")
     def language_patched_once():
         """The interpreter patches the language at every call of a device function, a third of its
