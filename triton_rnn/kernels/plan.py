@@ -61,6 +61,8 @@ _HELD_REGISTERS, _HELD_REGISTERS_BEFORE = 200, 160
 # So many less for a program that reads a part of W_hh again: addresses, and what does not fit with
 # ease is better read than spilled.
 _STREAM_REGISTERS = 40
+# And for one that sends its numbers to others of its cluster: where to.
+_SEND_REGISTERS = 12
 # Bytes of W_hh that a program may read again at every step, and of those that its L1 cache keeps;
 # what comes from L2 takes twice as long.
 _MOST_STREAMED, _STREAMED_NEAR = 384 * 1024, 160 * 1024
@@ -416,7 +418,7 @@ def _clusters(shape: Shape, chip: Chip) -> Iterator[Plan]:
         if shape.kernel == "forward":
             blocks = _ceil(shape.inner, warps * block_k)
             weights = blocks * _block_bytes(shape, block_h, warps)
-            together = _together(shape, chip, block_h, block_n, warps, 0)
+            together = _together(shape, chip, block_h, block_n, warps, 0, _SEND_REGISTERS)
         else:
             blocks = _ceil(shape.products * block_h, block_k)
             weights = blocks * _rounds(shape, warps) * warps * 1024
@@ -466,9 +468,13 @@ def _block_bytes(shape: Shape, block_h: int, warps: int) -> int:
 
 
 def _together(
-    shape: Shape, chip: Chip, block_h: int, block_n: int, warps: int, streamed: int
+    shape: Shape, chip: Chip, block_h: int, block_n: int, warps: int, streamed: int, other: int = 0
 ) -> int:
-    """Blocks that registers have room for beside W_hh but its last blocks; 0 if there is none."""
+    """Blocks that registers have room for beside W_hh but its last blocks; 0 if there is none.
+
+    Args:
+        other: so many are for something else.
+    """
     threads = 32 * warps
     rows = rows_of(shape, block_h)
     multiplied = max(16, rows)
@@ -480,7 +486,7 @@ def _together(
     block, result = block_n // 2, multiplied * block_n // 32
     parts = warps * rows // block_h * elements
     room = (_HELD_REGISTERS if _is_hopper_or_later(chip) else _HELD_REGISTERS_BEFORE) - weights
-    room -= _STREAM_REGISTERS if streamed else 0
+    room -= other + (_STREAM_REGISTERS if streamed else 0)
     if 4 * warps * rows * block_n > chip.shared_memory:
         return 0
     # Of eight warps some plans that just fit spilled eight bytes.
