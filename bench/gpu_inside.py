@@ -185,8 +185,9 @@ def candidates(point: TuningPoint, device: torch.device) -> list[Plan]:
     near = _neighbours(chosen, plans)
     fast = sorted(plans, key=lambda plan: plan.floor_us)
     found = [chosen]
-    clusters = [plan for plan in plans if plan.variant == "cluster"]
-    found += sorted(clusters, key=lambda plan: plan.floor_us)[:2]
+    # The best of each size of a cluster.
+    sizes = {plan.cluster: plan for plan in reversed(fast) if plan.variant == "cluster"}
+    found += sorted(sizes.values(), key=lambda plan: plan.floor_us)[:3]
     found += _two_at_a_time(plans, point.batch)
     if chosen.variant == "cooperative":
         exchange = "barrier" if chosen.exchange == "flag" else "flag"

@@ -35,8 +35,9 @@ _HELD_US = (0.4235, 0.0052, 0.0044, 0.8586, 0.0003, 0.0065, 0.1708)
 # 1000 bytes that a program is sent; and so many times what the above makes of matrix instructions
 # and shared memory. Not measured yet.
 _CLUSTER_US = (0.3, 0.04, 1.0)
-# The most programs of a cluster that all devices promise, and how many run next to each other.
-_CLUSTER, _NEIGHBOURS = 8, 16
+# How many programs make a cluster: up to eight on all devices, and sixteen, which is as many as run
+# next to each other, in data centres.
+_CLUSTERS, _NEIGHBOURS = (2, 3, 4, 5, 6, 7, 8), 16
 # Shared memory of a program that asks for no more than every program gets.
 _PLAIN_SHARED = 48 * 1024
 # The others by published latencies and by instructions, from the machine code; so many times that
@@ -61,8 +62,8 @@ _HELD_REGISTERS, _HELD_REGISTERS_BEFORE = 200, 160
 # So many less for a program that reads a part of W_hh again: addresses, and what does not fit with
 # ease is better read than spilled.
 _STREAM_REGISTERS = 40
-# And for one that sends its numbers to others of its cluster: where to.
-_SEND_REGISTERS = 12
+# And for one of a cluster's on data-centre Blackwell, where one with less spilled.
+_CLUSTER_REGISTERS = 12
 # Bytes of W_hh that a program may read again at every step, and of those that its L1 cache keeps;
 # what comes from L2 takes twice as long.
 _MOST_STREAMED, _STREAMED_NEAR = 384 * 1024, 160 * 1024
@@ -326,6 +327,11 @@ def _is_hopper_or_later(chip: Chip) -> bool:
     return isinstance(chip.architecture, int) and chip.architecture >= 90
 
 
+def _is_in_data_centres(chip: Chip) -> bool:
+    """Hopper, or Blackwell but that of graphics cards."""
+    return isinstance(chip.architecture, int) and 90 <= chip.architecture < 120
+
+
 def _compiles_resident(shape: Shape, chip: Chip, block_n: int, warps: int) -> bool:
     """Whether Triton (3.6 to 3.9) makes what it should of a resident kernel."""
     backward = shape.kernel == "backward"
@@ -411,14 +417,16 @@ def _clusters(shape: Shape, chip: Chip) -> Iterator[Plan]:
         return
     for block_h, block_n, warps in itertools.product((8, 16, 32, 64), (8, 16), (4, 8)):
         units = _ceil(shape.hidden_size, block_h)
+        largest = _NEIGHBOURS if _is_in_data_centres(chip) else 0
         # A number that two threads have would be sent twice.
-        if not 2 <= units <= _CLUSTER or block_h * block_n < 32 * warps:
+        if units not in (*_CLUSTERS, largest) or block_h * block_n < 32 * warps:
             continue
         block_k = 64 // shape.itemsize
         if shape.kernel == "forward":
             blocks = _ceil(shape.inner, warps * block_k)
             weights = blocks * _block_bytes(shape, block_h, warps)
-            together = _together(shape, chip, block_h, block_n, warps, 0, _SEND_REGISTERS)
+            other = _CLUSTER_REGISTERS if _multiplies_apart(chip) else 0
+            together = _together(shape, chip, block_h, block_n, warps, 0, other)
         else:
             blocks = _ceil(shape.products * block_h, block_k)
             weights = blocks * _rounds(shape, warps) * warps * 1024
