@@ -438,7 +438,7 @@ def _clusters(shape: Shape, chip: Chip) -> Iterator[Plan]:
             warps, units, slots, shape.directions, weights, 0.0, shape.products,
         )  # fmt: skip
         parts = 4 * warps * rows_of(shape, block_h) * block_n if shape.kernel == "forward" else 0
-        if together and room_bytes(shape, found) + parts + 1024 <= _PLAIN_SHARED:
+        if together and room_bytes(shape, found) + parts <= _PLAIN_SHARED:
             step = _step_us(_CLUSTER_US, cluster_counts(shape, found))
             yield replace(found, floor_us=turns_of(shape, found) * step)
 
