@@ -422,15 +422,16 @@ def _clusters(shape: Shape, chip: Chip) -> Iterator[Plan]:
         if units not in (*_CLUSTERS, largest) or block_h * block_n < 32 * warps:
             continue
         block_k = 64 // shape.itemsize
+        other = _CLUSTER_REGISTERS if _multiplies_apart(chip) else 0
         if shape.kernel == "forward":
             blocks = _ceil(shape.inner, warps * block_k)
             weights = blocks * _block_bytes(shape, block_h, warps)
-            other = _CLUSTER_REGISTERS if _multiplies_apart(chip) else 0
             together = _together(shape, chip, block_h, block_n, warps, 0, other)
         else:
             blocks = _ceil(shape.products * block_h, block_k)
             weights = blocks * _rounds(shape, warps) * warps * 1024
-            together = _fits_cluster_backward(shape, units, blocks, block_h, block_n, warps)
+            needed = _needed_backward(shape, units, blocks, block_h, block_n, warps)
+            together = block_h * block_n <= 128 * warps and needed <= _HELD_REGISTERS - other
         side_by_side = chip.multiprocessors // _NEIGHBOURS * (_NEIGHBOURS // units)
         slots = min(_ceil(shape.batch, block_n), max(1, side_by_side // shape.directions))
         found = Plan(
@@ -448,16 +449,15 @@ def _rounds(shape: Shape, warps: int) -> int:
     return _ceil(shape.hidden_size, 16 * warps)
 
 
-def _fits_cluster_backward(
+def _needed_backward(
     shape: Shape, units: int, blocks: int, block_h: int, block_n: int, warps: int
-) -> bool:
-    """Whether its numbers stay in registers; blocks: of the inner dimension."""
+) -> float:
+    """Registers that a cluster's backward needs, about; blocks: of the inner dimension."""
     elements, rounds = block_h * block_n // (32 * warps), _rounds(shape, warps)
     # Of W_hh, of what is multiplied with it, of the results, where these go.
     needed: float = 8 * blocks * rounds + blocks * block_n // 2 + block_n // 2 * rounds + 4 * rounds
     # What is added up, and a step's own numbers.
-    needed += units * elements + 1.5 * shape.numbers * elements
-    return elements <= 4 and needed <= _HELD_REGISTERS
+    return needed + units * elements + 1.5 * shape.numbers * elements
 
 
 def room_bytes(shape: Shape, found: Plan) -> int:
