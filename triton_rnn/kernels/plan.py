@@ -454,8 +454,8 @@ def _needed_backward(
 ) -> float:
     """Registers that a cluster's backward needs, about; blocks: of the inner dimension."""
     elements, rounds = block_h * block_n // (32 * warps), _rounds(shape, warps)
-    # Of W_hh, of what is multiplied with it, of the results, where these go.
-    needed: float = 8 * blocks * rounds + blocks * block_n // 2 + block_n // 2 * rounds + 4 * rounds
+    # Of W_hh, of what is multiplied with it, of the results, and where these go.
+    needed: float = 8 * blocks * rounds + blocks * block_n // 2 + (block_n // 2 + 10) * rounds
     # What is added up, and a step's own numbers.
     return needed + units * elements + 1.5 * shape.numbers * elements
 
