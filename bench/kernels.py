@@ -348,8 +348,11 @@ def _of_a_cluster(
     # A number that two threads have would be sent twice.
     if loop.get("sent", 0) != sent:
         problems.append(f"{loop.get('sent', 0)} numbers sent for {sent}")
-    # What is read is unwritten then: a second reading would wait for it.
     ptx = binary.asm["ptx"]
+    # As often before the first step.
+    if ptx.count("st.relaxed.cluster.b") != 2 * sent:
+        problems.append(f"{ptx.count('st.relaxed.cluster.b')} stores to others for {2 * sent}")
+    # What is read is unwritten then: a second reading would wait for it.
     count = ptx.count(f"ld.relaxed.cluster.shared::cta.{word}")
     if count != read:
         problems.append(f"{count} numbers read for {read}")

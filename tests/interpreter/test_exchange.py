@@ -117,6 +117,17 @@ def test_batch_blocks_in_turn_keep_their_counts_apart(
     assert {programs for _, programs in threads.launches} == {2 * slots * at_once}
 
 
+@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("kind", ["rnn_tanh", "lstm"])
+def test_a_clusters_next_block_of_the_batch_waits_for_the_last_one(monkeypatch, kind, schedule):
+    """Nobody may send for it what a program that is behind would take for the last one's."""
+    exchanging(monkeypatch, *EXCHANGES["cluster"])
+    Threads(monkeypatch, SCHEDULES[schedule])
+    exact, ours = exact_and_ours(kind, 5, 20)
+    input, hx = input_and_hx(kind, ours, 2, 35, 5, batch=35)
+    assert_torchs_numbers(exact, ours, input, hx)
+
+
 @pytest.mark.parametrize(
     ("block_k", "splits", "together"), [(16, 1, 1), (16, 1, 2), (32, 1, 8), (16, 4, 1), (16, 2, 2)]
 )

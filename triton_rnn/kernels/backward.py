@@ -15,8 +15,8 @@ import triton.language as tl
 from triton_rnn.kernels.cluster import (
     enter_cluster,
     lay_out,
-    lay_zeros,
     leave_cluster,
+    no_parts,
     parts_of_all,
     rooms_of_rows,
     send_parts,
@@ -360,9 +360,10 @@ def recurrence_backward(
             sent = sent + on_top(nothing, IN_REGISTERS, GATES - IN_REGISTERS, TOGETHER)
 
         if NEAR:
-            # For the first step nobody does either: zeros came, so that it is one as all others.
             own_place = (columns - tile * BLOCK_N) * (4 * BLOCK_H) + (rows - first) * 4
-            lay_zeros(room + here + own_place, NUM_H, 4 * BLOCK_H * BLOCK_N)
+            # So the first step is one as all others, and waits for who is still at the last block.
+            sequences = N - tile * BLOCK_N
+            send_parts(no_parts(H, BLOCK_N, SPLITS), rooms, here, sequences, H, BLOCK_H, SPLITS)
 
         for s in range(begin, end):
             t += ahead

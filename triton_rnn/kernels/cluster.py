@@ -91,11 +91,6 @@ if triton.knobs.runtime.interpret:
         return total
 
     @triton.jit
-    def lay_zeros(places, COUNT: tl.constexpr, STRIDE: tl.constexpr):
-        for k in tl.static_range(COUNT):
-            tl.store(places.to(tl.pointer_type(tl.int32)) + STRIDE // 4 * k, 0)
-
-    @triton.jit
     def leave_cluster(polls):
         pass
 
@@ -339,19 +334,6 @@ else:
             pack=1,
         )
 
-    @triton.constexpr_function
-    def _zeros(count, stride):
-        """The PTX of `lay_zeros`."""
-        text = [f"st.shared.b32 [$1 + {stride * k}], none;" for k in range(count)]
-        return "\n".join(["{", ".reg .b32 none;", "mov.b32 none, 0;", *text, "mov.b32 $0, 0;", "}"])
-
-    @triton.jit
-    def lay_zeros(places, COUNT: tl.constexpr, STRIDE: tl.constexpr):
-        """Zeros in the place of what `sum_when_sent` adds up, for the thread that does."""
-        tl.inline_asm_elementwise(
-            _zeros(COUNT, STRIDE), "=r,r", (places,), tl.int32, is_pure=False, pack=1
-        )
-
     @triton.jit
     def leave_cluster(polls):
         """Wait for all programs of the cluster: nobody may store where a program has ended."""
@@ -455,6 +437,16 @@ def parts_of_all(
             product = tl.dot(weights[k * NUM_K + block], right, product, input_precision=PRECISION)
         products = products + (product,)
     return products
+
+
+@triton.jit
+def no_parts(H: tl.constexpr, BLOCK_N: tl.constexpr, SPLITS: tl.constexpr):
+    """Zeros in the place of what `parts_of_all` gives."""
+    ROUNDS: tl.constexpr = (H + 16 * SPLITS - 1) // (16 * SPLITS)
+    parts = ()
+    for _ in tl.static_range(ROUNDS):
+        parts = parts + (tl.zeros((SPLITS, 16, BLOCK_N), tl.float32),)
+    return parts
 
 
 @triton.jit
