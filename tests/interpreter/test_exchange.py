@@ -84,7 +84,7 @@ def test_outputs_and_gradients_are_torchs(monkeypatch, exchange, kind, direction
 
 
 # Programs that stream wait at the same barrier.
-@pytest.mark.parametrize("exchange", ["flag", "barrier"])
+@pytest.mark.parametrize("exchange", ["flag", "barrier", "cluster"])
 @pytest.mark.parametrize("schedule", SCHEDULES)
 def test_no_order_of_events_changes_a_bit(monkeypatch, exchange, schedule):
     exchanging(monkeypatch, *EXCHANGES[exchange])
