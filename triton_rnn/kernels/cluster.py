@@ -26,7 +26,7 @@ import triton
 import triton.language as tl
 
 from triton_rnn.kernels.exchange import bits_to_send
-from triton_rnn.kernels.pieces import load_piece, unwrite
+from triton_rnn.kernels.pieces import load_piece, look_again, unwrite
 from triton_rnn.kernels.product import left_operand, right_operand
 
 if triton.knobs.runtime.interpret:
@@ -301,21 +301,7 @@ else:
             "setp.eq.u32 missing, word0, 0xFFFFFFFF;",
         ]
         text += [f"setp.eq.or.u32 missing, word{k}, 0xFFFFFFFF, missing;" for k in range(1, count)]
-        text += [
-            "@!missing bra DONE;",
-            "add.u32 looks, looks, 1;",
-            "and.b32 rest, looks, 1023;",
-            "setp.ne.u32 again, rest, 0;",
-            "@again bra LOOK;",
-            "ld.relaxed.sys.global.b64 failed, [$3];",
-            "setp.ne.s64 again, failed, 0;",
-            "@again bra DONE;",
-            "setp.lt.u32 again, looks, $2;",
-            "@again bra LOOK;",
-            "st.relaxed.sys.global.b64 [$3], $4;",
-            "DONE:",
-            "mov.b32 none, -1;",
-        ]
+        text += [*look_again("$2", "$3", "$4"), "mov.b32 none, -1;"]
         text += [f"st.shared.b32 [$1 + {stride * k}], none;" for k in range(count)]
         return "\n".join([*text, "}"])
 

@@ -35,6 +35,26 @@ def _types(count):
 
 
 @triton.constexpr_function
+def look_again(limit, error, step):
+    """The PTX at the end of a look: another one if something is `missing`, but not for ever."""
+    return [
+        "@!missing bra DONE;",
+        # Whether somebody has given up is looked for now and then: that is far away.
+        "add.u32 looks, looks, 1;",
+        "and.b32 rest, looks, 1023;",
+        "setp.ne.u32 again, rest, 0;",
+        "@again bra LOOK;",
+        f"ld.relaxed.sys.global.b64 failed, [{error}];",
+        "setp.ne.s64 again, failed, 0;",
+        "@again bra DONE;",
+        f"setp.lt.u32 again, looks, {limit};",
+        "@again bra LOOK;",
+        f"st.relaxed.sys.global.b64 [{error}], {step};",
+        "DONE:",
+    ]
+
+
+@triton.constexpr_function
 def _look(tiles, pieces, padded, bits, near, asked):
     """The PTX of `load_when_written` ("text"), or the constraints of its operands."""
     load, stride = "ld.relaxed.gpu.global", 64
@@ -86,21 +106,7 @@ def _look(tiles, pieces, padded, bits, near, asked):
             f"setp.ne.and.u32 here, {polls[tile]}, 0, here;",
             "or.pred missing, missing, here;",
         ]
-    text += [
-        "@!missing bra DONE;",
-        # Whether somebody has given up is looked for now and then: that is far away.
-        "add.u32 looks, looks, 1;",
-        "and.b32 rest, looks, 1023;",
-        "setp.ne.u32 again, rest, 0;",
-        "@again bra LOOK;",
-        f"ld.relaxed.sys.global.b64 failed, [{error}];",
-        "setp.ne.s64 again, failed, 0;",
-        "@again bra DONE;",
-        "setp.lt.u32 again, looks, limit;",
-        "@again bra LOOK;",
-        f"st.relaxed.sys.global.b64 [{error}], {step};",
-        "DONE:",
-    ]
+    text += look_again("limit", error, step)
     if near:
         text += [".reg .b32 none;", "mov.b32 none, -1;"]
         for tile in range(tiles):
