@@ -1,0 +1,221 @@
+"""Layers on the very code that a GPU is given, run on a machine that knows PTX.
+
+The interpreter has no PTX, and the compiler only says that there is code: here the inline assembly,
+the fragments of matrix instructions, the barriers and the exchange through memory are executed.
+"""
+
+import re
+import warnings
+
+import numpy as np
+import pytest
+import torch
+
+pytest.importorskip("triton", reason="the kernels need triton, which is for Linux alone")
+
+import own_cells
+from compare import each_state, exact_and_ours, input_and_hx, pack, run_on_kernels
+from ptx_layers import on_machine
+from ptx_machine import Fault
+from tolerances import TOLERANCES, assert_close, assert_same_bits, random, run
+
+import triton_rnn
+from triton_rnn import health
+from triton_rnn.backends.triton import launch
+
+F16, BF16, F32 = torch.float16, torch.bfloat16, torch.float32
+
+
+@pytest.fixture(autouse=True)
+def quiet_arithmetic():
+    """What is masked is computed all the same; a GPU says nothing, numpy would warn."""
+    with np.errstate(all="ignore"):
+        yield
+
+
+@pytest.fixture(autouse=True)
+def no_failures_left():
+    """Each test begins and ends without a failed wait."""
+    yield
+    words = launch._error_words(torch.device("cpu"))
+    left = words.tolist()
+    words.zero_()
+    assert not any(left), f"a wait failed and nobody asked: {left}"
+
+
+@pytest.fixture(params=["tf32", "ieee"])
+def float32_precision(request, monkeypatch):
+    """How products of float32 are made."""
+    monkeypatch.setattr(torch.backends.cudnn.rnn, "fp32_precision", request.param)
+    return request.param
+
+
+def results(
+    monkeypatch, kind, chip, variant, sizes, *, dtype=F16, lengths=None, options=None, **how_run
+):
+    """Results and gradients of a layer on the machine, and float64 torch's.
+
+    Args:
+        sizes: T, N, I, H. lengths: of a packed batch. options: of the layer. The others are for
+            `on_machine`.
+    """
+    torch.manual_seed(0)
+    seq_len, batch, input_size, hidden_size = sizes
+    exact, ours = exact_and_ours(kind, input_size, hidden_size, dtype=dtype, **(options or {}))
+    input, hx = input_and_hx(kind, ours, seq_len, batch, input_size, batch=batch)
+    how = {} if lengths is None else {"prepare": pack(lengths)}
+    expected = run(exact, input.double(), each_state(torch.Tensor.double, hx), **how)
+    with monkeypatch.context() as patched:
+        seen = on_machine(patched, chip, variant=variant, **how_run)
+        actual = run_on_kernels(ours, input, hx, **how)
+    assert {plan.variant for plan in seen.plans} == {variant}
+    assert len(seen.executed) >= 3, "projection, forward, backward"
+    return actual, expected
+
+
+def assert_near(actual, expected, tolerance):
+    assert actual.keys() == expected.keys()
+    for name, value in expected.items():
+        assert_close(actual[name].double(), value, name, tolerance)
+
+
+# Kind, chip, variant, dtype, sizes. More sequences than a block has, where that is another way
+# through the kernel; sizes that are no multiple of a block, where a plan takes them.
+LAYERS = [
+    ("lstm", "H200", "cluster", F16, (3, 11, 8, 64)),
+    ("gru", "H200", "cluster", BF16, (3, 11, 8, 64)),
+    ("rnn_tanh", "H200", "cluster", F16, (3, 11, 8, 64)),
+    ("lstm", "H200", "cluster", BF16, (3, 3, 8, 128)),
+    ("gru", "B200", "cluster", F16, (3, 3, 8, 40)),
+    ("lstm", "H200", "cooperative", F16, (3, 11, 8, 64)),
+    ("gru", "H200", "cooperative", BF16, (3, 11, 8, 72)),
+    ("rnn_tanh", "A100", "cooperative", BF16, (3, 11, 8, 80)),
+    ("lstm", "B200", "cooperative", F16, (3, 3, 8, 128)),
+    ("gru", "H200", "streaming", F16, (2, 5, 8, 100)),
+    ("lstm", "A100", "streaming", BF16, (3, 5, 8, 64)),
+    ("lstm", "H200", "resident", F16, (4, 11, 8, 64)),
+    ("gru", "H200", "resident", BF16, (4, 5, 8, 33)),
+    ("rnn_tanh", "A100", "resident", F16, (4, 5, 8, 96)),
+    ("lstm", "H200", "stepwise", F16, (3, 5, 8, 50)),
+    ("gru", "H200", "stepwise", BF16, (3, 1, 8, 16)),
+]
+
+
+@pytest.mark.parametrize(
+    ("kind", "chip", "variant", "dtype", "sizes"),
+    LAYERS,
+    ids=lambda value: str(value).removeprefix("torch.").replace(" ", ""),
+)
+def test_a_layer_is_torchs(monkeypatch, kind, chip, variant, dtype, sizes):
+    actual, expected = results(monkeypatch, kind, chip, variant, sizes, dtype=dtype, seed=1)
+    assert_near(actual, expected, TOLERANCES[dtype])
+
+
+@pytest.mark.parametrize(
+    ("kind", "variant", "size"),
+    [("lstm", "cluster", 32), ("gru", "cooperative", 36), ("rnn_tanh", "resident", 32)],
+)
+def test_float32_is_torchs(monkeypatch, float32_precision, kind, variant, size):
+    if (variant, float32_precision) == ("cluster", "ieee"):
+        pytest.skip("a cluster's plan is for products of one copy of W_hh")
+    actual, expected = results(
+        monkeypatch, kind, "H200", variant, (3, 5, 8, size), dtype=F32, seed=2
+    )
+    # TF32 has as many bits as float16.
+    like = F16 if float32_precision == "tf32" else F32
+    assert_near(actual, expected, TOLERANCES[like])
+
+
+@pytest.mark.parametrize("variant", ["cluster", "cooperative", "streaming", "resident"])
+def test_a_packed_batch_in_both_directions_is_torchs(monkeypatch, variant):
+    lengths = [4, 1, 3, 4, 2, 1, 1, 3, 2]
+    actual, expected = results(
+        monkeypatch,
+        "gru",
+        "H200",
+        variant,
+        (4, 9, 8, 48),
+        lengths=lengths,
+        options={"bidirectional": True},
+    )
+    assert_near(actual, expected, TOLERANCES[F16])
+
+
+@pytest.mark.parametrize("variant", ["cluster", "cooperative"])
+def test_the_order_of_events_changes_no_bit(monkeypatch, variant):
+    """Programs hand each other what they computed: who is fast, and what arrives first, must not
+    matter."""
+    found = [
+        results(monkeypatch, "lstm", "H200", variant, (4, 10, 8, 32), seed=seed)[0]
+        for seed in range(4)
+    ]
+    for other in found[1:]:
+        assert_same_bits(other, found[0])
+
+
+def test_a_users_cell_is_its_own_loop(monkeypatch):
+    exact = own_cells.PeepholeLSTM(8, 40, dtype=torch.float64)
+    ours = own_cells.PeepholeLSTM(8, 40, dtype=F16)
+    ours.load_state_dict(exact.state_dict())
+    exact.load_state_dict(ours.state_dict())
+    input = random(3, 5, 8, dtype=F16)
+    found = []
+    for module, x in ((exact, input.double()), (ours, input)):
+        with monkeypatch.context() as patched:
+            seen = on_machine(patched, "H200", variant="cluster")
+            x = x.clone().requires_grad_()
+            with triton_rnn.use_backend("triton" if module is ours else "reference"):
+                output, _ = module(x)
+                output.backward(random(*output.shape, seed=3, dtype=output.dtype))
+        grads = {name: p.grad for name, p in module.named_parameters()}
+        found.append({"output": output.detach(), "grad of input": x.grad, **grads})
+    assert len(seen.executed) >= 3
+    assert_near(found[1], found[0], TOLERANCES[F16])
+
+
+def without(pattern, count=0):
+    """Take instructions out of a kernel."""
+
+    return lambda text: re.sub(pattern, "", text, count=count)
+
+
+RACE = r"since the last barrier|nobody has written"
+SENT = r"@inside st\.relaxed\.cluster\.b\d+ [^;]*;"
+UNWRITTEN = r"(@\w+ )?st\.shared\.v4\.b32 [^;]*\{none, none, none, none\};(?!\s*add)"
+
+
+@pytest.mark.parametrize(
+    ("variant", "edit", "found"),
+    [
+        ("cluster", without(r"bar\.sync\s+0;"), RACE),
+        ("cluster", without(SENT, 1), "waited in vain"),
+        ("cluster", without(UNWRITTEN), "is off by"),
+        ("cooperative", without(r"bar\.sync\s+0;"), RACE),
+        ("cooperative", without(r"@inside st\.relaxed\.gpu\.global[^;]*;", 1), "waited in vain"),
+        ("streaming", lambda text: text.replace("gpu.release", "gpu.relaxed"), "is off by"),
+        ("streaming", without(r"bar\.sync\s+0;"), RACE),
+    ],
+    ids=[
+        "cluster-barrier", "cluster-send", "cluster-unwrite",
+        "cooperative-barrier", "cooperative-send", "streaming-release", "streaming-barrier",
+    ],
+)  # fmt: skip
+def test_what_is_left_out_is_missed(monkeypatch, variant, edit, found):
+    """Each of these would hang a GPU, or give other numbers at times."""
+    monkeypatch.setattr(health, "_failures", {})
+    seen = set()
+    for seed in range(9):
+        try:
+            actual, expected = results(
+                monkeypatch, "lstm", "H200", variant, (3, 3, 8, 24), seed=seed, edit=edit,
+                polls=1024,
+            )  # fmt: skip
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", RuntimeWarning)
+                launch.raise_failed_wait(torch.device("cpu"))
+            assert_near(actual, expected, TOLERANCES[F16])
+        except (Fault, RuntimeError, AssertionError) as error:
+            seen.add(str(error))
+            if re.search(found, str(error)):
+                return
+    pytest.fail(f"nobody missed it: {seen}")
