@@ -563,9 +563,17 @@ class Machine:
                 self._some_arrive()
         raise Fault("a launch that does not end")
 
-    def send(self, *store: Any) -> None:
-        """A store is on its way from now."""
-        self.on_their_way.append(_Store(*store, self._random.choice(_HASTE)))
+    def send(
+        self, warp: Warp, memory: Array, program: _Running | None, places: Array, values: Array
+    ) -> None:
+        """A store is on its way from now, in one piece or in two."""
+        chance = self._random
+        first = np.array([chance.random() < 0.5 for _ in places]) | (chance.random() < 0.5)
+        for part in (first, ~first):
+            if part.any():
+                self.on_their_way.append(
+                    _Store(warp, memory, program, places[part], values[part], chance.choice(_HASTE))
+                )
 
     def _some_arrive(self) -> None:
         chance = self._random

@@ -434,6 +434,12 @@ def _shuffle(ins: Instruction, kind: str, parts: list[str]) -> Operation:
     return run
 
 
+def _warp_barrier(ins: Instruction, kind: str, parts: list[str]) -> Operation:
+    if parts[1] != "warp":
+        raise Unknown(ins.text)
+    return lambda w, m: w.must_be_whole(m, ins)
+
+
 _GROUP, _PLACE = LANE // 4, LANE % 4
 
 
@@ -708,6 +714,7 @@ _OPERATIONS: dict[str, Callable[[Instruction, str, list[str]], Operation]] = {
     "cvt": _convert,
     "mov": _move,
     "shfl": _shuffle,
+    "bar": _warp_barrier,
     "mma": _matrix_product,
     "wgmma": _group_product,
     "fence": lambda ins, kind, parts: lambda w, m: None,
