@@ -60,7 +60,7 @@ def measured(
         shape = shape_of(point["case"])
         for row in point.get("plans", []):
             plan = Plan(**{name: value for name, value in row["plan"].items() if name in names})
-            if plan.exchange == exchange and row["status"] == "ok":
+            if plan.exchange == exchange and not plan.pause and row["status"] == "ok":
                 us = row["us_per_step"] / turns_of(shape, plan)
                 blocks = f"{plan.block_h} x {plan.block_n}, {plan.warps} warps"
                 found.append((f"{point['id']} {blocks}", us, counts(shape, plan)))

@@ -33,6 +33,9 @@ PHASES = (
 OWN = {"peephole": PeepholeLSTM, "mgu": MinimalGatedUnit, "ind_rnn": triton_rnn.IndRNN}
 # Alternatives of one tuning point, the chosen plan included.
 CANDIDATES = 16
+# In cycles. A look takes some 600 on an H200, and what is looked for cannot be there before half of
+# that: whoever looks at once looks in vain, in the way of those who store.
+PAUSES = (150, 300, 500)
 
 
 def set_tf32(allowed: bool) -> None:
@@ -171,9 +174,9 @@ def request_of(point: TuningPoint, device: torch.device) -> Request:
 def candidates(point: TuningPoint, device: torch.device) -> list[Plan]:
     """The planner's choice first, then what is worth a try beside it.
 
-    Clusters of programs, two programs on a multiprocessor, the other exchange, more or less of W_hh
-    in registers, other warps, and of all that the planner looks at by turns the nearest to its
-    choice and the one with the lowest floor.
+    Clusters of programs, pauses before a step looks for what the others send, two programs on a
+    multiprocessor, the other exchange, more or less of W_hh in registers, other warps, and of all
+    that the planner looks at by turns the nearest to its choice and the one with the lowest floor.
     """
     from triton_rnn.backends.triton import launch
 
@@ -188,6 +191,8 @@ def candidates(point: TuningPoint, device: torch.device) -> list[Plan]:
     # The best of each size of a cluster.
     sizes = {plan.cluster: plan for plan in reversed(fast) if plan.variant == "cluster"}
     found += sorted(sizes.values(), key=lambda plan: plan.floor_us)[:3]
+    if chosen.exchange == "flag":
+        found += [dataclasses.replace(chosen, pause=cycles) for cycles in PAUSES]
     found += _two_at_a_time(plans, point.batch)
     if chosen.variant == "cooperative":
         exchange = "barrier" if chosen.exchange == "flag" else "flag"

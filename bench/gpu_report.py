@@ -270,7 +270,9 @@ def phases(data: Data) -> str:
 
 # Tuning -----------------------------------------------------------------------------------------
 
-PLAN_FIELDS = ("variant", "exchange", "block_h", "block_n", "block_k", "warps", "units", "slots")
+PLAN_FIELDS = (
+    "variant", "exchange", "block_h", "block_n", "block_k", "warps", "units", "slots", "pause",
+)  # fmt: skip
 
 
 def tuning(data: Data) -> str:
@@ -312,6 +314,7 @@ def tuning_gain(row: Row) -> str | None:
     plan = best["plan"]
     blocks = "x".join(str(plan[name]) for name in ("block_h", "block_n", "block_k"))
     fastest = f"{plan['variant']} {plan['exchange']} {blocks} w{plan['warps']}"
+    fastest += f" pause {plan['pause']}" if plan.get("pause") else ""
     return f"{text}; {best['us_per_step']:.2f} with {fastest} (floor {plan['floor_us']:.2f})"
 
 

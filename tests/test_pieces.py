@@ -17,7 +17,7 @@ def plain(constant):
 
 
 def text_of(tiles, count, padded, bits, near=False):
-    return plain(pieces._look(tiles, count, padded, bits, near, "text"))
+    return plain(pieces._look(tiles, count, padded, bits, near, 0, "text"))
 
 
 def found(words, bits):
@@ -73,7 +73,7 @@ def test_every_word_is_loaded_and_looked_at_once_a_look(tiles, count, padded, ne
     assert ("mov.b32 none, -1;" in text) == near
     looked_at = re.findall(r"sub\.u32 distance, 0x\w+, (\$\d+);", text)
     assert looked_at == [f"${word}" for word in range(words)]
-    constraints = plain(pieces._look(tiles, count, padded, 16, near, "constraints")).split(",")
+    constraints = plain(pieces._look(tiles, count, padded, 16, near, 0, "constraints")).split(",")
     operands = {int(number) for number in re.findall(r"\$(\d+)", text)}
     assert operands <= set(range(len(constraints)))
     assert constraints.count("=&r") == words

@@ -228,7 +228,7 @@ def look(words_ptr, found_ptr, error_ptr, polls, SIZE: tl.constexpr, DTYPE: tl.c
     ptrs = (words_ptr + 16 * place).to(tl.pointer_type(DTYPE))
     looks = (polls + 0 * place,)
     BITS: tl.constexpr = DTYPE.primitive_bitwidth
-    pieces.load_when_written((ptrs,), looks, 1 + 0 * place, error_ptr, 1, 1, False, BITS, False)
+    pieces.load_when_written((ptrs,), looks, 1 + 0 * place, error_ptr, 1, 1, False, BITS, False, 0)
     tl.store(found_ptr, tl.load(error_ptr))
 
 

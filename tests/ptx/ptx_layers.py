@@ -118,12 +118,13 @@ def on_machine(
     seed: int = 0,
     edit: Callable[[str], str] = as_it_is,
     polls: int = POLLS,
+    **changes: Any,
 ) -> SimpleNamespace:
     """From now to the end of the test, the backend believes that CPU tensors are on a chip.
 
     Args:
         name: of the chip. variant: of the plans. seed: of the order of events.
-        edit: what becomes of the PTX of recurrences.
+        edit: what becomes of the PTX of recurrences. changes: of the plans.
 
     Returns:
         plans: those that were asked for. executed: instructions of a warp, of each launch.
@@ -145,7 +146,7 @@ def on_machine(
     planned = launch.plan_of
 
     def plan_of(request: Any, kernel: str) -> Any:
-        found = planned(request, kernel)
+        found = dataclasses.replace(planned(request, kernel), **changes)
         seen.plans.append(found)
         return found
 

@@ -229,6 +229,11 @@ class Warp:
         self.groups: list[list[Any]] = []
 
     @property
+    def clock(self) -> Array:
+        """Instructions so far, of all warps."""
+        return np.full(LANES, self.running.machine.clock % (1 << 32), np.uint32)
+
+    @property
     def is_ready(self) -> bool:
         if self.awaits_cluster is not None:
             if self.running.cluster.passed <= self.awaits_cluster:
@@ -545,18 +550,18 @@ class Machine:
         chance = self._random
         # Some programs are slow.
         slow = {warp.running: chance.random() < 0.2 for warp in warps}
-        executed = 0
+        self.clock = 0
         for _ in range(_MOST_TURNS):
             ready = [warp for warp in warps if warp.is_ready]
             if not ready:
                 left = [warp for warp in warps if not warp.is_over]
                 if left:
                     raise Fault(f"{len(left)} warps wait for ever")
-                return executed
+                return self.clock
             warp = chance.choice(ready)
             if slow[warp.running] and chance.random() < 0.8:
                 warp = chance.choice(ready)
-            executed += warp.run(1 << chance.randrange(10))
+            self.clock += warp.run(1 << chance.randrange(10))
             if warp.is_over and warp.running.is_over:
                 warps = [other for other in warps if not other.is_over]
             if self.on_their_way and chance.random() < 0.5:

@@ -54,6 +54,8 @@ def reader(operand: Operand, kind: str) -> Reader:
         return _register_reader(operand, kind)
     if isinstance(operand, Special):
         name = operand.name
+        if name == "%clock":
+            return lambda w: w.clock
         return lambda w: w.special[name]
     if isinstance(operand, Number):
         if kind == "pred":
@@ -515,7 +517,7 @@ def _group_product(ins: Instruction, kind: str, parts: list[str]) -> Operation:
     shape, kind = parts[4], parts[6]
     columns = int(shape[4:].split("k")[0])
     assert (shape[:4], kind) in (("m64n", "f16"), ("m64n", "bf16"), ("m64n", "tf32")), ins.text
-    assert not any(isinstance(o, Number) and o.value for o in ins.operands[6:]), "a turned matrix"
+    turns = [bool(operand.value) for operand in ins.operands[6:] if isinstance(operand, Number)]
     d, a, b, is_added = ins.operands[:4]
     assert isinstance(d, Vector)
     into, start = [writer(part, "f32") for part in d.parts], [reader(p, "b32") for p in d.parts]
@@ -528,10 +530,12 @@ def _group_product(ins: Instruction, kind: str, parts: list[str]) -> Operation:
         w.must_be_whole(m, ins)
         if left_words is None:
             assert left_at is not None
-            left = _matrix_in_memory(w, int(left_at(w)[0]), 16 * (w.number % 4), 16, kind)
+            first = 16 * (w.number % 4)
+            left = _matrix_in_memory(w, int(left_at(w)[0]), first, 16, kind, turns[:-1] == [True])
         else:
             left = _numbers(kind, [r(w) for r in left_words])[_matrices(kind)[0]]
-        product = left @ _matrix_in_memory(w, int(right_at(w)[0]), 0, columns, kind).T
+        right = _matrix_in_memory(w, int(right_at(w)[0]), 0, columns, kind, turns[-1:] == [True])
+        product = left @ right.T
         # Tiles of eight columns as those of `mma`.
         tiles = product.reshape(16, columns // 8, 8).transpose(1, 0, 2)
         before = np.stack([r(w) for r in start]).view(np.float32)
@@ -547,20 +551,31 @@ def _group_product(ins: Instruction, kind: str, parts: list[str]) -> Operation:
 _ROW = {1: 128, 2: 64, 3: 32}
 
 
-def _matrix_in_memory(w: Any, descriptor: int, first: int, rows: int, kind: str) -> Array:
-    """Rows of a matrix of which a descriptor tells where it is; 32 bytes of each, in float32."""
+def _matrix_in_memory(
+    w: Any, descriptor: int, first: int, rows: int, kind: str, turned: bool
+) -> Array:
+    """Rows of a matrix of which a descriptor tells where it is; 32 bytes of each, in float32.
+
+    Args:
+        turned: what lies side by side in memory are numbers of one column, not of one row.
+    """
     start, across, down = ((descriptor >> place & 0x3FFF) << 4 for place in (0, 16, 32))
     mixed = descriptor >> 62
+    width = _ROW.get(mixed, 16)
     row = first + np.arange(rows)[:, None]
-    byte = 4 * np.arange(8)[None, :]
-    if mixed:
-        width = _ROW[mixed]
-        places = start + row // 8 * down + row % 8 * width + byte
-        places ^= places >> 3 & (width - 1) & ~15
+    size = 2 if turned else 4
+    if turned:
+        # Of sixteen columns, numbers of 16 bits.
+        column, per = np.arange(16)[None, :], width // 2
+        far, near = (across, down) if mixed else (down, across)
+        places = start + row // per * far + column // 8 * near + column % 8 * width + row % per * 2
     else:
-        places = start + row // 8 * down + byte // 16 * across + row % 8 * 16 + byte % 16
-    words = w.load_shared("weak", places.ravel(), 4).view(np.uint32).reshape(rows, 8)
-    return _numbers(kind, list(words)).reshape(rows, -1)
+        byte = 4 * np.arange(8)[None, :]
+        places = start + row // 8 * down + byte // width * across + row % 8 * width + byte % width
+    if mixed:
+        places ^= places >> 3 & (width - 1) & ~15
+    found = w.load_shared("weak", places.ravel(), size).reshape(rows, -1)
+    return _numbers(kind, list(np.ascontiguousarray(found).view(np.uint32))).reshape(rows, -1)
 
 
 # Memory -------------------------------------------------------------------------------------------
@@ -675,8 +690,9 @@ def _store_matrix(ins: Instruction, kind: str, parts: list[str]) -> Operation:
 
 def _add_in_memory(ins: Instruction, kind: str, parts: list[str]) -> Operation:
     assert "add" in parts and kind == "u32", ins.text
-    into, value = writer(ins.operands[0], kind), reader(ins.operands[2], kind)
-    place = _place_of(ins.operands[1], True)
+    # `red` gives nothing back.
+    into = writer(Nowhere() if parts[0] == "red" else ins.operands[0], kind)
+    place, value = _place_of(ins.operands[-2], True), reader(ins.operands[-1], kind)
     order = next(part for part in parts if part in ("release", "acquire", "acq_rel", "relaxed"))
     return lambda w, m: into(w, m, w.add(order, place(w), m, value(w)))
 
@@ -724,6 +740,7 @@ _OPERATIONS: dict[str, Callable[[Instruction, str, list[str]], Operation]] = {
     "ldmatrix": _load_matrix,
     "stmatrix": _store_matrix,
     "atom": _add_in_memory,
+    "red": _add_in_memory,
     "cvta": _generic,
     "mapa": _of_rank,
     "prefetch": _prefetch,

@@ -219,6 +219,6 @@ def _operand(text: str, scope: _Scope) -> Operand:
         return Number(struct.unpack("<I", struct.pack("<f", float(text)))[0])
     if text == "_":
         return Nowhere()
-    if text.startswith("%") and "." in text:
+    if text == "%clock" or (text.startswith("%") and "." in text):
         return Special(text)
     return scope.find(text)

@@ -143,12 +143,12 @@ def test_a_packed_batch_in_both_directions_is_torchs(monkeypatch, variant):
 
 @pytest.mark.parametrize("variant", ["cluster", "cooperative"])
 def test_the_order_of_events_changes_no_bit(monkeypatch, variant):
-    """Programs hand each other what they computed: who is fast, and what arrives first, must not
-    matter."""
-    found = [
-        results(monkeypatch, "lstm", "H200", variant, (4, 10, 8, 32), seed=seed)[0]
-        for seed in range(4)
-    ]
+    """Programs hand each other what they computed: who is fast, what arrives first, and when one
+    looks for it, must not matter."""
+    layer = (monkeypatch, "lstm", "H200", variant, (4, 10, 8, 32))
+    found = [results(*layer, seed=seed)[0] for seed in range(3)]
+    if variant == "cooperative":
+        found.append(results(*layer, seed=3, pause=300)[0])
     for other in found[1:]:
         assert_same_bits(other, found[0])
 

@@ -215,6 +215,7 @@ def recurrence_backward(
     ON_CHIP: tl.constexpr,
     IN_REGISTERS: tl.constexpr,
     STREAMED: tl.constexpr,
+    PAUSE: tl.constexpr,
     HAS_C: tl.constexpr,
     PACKED: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -431,6 +432,7 @@ def recurrence_backward(
                     TOGETHER,
                     PRECISION,
                     False,
+                    PAUSE,
                 )
                 # Rows that took no part in the step before this one send nothing.
                 came = tl.reshape(parts_added(product, BLOCK_H), (BLOCK_N, BLOCK_H))

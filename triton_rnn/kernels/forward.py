@@ -159,6 +159,7 @@ def recurrence_forward(
     ON_CHIP: tl.constexpr,
     IN_REGISTERS: tl.constexpr,
     STREAMED: tl.constexpr,
+    PAUSE: tl.constexpr,
     HAS_C: tl.constexpr,
     PACKED: tl.constexpr,
     SAVED: tl.constexpr,
@@ -189,6 +190,7 @@ def recurrence_forward(
         ON_CHIP: keep the rows of W_hh on the chip for the whole launch; else they stream by.
         IN_REGISTERS: of how many gates, if a program owns all units, in registers.
         STREAMED: with EXCHANGE "flag", blocks of each part of the product that every step reads.
+        PAUSE: with "flag", cycles before a step first looks for what the others send.
         PRECISION: of products of float32. PTX: see `functions`.
     """
     HELD: tl.constexpr = EXCHANGE == "none"
@@ -338,6 +340,7 @@ def recurrence_forward(
                     TOGETHER,
                     PRECISION,
                     NEAR,
+                    PAUSE,
                 )
                 a = _by_gate(parts_added(product, BLOCK_H), GATES)
             else:

@@ -55,7 +55,7 @@ def look_again(limit, error, step):
 
 
 @triton.constexpr_function
-def _look(tiles, pieces, padded, bits, near, asked):
+def _look(tiles, pieces, padded, bits, near, pause, asked):
     """The PTX of `load_when_written` ("text"), or the constraints of its operands."""
     load, stride = "ld.relaxed.gpu.global", 64
     if near:
@@ -71,7 +71,7 @@ def _look(tiles, pieces, padded, bits, near, asked):
     text = [
         "{",
         ".reg .pred missing, here, again;",
-        ".reg .b32 looks, limit, rest, found, distance;",
+        ".reg .b32 looks, limit, rest, found, distance, begun, now;",
         ".reg .b64 failed;",
         f".reg .pred inside<{pieces}>;",
         "mov.u32 looks, 0;",
@@ -81,6 +81,16 @@ def _look(tiles, pieces, padded, bits, near, asked):
     if padded:
         text += [f"setp.gt.s32 inside{piece}, {left}, {piece};" for piece in range(pieces)]
         text += [f"mov.b32 ${word}, 0;" for word in range(count)]
+    if pause:
+        # Who looks in vain is in the way of those who store, and looks again a trip later.
+        text += [
+            "mov.u32 begun, %clock;",
+            "PAUSE:",
+            "mov.u32 now, %clock;",
+            "sub.u32 now, now, begun;",
+            f"setp.lt.u32 again, now, {pause};",
+            "@again bra PAUSE;",
+        ]
     text += ["LOOK:"]
     for tile in range(tiles):
         for piece in range(pieces):
@@ -130,6 +140,7 @@ if triton.knobs.runtime.interpret:
         PADDED: tl.constexpr,
         BITS: tl.constexpr,
         NEAR: tl.constexpr,
+        PAUSE: tl.constexpr,
     ):
         STRIDE: tl.constexpr = 128 if NEAR else 16
         word = tl.arange(0, 4)[None, None, None, :]
@@ -211,6 +222,7 @@ else:
         PADDED: tl.constexpr,
         BITS: tl.constexpr,
         NEAR: tl.constexpr,
+        PAUSE: tl.constexpr,
     ):
         """PIECES of each of some pointer tensors, when others have written them: 4 words each.
 
@@ -223,6 +235,7 @@ else:
             error_ptr: where `step` is noted when a wait runs out.
             BITS: of a number.
             NEAR: `ptrs` are places in a room of `cluster`, which are made unwritten again.
+            PAUSE: cycles before the first look.
         """
         TILES: tl.constexpr = len(ptrs)
         if not NEAR:
@@ -231,8 +244,8 @@ else:
         # To Triton it is pure, though it is not: else some versions leave copies of it behind where
         # they try layouts. It is not moved, for its operands are of the step, nor left out.
         return tl.inline_asm_elementwise(
-            _look(TILES, PIECES, PADDED, BITS, NEAR, "text"),
-            _look(TILES, PIECES, PADDED, BITS, NEAR, "constraints"),
+            _look(TILES, PIECES, PADDED, BITS, NEAR, PAUSE, "text"),
+            _look(TILES, PIECES, PADDED, BITS, NEAR, PAUSE, "constraints"),
             ptrs + polls + (left, error_ptr, step.to(tl.int64)),
             _types(4 * TILES * PIECES),
             is_pure=True,

@@ -146,6 +146,7 @@ class Plan:
         in_registers: of how many gates W_hh is kept there, not in shared memory.
         streamed: blocks of each part of the inner dimension whose W_hh is not kept: every step
             reads it again, from the L1 cache if there is room.
+        pause: cycles before a step first looks for what the others send (exchange "flag").
     """
 
     kernel: str
@@ -164,6 +165,7 @@ class Plan:
     floor_us: float
     in_registers: int = 0
     streamed: int = 0
+    pause: int = 0
 
     @property
     def programs(self) -> int:

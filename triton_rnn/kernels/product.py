@@ -279,6 +279,7 @@ def held_product(
     TOGETHER: tl.constexpr,
     PRECISION: tl.constexpr,
     NEAR: tl.constexpr,
+    PAUSE: tl.constexpr,
 ):
     """The parts (SPLITS, ROWS, 8 * tiles) of the product of W_hh with what others send.
 
@@ -288,7 +289,7 @@ def held_product(
         sources: for each tile of eight sequences, (1, 8, 1) pointers to the inner number 0; NEAR
             places in a room of `cluster`.
         polls: for each, how often is looked whether it has come; 0 where it is there.
-        TOGETHER: blocks that are waited for together.
+        TOGETHER: blocks that are waited for together. PAUSE: cycles before the first look.
     """
     NUM_K: tl.constexpr = (INNER + SPLITS * BLOCK_K - 1) // (SPLITS * BLOCK_K)
     TILES: tl.constexpr = len(sources)
@@ -315,6 +316,7 @@ def held_product(
             PADDED,
             dtype.primitive_bitwidth,
             NEAR,
+            PAUSE if group == 0 else 0,
         )
         for k in tl.static_range(min(TOGETHER, NUM_K - group)):
             block = right_operand(words, 4 * k, 4 * min(TOGETHER, NUM_K - group), TILES, dtype)

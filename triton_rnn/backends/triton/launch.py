@@ -132,6 +132,7 @@ def _constants(
         "ON_CHIP": plan.on_chip,
         "IN_REGISTERS": plan.in_registers,
         "STREAMED": plan.streamed,
+        "PAUSE": plan.pause,
         "HAS_C": cell.has_c,
         "PACKED": packed,
         "PRECISION": precision,
