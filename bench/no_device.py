@@ -2,7 +2,7 @@
 
 A driver that starts nothing stands in the place of Triton's, so what the backend does on the
 processor can be looked at, and timed, on any machine. Tensors are the CPU's; results are whatever
-was in memory.
+was in memory; or what the kernels make of it that `tests/ptx` puts in the place of Triton's.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from triton_rnn import dispatch
 from triton_rnn.backends import triton as backend
 from triton_rnn.backends.native import calls
 from triton_rnn.backends.triton import launch, products
-from triton_rnn.kernels.plan import CHIPS
+from triton_rnn.kernels.plan import CHIPS, Chip
 
 # No machine has so many devices, so nothing that is compiled for a real one is found, or replaced.
 DEVICE = 99
@@ -30,6 +30,9 @@ KERNELS = (launch.recurrence_forward, launch.recurrence_backward, products.matmu
 # What is told of a launch: the kernel's name and the key that Triton finds its code by, the grid
 # and the stream, the arguments, the metadata, and whether any hooks come with it.
 Told = Callable[[tuple[str, Any], tuple[Any, ...], tuple[Any, ...], Any, bool], None]
+# What makes a kernel, from the function and what Triton has found out about a launch: signature,
+# device, constants, options, attributes, and whether it is to be launched.
+Maker = Callable[..., Any]
 
 
 def _untold(*launch: Any) -> None:
@@ -64,9 +67,16 @@ def _forget() -> None:
 
 
 @contextlib.contextmanager
-def no_device(chip: str = "H200", tell: Told = _untold) -> Iterator[None]:
-    """Within, the backend serves CPU tensors as if they were on a chip; nothing is compiled."""
-    target = GPUTarget("cuda", int(CHIPS[chip].architecture), 32)
+def no_device(
+    chip: Chip | str = "H200", tell: Told = _untold, make: Maker | None = None
+) -> Iterator[None]:
+    """Within, the backend serves CPU tensors as if they were on a chip; nothing is compiled.
+
+    Args:
+        tell: is told of every launch. make: makes the kernels, which then tell nobody.
+    """
+    chip = CHIPS[chip] if isinstance(chip, str) else chip
+    target = GPUTarget("cuda", int(chip.architecture), 32)
     stand_in = SimpleNamespace(
         get_current_device=lambda: DEVICE,
         get_current_stream=lambda device: 7,
@@ -74,7 +84,7 @@ def no_device(chip: str = "H200", tell: Told = _untold) -> Iterator[None]:
     )
 
     def compile_nothing(function: Any, key: Any, *arguments: Any) -> _Kernel:
-        kernel = _Kernel(function.__name__, key, tell)
+        kernel = make(function, *arguments) if make else _Kernel(function.__name__, key, tell)
         function.device_caches[DEVICE][0][key] = kernel
         return kernel
 
@@ -83,8 +93,8 @@ def no_device(chip: str = "H200", tell: Told = _untold) -> Iterator[None]:
             (JITFunction, "_do_compile", compile_nothing),
             (driver, "_active", stand_in),
             (backend, "cannot", lambda request: None),
-            (launch, "chip_of", lambda device: CHIPS[chip]),
-            (products, "chip_of", lambda device: CHIPS[chip]),
+            (launch, "chip_of", lambda device: chip),
+            (products, "chip_of", lambda device: chip),
         ):
             stack.enter_context(mock.patch.object(place, name, value))
         _forget()

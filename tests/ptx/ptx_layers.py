@@ -1,10 +1,16 @@
-"""Layers whose kernels are compiled for a GPU and run on `ptx_machine`."""
+"""Layers whose kernels are compiled for a GPU and run on `ptx_machine`.
 
+All else is as it is on a GPU, up to the call of Triton's driver: plans, launchers, what Triton
+specialises a kernel for.
+"""
+
+import contextlib
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import torch
 import triton
@@ -12,106 +18,77 @@ from ptx_machine import Machine
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from bench.no_device import no_device
 from triton_rnn.backends import triton as backend
-from triton_rnn.backends.triton import launch, products
-from triton_rnn.kernels.plan import CHIPS, Chip
-
-_POINTERS = {
-    torch.float16: "*fp16",
-    torch.bfloat16: "*bf16",
-    torch.float32: "*fp32",
-    torch.int32: "*i32",
-    torch.int64: "*i64",
-}
+from triton_rnn.backends.triton import launch, launcher, products
+from triton_rnn.kernels.plan import CHIPS
 
 # A wait looks so often before it gives up: few times, for the machine is slow, and many, for it is
 # not fair. (A multiple of 1024, see `pieces.look_again`.)
 POLLS = 1 << 13
 
+# Of the compiler, as far as anybody sets them.
+_OPTIONS = ("num_warps", "num_stages", "maxnreg", "enable_fp_fusion", "launch_cooperative_grid")
 
-class Launcher:
-    """As the backend's, but what it launches is compiled for a chip and run on the machine."""
 
-    chip: Chip
-    seed = 0
-    edit: Callable[[str], str]
-    executed: list[int]
+class _Kernel:
+    """A kernel in the place of Triton's, which runs on the machine.
 
-    def __init__(self, kernel: Any, constants: Any, options: Any, cluster: int = 1) -> None:
-        self._kernel, self._constants, self._options = kernel, constants, options
-        self._cluster = cluster
+    Args:
+        compiled: what Triton has compiled; machine: for it. kinds: of its arguments.
+        run_of: runs it: is given the machine, programs, those of a cluster, kinds and arguments.
+    """
 
-    def __call__(self, device: torch.device, programs: int, tensors: Any, others: Any) -> None:
-        arguments = (*tensors, *others)
-        signature, constants, attributes, left = self._specialised(arguments)
-        machine = _machine(
-            self._kernel,
-            self.chip,
-            signature,
-            constants,
-            attributes,
-            tuple(self._options.items()),
-            type(self).edit,
-        )
-        every = [argument for argument in arguments if isinstance(argument, torch.Tensor)]
-        self.executed.append(machine.launch(programs, self._cluster, every, left, self.seed))
+    function = 1
 
-    def _specialised(self, arguments: Any) -> Any:
-        """What Triton compiles for these arguments: types, constants, and what 16 divides."""
-        kernel = self._kernel
-        plain = set(kernel.do_not_specialize or ())
-        signature, attributes, left = [], [], []
-        constants = [
-            ((kernel.arg_names.index(name),), value) for name, value in self._constants.items()
-        ]
-        for place, (name, argument) in enumerate(
-            zip(kernel.arg_names[: len(arguments)], arguments, strict=True)
-        ):
-            if isinstance(argument, torch.Tensor):
-                signature.append((name, _POINTERS[argument.dtype]))
-                number = argument.data_ptr()
-            elif argument == 1 and name not in plain:
-                signature.append((name, "constexpr"))
-                constants.append(((place,), 1))
-                continue
-            else:
-                signature.append((name, "i32" if -(2**31) <= argument < 2**31 else "i64"))
-                number = argument
-            left.append(argument)
-            if number % 16 == 0 and name not in plain:
-                attributes.append((place,))
-        signature += [(name, "constexpr") for name in self._constants]
-        return tuple(signature), tuple(constants), tuple(attributes), left
+    def __init__(
+        self, compiled: Any, machine: Machine, kinds: Sequence[str], run_of: Callable[..., None]
+    ) -> None:
+        self.packed_metadata = compiled.packed_metadata
+        self._machine, self._kinds, self._run_of = machine, kinds, run_of
+
+    def launch_metadata(self, *launch: Any) -> None:
+        return None
+
+    def run(
+        self, x: int, y: int, z: int, stream: Any, function: Any, packed: Any, metadata: Any,
+        enter: Any, leave: Any, *arguments: Any,
+    ) -> None:  # fmt: skip
+        """As `CompiledKernel.run`."""
+        assert (y, z) == (1, 1)
+        warps, cluster, shared = packed
+        assert (warps, shared) == (self.packed_metadata[0], self.packed_metadata[2])
+        self._run_of(self._machine, x * cluster, cluster, self._kinds, arguments)
 
 
 @functools.lru_cache(maxsize=256)
-def _machine(
-    kernel: Any,
-    chip: Chip,
-    signature: Any,
-    constants: Any,
-    attributes: Any,
-    options: Any,
+def _compiled(
+    function: Any,
+    architecture: int,
+    signature: Sequence[tuple[str, str]],
+    constants: Sequence[tuple[Any, Any]],
+    attributes: Sequence[tuple[Any, Any]],
+    options: Sequence[tuple[str, Any]],
     edit: Callable[[str], str],
-) -> Machine:
+) -> tuple[Any, Machine]:
     source = ASTSource(
-        kernel,
+        function,
         dict(signature),
         dict(constants),
-        {place: [["tt.divisibility", 16]] for place in attributes},
+        {place: [list(each) for each in what] for place, what in attributes},
     )
-    compiled = triton.compile(
-        source, target=GPUTarget("cuda", chip.architecture, 32), options=dict(options)
-    )
-    return Machine(edit(compiled.asm["ptx"]), compiled.metadata.num_warps, compiled.metadata.shared)
+    target = GPUTarget("cuda", architecture, 32)
+    compiled = triton.compile(source, target=target, options=dict(options))
+    metadata = compiled.metadata
+    return compiled, Machine(edit(compiled.asm["ptx"]), metadata.num_warps, metadata.shared)
 
 
 def as_it_is(text: str) -> str:
     return text
 
 
+@contextlib.contextmanager
 def on_machine(
-    monkeypatch: Any,
     name: str,
     *,
     variant: str | None = None,
@@ -119,30 +96,57 @@ def on_machine(
     edit: Callable[[str], str] = as_it_is,
     polls: int = POLLS,
     **changes: Any,
-) -> SimpleNamespace:
-    """From now to the end of the test, the backend believes that CPU tensors are on a chip.
+) -> Iterator[SimpleNamespace]:
+    """Within, the backend believes that CPU tensors are on a chip.
 
     Args:
         name: of the chip. variant: of the plans. seed: of the order of events.
         edit: what becomes of the PTX of recurrences. changes: of the plans.
 
-    Returns:
+    Yields:
         plans: those that were asked for. executed: instructions of a warp, of each launch.
     """
     chip = dataclasses.replace(CHIPS[name], clusters=variant == "cluster")
     # Blackwell's own matrix instructions are not among the machine's.
     older = CHIPS["H200"] if chip.architecture == 100 else chip
     seen = SimpleNamespace(plans=[], executed=[])
-    for module, own, change in ((launch, chip, edit), (products, older, as_it_is)):
-        monkeypatch.setattr(module, "chip_of", lambda device, own=own: own)
-        parts = {"chip": own, "seed": seed, "edit": change, "executed": seen.executed}
-        monkeypatch.setattr(module, "Launcher", type("Launcher", (Launcher,), parts))
-    for cached in (launch._ready, launch._launcher, products._ready):
-        cached.cache_clear()
-    monkeypatch.setattr(launch, "POLLS", polls)
-    monkeypatch.setattr(launch, "variant", variant)
-    for question in ("cannot", "supports"):
-        monkeypatch.setattr(backend, question, lambda request: None)
+    # Of the launch that is under way: a launcher may hand on no more than their addresses.
+    tensors: list[torch.Tensor] = []
+
+    def make(
+        function: Any, signature: Mapping[str, str], device: int, constants: Mapping[Any, Any],
+        options: Any, attributes: Mapping[Any, Any], *others: Any,
+    ) -> _Kernel:  # fmt: skip
+        ours = function is not products.matmul
+        compiled, machine = _compiled(
+            function,
+            (chip if ours else older).architecture,
+            tuple(signature.items()),
+            tuple(constants.items()),
+            tuple((place, tuple(map(tuple, what))) for place, what in attributes.items()),
+            tuple((key, getattr(options, key)) for key in _OPTIONS),
+            edit if ours else as_it_is,
+        )
+        return _Kernel(compiled, machine, tuple(signature.values()), run_of)
+
+    def run_of(
+        machine: Machine, programs: int, cluster: int, kinds: Sequence[str], given: Sequence[Any]
+    ) -> None:
+        at = {tensor.data_ptr(): tensor for tensor in tensors}
+        arguments = [
+            at[argument] if kind.startswith("*") and isinstance(argument, int) else argument
+            for kind, argument in zip(kinds, given, strict=True)
+            if kind != "constexpr"
+        ]
+        seen.executed.append(machine.launch(programs, cluster, tensors, arguments, seed))
+
+    call = launcher.Launcher.__call__
+
+    def noted_call(self: Any, device: Any, programs: int, given: Any, others: Any) -> None:
+        every = (*given, *others)
+        tensors[:] = [argument for argument in every if isinstance(argument, torch.Tensor)]
+        call(self, device, programs, given, others)
+
     planned = launch.plan_of
 
     def plan_of(request: Any, kernel: str) -> Any:
@@ -150,5 +154,15 @@ def on_machine(
         seen.plans.append(found)
         return found
 
-    monkeypatch.setattr(launch, "plan_of", plan_of)
-    return seen
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(no_device(chip, make=make))
+        for module, part, value in (
+            (products, "chip_of", lambda device: older),
+            (launcher.Launcher, "__call__", noted_call),
+            (launch, "POLLS", polls),
+            (launch, "variant", variant),
+            (launch, "plan_of", plan_of),
+            (backend, "supports", lambda request: None),
+        ):
+            stack.enter_context(mock.patch.object(module, part, value))
+        yield seen

@@ -22,6 +22,7 @@ from tolerances import TOLERANCES, assert_close, assert_same_bits, random, run
 import triton_rnn
 from triton_rnn import health
 from triton_rnn.backends.triton import launch
+from triton_rnn.backends.triton.launcher import Launcher
 
 F16, BF16, F32 = torch.float16, torch.bfloat16, torch.float32
 
@@ -50,9 +51,7 @@ def float32_precision(request, monkeypatch):
     return request.param
 
 
-def results(
-    monkeypatch, kind, chip, variant, sizes, *, dtype=F16, lengths=None, options=None, **how_run
-):
+def results(kind, chip, variant, sizes, *, dtype=F16, lengths=None, options=None, **how_run):
     """Results and gradients of a layer on the machine, and float64 torch's.
 
     Args:
@@ -65,8 +64,7 @@ def results(
     input, hx = input_and_hx(kind, ours, seq_len, batch, input_size, batch=batch)
     how = {} if lengths is None else {"prepare": pack(lengths)}
     expected = run(exact, input.double(), each_state(torch.Tensor.double, hx), **how)
-    with monkeypatch.context() as patched:
-        seen = on_machine(patched, chip, variant=variant, **how_run)
+    with on_machine(chip, variant=variant, **how_run) as seen:
         actual = run_on_kernels(ours, input, hx, **how)
     assert {plan.variant for plan in seen.plans} == {variant}
     assert len(seen.executed) >= 3, "projection, forward, backward"
@@ -106,8 +104,8 @@ LAYERS = [
     LAYERS,
     ids=lambda value: str(value).removeprefix("torch.").replace(" ", ""),
 )
-def test_a_layer_is_torchs(monkeypatch, kind, chip, variant, dtype, sizes):
-    actual, expected = results(monkeypatch, kind, chip, variant, sizes, dtype=dtype, seed=1)
+def test_a_layer_is_torchs(kind, chip, variant, dtype, sizes):
+    actual, expected = results(kind, chip, variant, sizes, dtype=dtype, seed=1)
     assert_near(actual, expected, TOLERANCES[dtype])
 
 
@@ -115,22 +113,19 @@ def test_a_layer_is_torchs(monkeypatch, kind, chip, variant, dtype, sizes):
     ("kind", "variant", "size"),
     [("lstm", "cluster", 32), ("gru", "cooperative", 36), ("rnn_tanh", "resident", 32)],
 )
-def test_float32_is_torchs(monkeypatch, float32_precision, kind, variant, size):
+def test_float32_is_torchs(float32_precision, kind, variant, size):
     if (variant, float32_precision) == ("cluster", "ieee"):
         pytest.skip("a cluster's plan is for products of one copy of W_hh")
-    actual, expected = results(
-        monkeypatch, kind, "H200", variant, (3, 5, 8, size), dtype=F32, seed=2
-    )
+    actual, expected = results(kind, "H200", variant, (3, 5, 8, size), dtype=F32, seed=2)
     # TF32 has as many bits as float16.
     like = F16 if float32_precision == "tf32" else F32
     assert_near(actual, expected, TOLERANCES[like])
 
 
 @pytest.mark.parametrize("variant", ["cluster", "cooperative", "streaming", "resident"])
-def test_a_packed_batch_in_both_directions_is_torchs(monkeypatch, variant):
+def test_a_packed_batch_in_both_directions_is_torchs(variant):
     lengths = [4, 1, 3, 4, 2, 1, 1, 3, 2]
     actual, expected = results(
-        monkeypatch,
         "gru",
         "H200",
         variant,
@@ -142,10 +137,10 @@ def test_a_packed_batch_in_both_directions_is_torchs(monkeypatch, variant):
 
 
 @pytest.mark.parametrize("variant", ["cluster", "cooperative"])
-def test_the_order_of_events_changes_no_bit(monkeypatch, variant):
+def test_the_order_of_events_changes_no_bit(variant):
     """Programs hand each other what they computed: who is fast, what arrives first, and when one
     looks for it, must not matter."""
-    layer = (monkeypatch, "lstm", "H200", variant, (4, 10, 8, 32))
+    layer = ("lstm", "H200", variant, (4, 10, 8, 32))
     found = [results(*layer, seed=seed)[0] for seed in range(3)]
     if variant == "cooperative":
         found.append(results(*layer, seed=3, pause=300)[0])
@@ -153,7 +148,22 @@ def test_the_order_of_events_changes_no_bit(monkeypatch, variant):
         assert_same_bits(other, found[0])
 
 
-def test_a_users_cell_is_its_own_loop(monkeypatch):
+@pytest.mark.parametrize("variant", ["cluster", "cooperative"])
+def test_a_second_call_starts_what_the_first_one_found(monkeypatch, variant):
+    """By the launcher's own way, which hands Triton's driver addresses alone."""
+    layer = triton_rnn.LSTM(8, 32, dtype=F16)
+    input = random(3, 5, 8, dtype=F16)
+    layer.requires_grad_(False)
+    with on_machine("H200", variant=variant) as seen, triton_rnn.use_backend("triton"):
+        first, _ = layer(input)
+        monkeypatch.delattr(Launcher, "_launch")
+        monkeypatch.delattr(Launcher, "_launch_clusters")
+        second, _ = layer(input)
+    assert len(seen.executed) == 4
+    assert torch.equal(first, second)
+
+
+def test_a_users_cell_is_its_own_loop():
     exact = own_cells.PeepholeLSTM(8, 40, dtype=torch.float64)
     ours = own_cells.PeepholeLSTM(8, 40, dtype=F16)
     ours.load_state_dict(exact.state_dict())
@@ -161,8 +171,7 @@ def test_a_users_cell_is_its_own_loop(monkeypatch):
     input = random(3, 5, 8, dtype=F16)
     found = []
     for module, x in ((exact, input.double()), (ours, input)):
-        with monkeypatch.context() as patched:
-            seen = on_machine(patched, "H200", variant="cluster")
+        with on_machine("H200", variant="cluster") as seen:
             x = x.clone().requires_grad_()
             with triton_rnn.use_backend("triton" if module is ours else "reference"):
                 output, _ = module(x)
@@ -207,7 +216,7 @@ def test_what_is_left_out_is_missed(monkeypatch, variant, edit, found):
     for seed in range(9):
         try:
             actual, expected = results(
-                monkeypatch, "lstm", "H200", variant, (3, 3, 8, 24), seed=seed, edit=edit,
+                "lstm", "H200", variant, (3, 3, 8, 24), seed=seed, edit=edit,
                 polls=1024,
             )  # fmt: skip
             with warnings.catch_warnings():
