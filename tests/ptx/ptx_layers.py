@@ -31,6 +31,10 @@ POLLS = 1 << 13
 _OPTIONS = ("num_warps", "num_stages", "maxnreg", "enable_fp_fusion", "launch_cooperative_grid")
 
 
+class NoPlan(Exception):
+    """A layer that no plan of the variant fits."""
+
+
 class _Kernel:
     """A kernel in the place of Triton's, which runs on the machine.
 
@@ -150,7 +154,10 @@ def on_machine(
     planned = launch.plan_of
 
     def plan_of(request: Any, kernel: str) -> Any:
-        found = dataclasses.replace(planned(request, kernel), **changes)
+        found = planned(request, kernel)
+        if found is None:
+            raise NoPlan
+        found = dataclasses.replace(found, **changes)
         seen.plans.append(found)
         return found
 

@@ -11,11 +11,18 @@ may do one thing or another, the machine does what is worse for who relied on it
 - A plain load may be answered by the program's own L1 cache, which forgets nothing but at an
   acquire.
 - Copies to shared memory are made when they are waited for, not before.
-- Memory outside of tensors, unaligned accesses, shared memory that one warp writes and another
-  reads or writes without a barrier between, stores into a program that has ended, and instructions
-  that need a whole warp but find a part of it are errors, and so is a launch that never ends.
+- Memory outside of the tensors' storages, unaligned accesses, shared memory that one warp writes
+  and another reads or writes without a barrier between, stores into a program that has ended, and
+  instructions that need a whole warp but find a part of it are errors, and so is a launch that
+  never ends.
+
+It is kinder than a GPU in this: all programs run at once, however they are launched; the threads of
+a warp never race with each other; a thread's load or store is whole; what a program stores in its
+own shared memory is there at once; of threads that have parted those run that are farthest behind;
+matrix instructions are never late.
 """
 
+import operator
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -25,7 +32,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from ptx_operations import LANES, Unknown, operation
-from ptx_text import Instruction, Target, parse
+from ptx_text import Instruction, Number, Target, parse
 
 Array = NDArray[Any]
 Mask = Array | None
@@ -40,10 +47,10 @@ _GLOBAL = 1 << 40
 _CLUSTER = 1 << 52
 _RANK = 1 << 32
 
-# Between tensors, so that none is overrun unnoticed.
-_GAP = 256
+# Between storages, so that none is overrun unnoticed.
+_GAP = 4096
 _SECTOR = 32
-# How likely stores are to arrive before the next warp's turn.
+# How likely stores are to arrive, each time that some do: after every other turn of a warp.
 _HASTE = (0.5, 0.1, 0.01)
 # Of a sane launch: far more than any of the tests needs.
 _MOST_TURNS = 10_000_000
@@ -112,6 +119,8 @@ class _Shared:
     def __init__(self, size: int) -> None:
         self.bytes = np.zeros(size, np.uint8)
         self._written = np.zeros(size, bool)
+        # By other programs; only who looks for it may load it.
+        self._sent = np.zeros(size, bool)
         self._writer = np.full(size, -1, np.int32)
         self._reader = np.full(size, -1, np.int32)
         self._written_at = np.full(size, -1, np.int64)
@@ -126,6 +135,8 @@ class _Shared:
             raise Fault("a load of what another warp has stored since the last barrier")
         if not self._written[every].all():
             raise Fault("a load of shared memory that nobody has written")
+        if self._sent[every].any():
+            raise Fault("a plain load of what another program may send at any time")
         # Of several readers it is enough to know that there are: -2.
         again = (self._read_at[every] == self.epoch) & (self._reader[every] != warp)
         self._reader[every] = np.where(again, -2, warp)
@@ -138,33 +149,48 @@ class _Shared:
         changes = self.bytes[every] != values.ravel()
         if (self._stored_by_others(every, warp) & changes).any():
             raise Fault("a store over what another warp has stored since the last barrier")
-        if ((self._read_at[every] == self.epoch) & (self._reader[every] != warp) & changes).any():
-            raise Fault("a store over what another warp has loaded since the last barrier")
-        self._written[every], self._writer[every] = True, warp
-        self._written_at[every] = self.epoch
+        self.may_change(every[changes], warp)
+        self._written[every], self._sent[every] = True, False
+        self._writer[every], self._written_at[every] = warp, self.epoch
         _put(self.bytes, places, values)
+
+    def may_change(self, every: Array, warp: int) -> None:
+        """Raises Fault if another warp has loaded from there."""
+        if ((self._read_at[every] == self.epoch) & (self._reader[every] != warp)).any():
+            raise Fault("a store over what another warp has loaded since the last barrier")
 
     def _stored_by_others(self, every: Array, warp: int) -> Array:
         return (self._written_at[every] == self.epoch) & (self._writer[every] != warp)
 
-    def written_by_others(self, places: Array, size: int) -> None:
-        self._written[(places[:, None] + np.arange(size)).ravel()] = True
+    def send(self, places: Array, size: int) -> None:
+        """Another program stores there."""
+        every = (places[:, None] + np.arange(size)).ravel()
+        self._written[every] = self._sent[every] = True
+
+    def pass_barrier(self, of_cluster: bool) -> None:
+        self.epoch += 1
+        if of_cluster:
+            self._sent[:] = False
 
 
 class _Cluster:
-    """Programs that run next to each other, and their barrier."""
+    """Programs that run next to each other."""
 
     def __init__(self) -> None:
         self.programs: list[_Running] = []
-        self.arrived, self.passed = 0, 0
+        self._waiting = 0
 
-    def arrive(self) -> None:
-        self.arrived += 1
-        if self.arrived == sum(len(program.warps) for program in self.programs):
-            self.arrived = 0
-            self.passed += 1
+    def meet(self, warp: "Warp") -> None:
+        """A warp comes to the barrier of all."""
+        warp.is_waiting = True
+        self._waiting += 1
+        if self._waiting == sum(len(program.warps) for program in self.programs):
+            self._waiting = 0
             for program in self.programs:
-                program.shared.epoch += 1
+                program.shared.pass_barrier(of_cluster=True)
+                program.in_l1[:] = False
+                for each in program.warps:
+                    each.is_waiting = False
 
 
 class _Running:
@@ -187,7 +213,7 @@ class _Running:
         self.waiting += 1
         if self.waiting == len(self.warps):
             self.waiting = 0
-            self.shared.epoch += 1
+            self.shared.pass_barrier(of_cluster=False)
             for each in self.warps:
                 each.is_waiting = False
             for store in self.machine.on_their_way:
@@ -214,7 +240,6 @@ class Warp:
             "%ctaid.x": running.number,
             "%nctaid.x": machine.programs,
             "%ntid.x": LANES * machine.warps,
-            "%cluster_ctaid.x": running.rank,
             "%cluster_ctarank": running.rank,
         }
         self.special = {name: np.full(LANES, n, np.uint32) for name, n in same.items()}
@@ -224,21 +249,16 @@ class Warp:
         self.taking: Mask = None
         self.parked: list[tuple[int, Array]] = []
         self.is_waiting = self.is_over = False
-        self.awaits_cluster: int | None = None
         self.copies: list[Any] = []
         self.groups: list[list[Any]] = []
 
     @property
     def clock(self) -> Array:
-        """Instructions so far, of all warps."""
+        """Instructions of all warps before this turn."""
         return np.full(LANES, self.running.machine.clock % (1 << 32), np.uint32)
 
     @property
     def is_ready(self) -> bool:
-        if self.awaits_cluster is not None:
-            if self.running.cluster.passed <= self.awaits_cluster:
-                return False
-            self.awaits_cluster = None
         return not self.is_waiting and not self.is_over
 
     def run(self, most: int) -> int:
@@ -255,15 +275,16 @@ class Warp:
                 taking = truth if taking is None else truth & taking
                 if taking.all():
                     taking = None
-            if kind == "plain":
-                if taking is None or taking.any():
-                    function(self, taking)
-                self.place += 1
-            elif kind == "branch":
+            if kind == "branch":
                 before = self.place
                 self._branch(function, taking)
                 if self.place <= before:
                     return count + 1
+            elif taking is not None and not taking.any():
+                self.place += 1
+            elif kind == "plain":
+                function(self, taking)
+                self.place += 1
             elif kind == "return":
                 if self.parked or taking is not None:
                     raise Fault("a part of a warp returns")
@@ -273,24 +294,17 @@ class Warp:
             else:
                 self.must_be_whole(taking, function)
                 self.place += 1
-                self._synchronise(kind)
+                if kind == "barrier":
+                    self.running.meet(self)
+                else:
+                    self.running.machine.land(lambda store: store.warp is self)
+                    self.running.cluster.meet(self)
                 return count + 1
         return most
 
     def must_be_whole(self, taking: Mask, instruction: Instruction) -> None:
         if taking is not None:
             raise Fault(f"{instruction.text}: a part of a warp is there")
-
-    def _synchronise(self, kind: str) -> None:
-        running = self.running
-        if kind == "barrier":
-            running.meet(self)
-        elif kind == "arrive":
-            running.machine.land(lambda store: store.warp is self)
-            self._arrived_at = running.cluster.passed
-            running.cluster.arrive()
-        else:
-            self.awaits_cluster = self._arrived_at
 
     def _branch(self, target: int, taking: Mask) -> None:
         if taking is None and self.taking is None:
@@ -353,26 +367,32 @@ class Warp:
         machine, running = self.running.machine, self.running
         memory = machine.memory.bytes
         places = self._in_memory(places, size)
-        if machine.on_their_way:
-            sectors = np.unique(places // _SECTOR)
-            machine.land(
-                lambda store: (
-                    store.warp.running is running
-                    and store.memory is memory
-                    and store.is_in(sectors)
-                )
-            )
+        sectors = np.unique(places // _SECTOR)
         if order == "acquire":
             running.in_l1[:] = False
         if order != "weak":
+            self._land_own(sectors)
             return _at(memory, places, size)
-        sectors = np.unique(places // _SECTOR)
         missing = sectors[~running.in_l1[sectors]]
         if len(missing):
             whole = memory.reshape(-1, _SECTOR)
             running.l1.reshape(-1, _SECTOR)[missing] = whole[missing]
             running.in_l1[missing] = True
+            for store in machine.on_their_way:
+                # What is the program's own it sees before it has arrived.
+                if store.warp.running is running and store.memory is memory:
+                    _put(running.l1, store.places, store.values)
         return _at(running.l1, places, size)
+
+    def _land_own(self, sectors: Array) -> None:
+        """Let the program's own stores there arrive."""
+        machine, running = self.running.machine, self.running
+        memory = machine.memory.bytes
+        machine.land(
+            lambda store: (
+                store.warp.running is running and store.memory is memory and store.is_in(sectors)
+            )
+        )
 
     def _in_memory(self, places: Array, size: int) -> Array:
         machine = self.running.machine
@@ -394,9 +414,13 @@ class Warp:
             shared = running.shared
             places = _checked(places.astype(np.int64), size, len(shared.bytes))
             shared.store(places, values, self.number)
+            if (_at(shared.bytes, places, size) != values).any():
+                raise Fault("threads that store different numbers in one place")
         elif space == "global":
             places = self._in_memory(places, size)
             _put(running.l1, places, values)
+            if (_at(running.l1, places, size) != values).any():
+                raise Fault("threads that store different numbers in one place")
             machine.send(self, machine.memory.bytes, None, places, values)
         else:
             self._store_in_cluster(places, values)
@@ -423,21 +447,29 @@ class Warp:
             )
         if order in ("acquire", "acq_rel"):
             running.in_l1[:] = False
+        lanes = np.arange(LANES) if taking is None else np.flatnonzero(taking)
+        sectors = np.unique(self._in_memory(places[lanes], 4) // _SECTOR)
+        self._land_own(sectors)
+        running.in_l1[sectors] = False
         before = np.zeros(LANES, np.uint32)
         words = machine.memory.bytes.view(np.uint32)
-        for lane in range(LANES) if taking is None else np.flatnonzero(taking):
+        for lane in lanes:
             place = self._in_memory(places[lane : lane + 1], 4)[0] // 4
             before[lane] = words[place]
             words[place] += values[lane]
         return before
 
-    def generic(self, places: Array) -> Array:
-        if (places >= len(self.running.shared.bytes)).any():
+    def generic(self, places: Array, taking: Mask) -> Array:
+        taken = places if taking is None else places[taking]
+        if (taken >= len(self.running.shared.bytes)).any():
             raise Fault("an address outside of shared memory")
         return places + np.uint64(_CLUSTER + self.running.rank * _RANK)
 
-    def of_rank(self, places: Array, ranks: Array) -> Array:
-        if (ranks >= len(self.running.cluster.programs)).any():
+    def of_rank(self, places: Array, ranks: Array, taking: Mask) -> Array:
+        here = slice(None) if taking is None else taking
+        if (places[here] < _CLUSTER).any():
+            raise Fault("an address that is not in shared memory")
+        if (ranks[here] >= len(self.running.cluster.programs)).any():
             raise Fault("no such program in the cluster")
         return places % np.uint64(_RANK) + np.uint64(_CLUSTER) + ranks * np.uint64(_RANK)
 
@@ -447,6 +479,10 @@ class Warp:
     def copy(
         self, order: str, to: Array, source: Array, taking: Mask, size: int, taken: Array
     ) -> None:
+        """Note a copy; what it goes over must be free from now on."""
+        here = slice(None) if taking is None else taking
+        every = (to[here].astype(np.int64)[:, None] + np.arange(size)).ravel()
+        self.running.shared.may_change(every, self.number)
         self.copies.append((order, to, source, taking, size, taken))
 
     def commit_copies(self) -> None:
@@ -457,9 +493,10 @@ class Warp:
         """Make copies, all but the last so many groups of them."""
         while len(self.groups) > left:
             for order, to, source, taking, size, taken in self.groups.pop(0):
-                reading = taken == size
-                assert (reading | (taken == 0)).all()
-                reading &= True if taking is None else taking
+                whole = np.ones(LANES, bool) if taking is None else taking
+                if (whole & (taken != size) & (taken != 0)).any():
+                    raise Unknown("a copy of a part")
+                reading = whole & (taken == size)
                 values = self.load(("global", order), source, reading, size)
                 self.store(("shared", "weak"), to, taking, values)
 
@@ -497,7 +534,7 @@ class Machine:
     def __init__(self, text: str, warps: int, shared: int) -> None:
         self.program = parse(text, -(-shared // 16) * 16)
         self.warps = warps
-        self.code = [_prepared(ins) for ins in self.program.instructions]
+        self.code = _prepared(self.program.instructions)
         self.on_their_way: list[_Store] = []
 
     def launch(
@@ -518,12 +555,12 @@ class Machine:
         Raises:
             Fault: see the head of this file.
         """
+        assert programs % cluster == 0
         self._random = random.Random(seed)
         self.memory = _Global(tensors)
         self.size = len(self.memory.bytes)
         self.programs = programs
         self.parameters = self._laid_out(arguments)
-        self.on_their_way = []
         running: list[_Running] = []
         for first in range(0, programs, cluster):
             together = _Cluster()
@@ -536,13 +573,13 @@ class Machine:
     def _laid_out(self, arguments: Sequence[Any]) -> Array:
         """The kernel's parameters as bytes."""
         end = max(place + size for size, place in self.program.parameters)
-        parameters = np.zeros(end + 8, np.uint8)
+        parameters = np.zeros(end, np.uint8)
         # Triton adds two of its own.
         for (size, place), argument in zip(self.program.parameters, arguments, strict=False):
             number = argument
             if isinstance(argument, torch.Tensor):
                 number = self.memory.address(argument)
-            packed = (int(number) % (1 << 8 * size)).to_bytes(size, "little")
+            packed = (operator.index(number) % (1 << 8 * size)).to_bytes(size, "little")
             parameters[place : place + size] = np.frombuffer(packed, np.uint8)
         return parameters
 
@@ -599,29 +636,42 @@ class Machine:
             if store.program is not None:
                 if store.program.is_over:
                     raise Fault("a store into a program that has ended")
-                store.program.shared.written_by_others(store.places, store.values.shape[1])
+                store.program.shared.send(store.places, store.values.shape[1])
             _put(store.memory, store.places, store.values)
 
 
-def _prepared(ins: Instruction) -> tuple[str, Any, int | None, bool]:
-    """Kind, what is to be done, the guard's register and what it must be."""
-    guard = None if ins.guard is None else ins.guard.index
-    kinds = {
-        "bar.sync": "barrier",
-        "barrier.cluster.arrive.release": "arrive",
-        "barrier.cluster.wait.acquire": "await",
-        "ret": "return",
-    }
-    if ins.name in kinds:
-        return kinds[ins.name], ins, guard, ins.wanted
-    if ins.name in ("bra", "bra.uni"):
-        (target,) = ins.operands
-        assert isinstance(target, Target)
-        return "branch", target.place, guard, ins.wanted
+_Prepared = tuple[str, Any, int | None, bool]
+
+
+def _prepared(instructions: Sequence[Instruction]) -> list[_Prepared]:
+    """Of each: kind, what is to be done, the guard's register and what it must be."""
+    prepared = []
+    for place, ins in enumerate(instructions):
+        kind, what = _kind_of(ins, instructions[place + 1 : place + 2])
+        guard = None if ins.guard is None else ins.guard.index
+        prepared.append((kind, what, guard, ins.wanted))
+    return prepared
+
+
+# A cluster's barrier is two instructions, between which nothing may stand here.
+_ARRIVE, _AWAIT = "barrier.cluster.arrive.release", "barrier.cluster.wait.acquire"
+
+
+def _kind_of(ins: Instruction, following: Sequence[Instruction]) -> tuple[str, Any]:
+    if ins.name == "ret":
+        return "return", ins
+    if ins.name == "bar.sync" and ins.operands == (Number(0),):
+        return "barrier", ins
+    if ins.name == _ARRIVE and [other.name for other in following] == [_AWAIT]:
+        return "cluster", ins
+    if ins.name == _AWAIT:
+        return "plain", lambda warp, taking: None
+    if ins.name in ("bra", "bra.uni") and isinstance(ins.operands[0], Target):
+        return "branch", ins.operands[0].place
     try:
-        return "plain", operation(ins), guard, ins.wanted
+        return "plain", operation(ins)
     except Unknown:
-        return "plain", _unknown(ins), guard, ins.wanted
+        return "plain", _unknown(ins)
 
 
 def _unknown(ins: Instruction) -> Any:

@@ -2,8 +2,8 @@
 
 `operation` makes of an instruction a function of the warp and of the threads that take part: None
 for all 32. Registers hold arrays of 32 unsigned integers, one for each thread; predicates hold
-booleans. The reference is NVIDIA's "Parallel Thread Execution ISA"; what it calls approximate is
-exact here, to float32.
+booleans. The reference is NVIDIA's "Parallel Thread Execution ISA". What it calls approximate is
+exact here, to float32; a fused product and sum is rounded twice, to float64 first.
 """
 
 from collections.abc import Callable
@@ -147,7 +147,7 @@ def _quotient(a: Array, b: Array) -> Array:
 
 def _fused(a: Array, b: Array, c: Array) -> Array:
     exact = a.astype(np.float64) * b.astype(np.float64) + c.astype(np.float64)
-    return exact.astype(np.float32)
+    return exact.astype(c.dtype)
 
 
 def _left(a: Array, by: Array) -> Array:
@@ -166,13 +166,16 @@ def _right(a: Array, by: Array) -> Array:
 
 def _field(a: Array, start: Array, length: Array) -> Array:
     """Bits of a number, of a signed one with the highest of them for its sign."""
-    count = int(length[0])
-    assert (length == count).all()
-    field = _right(a.view(np.uint32), start) & np.uint32((1 << count) - 1)
-    if a.dtype.kind == "i" and count:
-        up = np.uint32(32 - count)
-        field = np.right_shift(np.left_shift(field, up).view(np.int32), np.int32(32 - count))
-    return field.astype(a.dtype)
+    start, length = start.astype(np.int64) & 255, length.astype(np.int64) & 255
+    bits = a.view(np.uint32).astype(np.int64)
+    field = np.where(start < 32, bits >> np.minimum(start, 31), 0)
+    field &= (1 << np.minimum(length, 32)) - 1
+    if a.dtype.kind == "i":
+        # Of bits beyond the number its own sign stands for them.
+        inside = np.minimum(length, np.maximum(32 - start, 0))
+        negative = (length > 0) & (bits >> np.minimum(start + length - 1, 31) & 1 > 0)
+        field = np.where(negative, field | -(1 << inside), field)
+    return field.astype(np.uint32).view(a.dtype)
 
 
 _BINARY: dict[str, Callable[[Array, Array], Array]] = {
@@ -201,12 +204,22 @@ _UNARY: dict[str, Callable[[Array], Array]] = {
 }
 _SHIFTS = {"shl": _left, "shr": _right}
 
-# Modifiers that change nothing here: numbers as small as ftz drops do not matter to any test.
-_IDLE = {"rn", "ftz", "approx", "lo", "full"}
+# Modifiers of arithmetic that change nothing here: numbers as small as ftz drops do not matter to
+# any test.
+_IDLE = {"rn", "ftz", "approx", "full"}
+
+
+def _knows(ins: Instruction, parts: list[str], *others: str) -> None:
+    """Raises Unknown if an instruction asks for more than these."""
+    if set(parts[1:-1]) - _IDLE - set(others):
+        raise Unknown(ins.text)
 
 
 def _unary(ins: Instruction, kind: str, parts: list[str]) -> Operation:
+    _knows(ins, parts)
     function = _UNARY[parts[0]]
+    if kind.endswith("x2"):
+        raise Unknown(ins.text)
     if kind == "pred" and parts[0] == "not":
         function = np.logical_not
     into, a = writer(ins.operands[0], kind), reader(ins.operands[1], kind)
@@ -214,6 +227,7 @@ def _unary(ins: Instruction, kind: str, parts: list[str]) -> Operation:
 
 
 def _binary(ins: Instruction, kind: str, parts: list[str]) -> Operation:
+    _knows(ins, parts, *(("lo", "hi", "wide") if parts[0] == "mul" else ("f32",)))
     into = writer(ins.operands[0], kind)
     function = _BINARY[parts[0]]
     kinds = [kind, kind]
@@ -236,6 +250,8 @@ def _binary(ins: Instruction, kind: str, parts: list[str]) -> Operation:
 
 def _paired(ins: Instruction, kind: str, function: Callable[..., Array]) -> Operation:
     """Of both halves of registers."""
+    if kind == "bf16x2":
+        raise Unknown(ins.text)
     half = _dtype(kind.split("x")[0])
     into = writer(ins.operands[0], f"b{width(kind)}")
     sources = [reader(operand, f"b{width(kind)}") for operand in ins.operands[1:]]
@@ -248,6 +264,7 @@ def _paired(ins: Instruction, kind: str, function: Callable[..., Array]) -> Oper
 
 
 def _multiply_add(ins: Instruction, kind: str, parts: list[str]) -> Operation:
+    _knows(ins, parts, *(("lo", "wide") if parts[0] == "mad" else ("f32",)))
     result = kind
     if "wide" in parts:
         result = f"{kind[0]}{2 * width(kind)}"
@@ -265,6 +282,7 @@ def _multiply_add(ins: Instruction, kind: str, parts: list[str]) -> Operation:
 
 
 def _shift(ins: Instruction, kind: str, parts: list[str]) -> Operation:
+    _knows(ins, parts)
     function = _SHIFTS[parts[0]]
     into = writer(ins.operands[0], kind)
     a, by = reader(ins.operands[1], kind), reader(ins.operands[2], "u32")
@@ -272,6 +290,8 @@ def _shift(ins: Instruction, kind: str, parts: list[str]) -> Operation:
 
 
 def _extract(ins: Instruction, kind: str, parts: list[str]) -> Operation:
+    if width(kind) != 32:
+        raise Unknown(ins.text)
     into, a = writer(ins.operands[0], kind), reader(ins.operands[1], kind)
     start, length = (reader(operand, "u32") for operand in ins.operands[2:])
     return lambda w, m: into(w, m, _field(a(w), start(w), length(w)))
@@ -304,6 +324,7 @@ def _lookup(ins: Instruction, kind: str, parts: list[str]) -> Operation:
 
 
 def _permute_bytes(ins: Instruction, kind: str, parts: list[str]) -> Operation:
+    _knows(ins, parts)
     into = writer(ins.operands[0], kind)
     a, b, choice = (reader(operand, "u32") for operand in ins.operands[1:4])
 
@@ -344,6 +365,7 @@ def _either_nan(a: Array, b: Array) -> Array:
 
 
 def _compare(ins: Instruction, kind: str, parts: list[str]) -> Operation:
+    _knows(ins, parts, parts[1], *_COMBINED)
     function = _COMPARED[parts[1]]
     if kind == "f16x2":
         first, second = (writer(operand, "pred") for operand in ins.operands[:2])
@@ -366,12 +388,15 @@ def _compare(ins: Instruction, kind: str, parts: list[str]) -> Operation:
 def _test(ins: Instruction, kind: str, parts: list[str]) -> Operation:
     assert parts[1] == "number"
     into, a = writer(ins.operands[0], "pred"), reader(ins.operands[1], kind)
-    return lambda w, m: into(w, m, np.isfinite(a(w)))
+    return lambda w, m: into(w, m, ~np.isnan(a(w)))
 
 
 def _convert(ins: Instruction, kind: str, parts: list[str]) -> Operation:
     to = parts[-2]
+    _knows(ins, parts, to, *(["rna"] if to == "tf32" else []))
     if to == "tf32":
+        if "rna" not in parts:
+            raise Unknown(ins.text)
         into, a = writer(ins.operands[0], "b32"), reader(ins.operands[1], kind)
         return lambda w, m: into(w, m, to_tf32(a(w)))
     if to.endswith("x2"):
@@ -390,7 +415,8 @@ def _convert(ins: Instruction, kind: str, parts: list[str]) -> Operation:
     into, a = writer(ins.operands[0], to), reader(ins.operands[1], kind)
     if "bf16" in (to, kind):
         return lambda w, m: into(w, m, a(w))
-    assert (to[0] == "f" and kind[0] == "f") or (to[0] != "f" and kind[0] != "f"), ins.text
+    if (to[0] == "f") != (kind[0] == "f"):
+        raise Unknown(ins.text)
     dtype = _dtype(to)
     return lambda w, m: into(w, m, a(w).astype(dtype))
 
@@ -425,8 +451,9 @@ def _move(ins: Instruction, kind: str, parts: list[str]) -> Operation:
 def _shuffle(ins: Instruction, kind: str, parts: list[str]) -> Operation:
     into, a = writer(ins.operands[0], kind), reader(ins.operands[1], kind)
     by = reader(ins.operands[2], "u32")
-    mode = parts[2]
-    assert mode in ("bfly", "idx"), ins.text
+    mode, everybody = parts[2], [Number(31), Number(-1)]
+    if mode not in ("bfly", "idx") or list(ins.operands[3:]) != everybody:
+        raise Unknown(ins.text)
 
     def run(w: Any, m: Array | None) -> None:
         w.must_be_whole(m, ins)
@@ -517,6 +544,8 @@ def _group_product(ins: Instruction, kind: str, parts: list[str]) -> Operation:
     shape, kind = parts[4], parts[6]
     columns = int(shape[4:].split("k")[0])
     assert (shape[:4], kind) in (("m64n", "f16"), ("m64n", "bf16"), ("m64n", "tf32")), ins.text
+    if any(not isinstance(o, Number) or o.value != 1 for o in ins.operands[4:6]):
+        raise Unknown(ins.text)
     turns = [bool(operand.value) for operand in ins.operands[6:] if isinstance(operand, Number)]
     d, a, b, is_added = ins.operands[:4]
     assert isinstance(d, Vector)
@@ -602,7 +631,7 @@ def _load(ins: Instruction, kind: str, parts: list[str]) -> Operation:
     writers = [writer(part, kind) for part in written]
     count, size = len(writers), width(kind) // 8
     dtype = _dtype(kind)
-    how = _how(parts)
+    how = _how(ins, parts)
 
     def run(w: Any, m: Array | None) -> None:
         loaded = w.load(how, place(w), m, size * count).view(dtype).reshape(LANES, count)
@@ -617,17 +646,19 @@ def _store(ins: Instruction, kind: str, parts: list[str]) -> Operation:
     place = _place_of(into, _is_wide(into))
     stored = source.parts if isinstance(source, Vector) else (source,)
     readers = [reader(part, f"b{width(kind)}") for part in stored]
-    how = _how(parts)
+    how = _how(ins, parts)
     return lambda w, m: w.store(how, place(w), m, np.stack([r(w) for r in readers], 1))
 
 
 # What a memory instruction's modifiers ask for: where, and in which order with others.
 _SPACES = ("global", "shared", "shared::cta", "param")
-_ORDERS = ("relaxed", "acquire", "release", "volatile", "cg", "ca", "cv")
+_ORDERS = ("relaxed", "acquire", "release", "volatile", "cg", "cv")
 
 
-def _how(parts: list[str]) -> tuple[str, str]:
+def _how(ins: Instruction, parts: list[str]) -> tuple[str, str]:
     """Space and order; a space that is not said is another program's shared memory."""
+    if "cta" in parts or (parts[0] == "st" and "release" in parts):
+        raise Unknown(ins.text)
     space = next((part for part in parts if part in _SPACES), "cluster")
     order = next((part for part in parts if part in _ORDERS), "weak")
     return space.removesuffix("::cta"), order
@@ -635,13 +666,15 @@ def _how(parts: list[str]) -> tuple[str, str]:
 
 def _copy(ins: Instruction, kind: str, parts: list[str]) -> Operation:
     """cp.async: from global memory to shared memory, some time before it is waited for."""
-    if "commit_group" in parts:
+    if parts[1:] == ["async", "commit_group"]:
         return lambda w, m: w.commit_copies()
-    if "wait_group" in parts:
+    if parts[1:] == ["async", "wait_group"]:
         (left,) = ins.operands
         assert isinstance(left, Number)
         count = left.value
         return lambda w, m: w.await_copies(count)
+    if parts[2:] not in (["ca", "shared", "global"], ["cg", "shared", "global"]):
+        raise Unknown(ins.text)
     to, source = (_place_of(operand, _is_wide(operand)) for operand in ins.operands[:2])
     size = ins.operands[2]
     assert isinstance(size, Number)
@@ -689,7 +722,8 @@ def _store_matrix(ins: Instruction, kind: str, parts: list[str]) -> Operation:
 
 
 def _add_in_memory(ins: Instruction, kind: str, parts: list[str]) -> Operation:
-    assert "add" in parts and kind == "u32", ins.text
+    if "add" not in parts or kind != "u32" or "gpu" not in parts:
+        raise Unknown(ins.text)
     # `red` gives nothing back.
     into = writer(Nowhere() if parts[0] == "red" else ins.operands[0], kind)
     place, value = _place_of(ins.operands[-2], True), reader(ins.operands[-1], kind)
@@ -698,16 +732,24 @@ def _add_in_memory(ins: Instruction, kind: str, parts: list[str]) -> Operation:
 
 
 def _generic(ins: Instruction, kind: str, parts: list[str]) -> Operation:
-    assert parts[1:] == ["shared", "u64"], ins.text
+    if parts[1:] != ["shared", "u64"]:
+        raise Unknown(ins.text)
     into, place = writer(ins.operands[0], "u64"), reader(ins.operands[1], "u64")
-    return lambda w, m: into(w, m, w.generic(place(w)))
+    return lambda w, m: into(w, m, w.generic(place(w), m))
 
 
 def _of_rank(ins: Instruction, kind: str, parts: list[str]) -> Operation:
     """mapa: an address in shared memory as one of another program of the cluster."""
     into, place = writer(ins.operands[0], kind), reader(ins.operands[1], kind)
     rank = reader(ins.operands[2], "u32")
-    return lambda w, m: into(w, m, w.of_rank(place(w), rank(w)))
+    return lambda w, m: into(w, m, w.of_rank(place(w), rank(w), m))
+
+
+def _fence(ins: Instruction, kind: str, parts: list[str]) -> Operation:
+    """Only between a program's own stores and matrix instructions, which are never late here."""
+    if parts[1:3] != ["proxy", "async"]:
+        raise Unknown(ins.text)
+    return lambda w, m: None
 
 
 def _prefetch(ins: Instruction, kind: str, parts: list[str]) -> Operation:
@@ -733,7 +775,7 @@ _OPERATIONS: dict[str, Callable[[Instruction, str, list[str]], Operation]] = {
     "bar": _warp_barrier,
     "mma": _matrix_product,
     "wgmma": _group_product,
-    "fence": lambda ins, kind, parts: lambda w, m: None,
+    "fence": _fence,
     "ld": _load,
     "st": _store,
     "cp": _copy,
@@ -757,4 +799,7 @@ def operation(ins: Instruction) -> Operation:
     make = _OPERATIONS.get(parts[0])
     if make is None:
         raise Unknown(ins.text)
-    return make(ins, parts[-1], parts)
+    try:
+        return make(ins, parts[-1], parts)
+    except (AssertionError, KeyError, IndexError, StopIteration, TypeError, ValueError) as error:
+        raise Unknown(ins.text) from error

@@ -87,13 +87,13 @@ class _Scope:
     outer: "_Scope | None" = None
     names: dict[str, Operand] = field(default_factory=dict)
 
-    def find(self, name: str) -> Operand:
+    def find(self, name: str) -> Operand | None:
         scope: _Scope | None = self
         while scope is not None:
             if name in scope.names:
                 return scope.names[name]
             scope = scope.outer
-        raise ValueError(f"{name} is not declared")
+        return None
 
 
 # A block opens or closes; a label; a directive that ends with its line; all else ends with `;`.
@@ -219,6 +219,9 @@ def _operand(text: str, scope: _Scope) -> Operand:
         return Number(struct.unpack("<I", struct.pack("<f", float(text)))[0])
     if text == "_":
         return Nowhere()
-    if text == "%clock" or (text.startswith("%") and "." in text):
+    found = scope.find(text)
+    if found is None and text.startswith("%"):
         return Special(text)
-    return scope.find(text)
+    if found is None:
+        raise ValueError(f"{text} is not declared")
+    return found

@@ -35,6 +35,15 @@ def quiet_arithmetic():
 
 
 @pytest.fixture(autouse=True)
+def poisoned():
+    """Every empty floating tensor is full of NaN (see tests/test_poison.py)."""
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(before)
+
+
+@pytest.fixture(autouse=True)
 def no_failures_left():
     """Each test begins and ends without a failed wait."""
     yield

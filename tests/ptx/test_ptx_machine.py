@@ -57,7 +57,11 @@ def unary(instruction, numbers):
 
 
 INTEGERS = np.array([0, 1, -1, 7, -8, 2**31 - 1, -(2**31), 0x12345678], np.int32)
-FLOATS = np.array([0.0, -0.0, 1.5, -2.25, 1e-3, 3e38, np.inf, -np.inf], np.float32)
+# Among them two in the middle between numbers of bfloat16, where the even one is to be taken.
+FLOATS = np.array(
+    [0.0, -0.0, 1.5, -2.25, 1e-3, 3e38, np.inf, -np.inf, np.nan, 1 + 2**-8, 1 + 3 * 2**-8],
+    np.float32,
+)
 
 
 @pytest.mark.parametrize(
@@ -78,6 +82,18 @@ FLOATS = np.array([0.0, -0.0, 1.5, -2.25, 1e-3, 3e38, np.inf, -np.inf], np.float
         ("shr.s32 %r11, %r10, 31;", lambda x: np.where(x < 0, -1, 0)),
         ("shr.u32 %r11, %r10, 40;", np.zeros_like),
         ("shl.b32 %r11, %r10, 4;", lambda x: x << 4),
+        ("shl.b32 %r11, %r10, 32;", np.zeros_like),
+        ("mad.lo.s32 %r11, %r10, 3, -7;", lambda x: x * np.int32(3) - np.int32(7)),
+        ("cvt.u16.u32 %h1, %r10; cvt.s32.s16 %r11, %h1;", lambda x: x.astype("i2").astype("i4")),
+        ("bfe.s32 %r11, %r10, 28, 8;", lambda x: x >> 28),
+        (
+            "setp.gt.s32 %p1, %r10, 0; setp.lt.and.s32 %p2, %r10, 9, %p1; selp.b32 %r11, 1, 0, %p2;",
+            lambda x: (x > 0) & (x < 9),
+        ),
+        (
+            "mov.b32 %r11, 4; setp.lt.s32 %p1, %r10, 0; @!%p1 mov.b32 %r11, 5;",
+            lambda x: 5 - (x < 0),
+        ),
         ("bfe.u32 %r11, %r10, 4, 8;", lambda x: x >> 4 & 255),
         ("bfe.s32 %r11, %r10, 1, 1;", lambda x: -(x >> 1 & 1)),
         ("lop3.b32 %r11, %r10, 255, 15, 0xEA;", lambda x: x & 255 | 15),
@@ -105,6 +121,16 @@ def test_integers_are_as_the_manual_says(instruction, expected):
             "cvt.rn.bf16.f32 %h1, %r10; cvt.f32.bf16 %r11, %h1;",
             lambda x: torch.from_numpy(x).bfloat16().float().numpy(),
         ),
+        ("cvt.rna.tf32.f32 %r11, %r10;", lambda x: x),
+        (
+            "cvt.rn.bf16x2.f32 %r12, %r10, 0f3F800000; and.b32 %r11, %r12, 0xFFFF0000;",
+            lambda x: (torch.from_numpy(x).bfloat16().float().numpy()),
+        ),
+        (
+            "testp.number.f32 %p1, %r10; selp.f32 %r11, 0f3F800000, 0f00000000, %p1;",
+            lambda x: (~np.isnan(x)),
+        ),
+        ("min.f32 %r11, %r10, 0f3F800000;", lambda x: np.fmin(x, np.float32(1))),
         ("setp.lt.f32 %p1, %r10, 0f00000000; selp.b32 %r11, 1, %r10, %p1;", None),
     ],
     ids=lambda value: value.split()[0] if isinstance(value, str) else "",
@@ -153,10 +179,21 @@ def test_warps_exchange_across_a_barrier():
     assert found.tolist() == [i ^ 32 for i in range(64)]
 
 
-@pytest.mark.parametrize("body", ["st.shared.b32 [%r5], %r2; " + BETWEEN.format("")])
-def test_without_a_barrier_that_is_a_race(body):
-    with pytest.raises(Fault, match=r"since the last barrier|nobody has written"):
-        run(body, warps=2)
+def test_without_a_barrier_that_is_a_race():
+    """Whoever comes first; the words have been written before."""
+    body = "st.shared.b32 [%r5], 0; bar.sync 0; st.shared.b32 [%r5], %r2; " + BETWEEN.format("")
+    for seed in range(5):
+        with pytest.raises(Fault, match="since the last barrier"):
+            run(body, warps=2, seeds=[seed])
+
+
+def test_warps_that_store_one_place_store_the_same():
+    at_all = "st.shared.b32 [%r4], {0}; bar.sync 0; ld.shared.b32 %r11, [%r4];"
+    assert run(at_all.format(9) + "st.global.b32 [%d5], %r11;", warps=2).tolist() == [9] * 64
+    with pytest.raises(Fault, match="threads that store different numbers"):
+        run(at_all.format("%r2"))
+    with pytest.raises(Fault, match="over what another warp has stored"):
+        run("and.b32 %r2, %r2, 32;" + at_all.format("%r2"), warps=2)
 
 
 def test_to_store_before_another_has_loaded_is_a_race():
@@ -229,7 +266,7 @@ def test_stores_arrive_in_any_order():
 # Whoever counts with a release has stored before all that it stored.
 COUNTED = """
     mov.u32 %r20, %ctaid.x; setp.ne.u32 %p1, %r20, 0; @%p1 bra LOOK;
-    st.global.b32 [%d5], 5; bar.sync 0;
+    st.global.b32 [%d5], 5; {barrier}
     setp.eq.u32 %p3, %r2, 0;
     @%p3 atom.global.gpu.{order}.add.u32 %r21, [%d1], 1;
     bra END;
@@ -239,10 +276,10 @@ COUNTED = """
 """
 
 
-def missed(order, load, before=""):
+def missed(order, load, before="", barrier="bar.sync 0;"):
     """Whether program 1 misses what warps of program 0 have stored, over many orders of events."""
-    body = before + COUNTED.format(order=order, load=load)
-    machine = Machine(f"{HEAD}{body}\nret;\n}}", 1, 0)
+    body = before + COUNTED.format(order=order, load=load, barrier=barrier)
+    machine = Machine(f"{HEAD}{body}\nret;\n}}", 2, 0)
     found = set()
     for seed in range(40):
         source, result = torch.zeros(64, dtype=torch.int32), torch.zeros(64, dtype=torch.int32)
@@ -255,6 +292,7 @@ def test_a_release_waits_for_what_was_stored_and_an_acquire_forgets_what_was_loa
     early = "ld.global.b32 %r30, [%d5];"
     assert missed("release", "ld.global.b32", early) == {0}
     assert missed("relaxed", "ld.global.b32", early) == {0, 1}
+    assert missed("release", "ld.global.b32", early, barrier="") == {0, 1}
 
 
 def test_a_plain_load_may_be_answered_with_what_was_there():
@@ -298,6 +336,40 @@ def test_nobody_stores_into_a_program_that_has_ended():
         OVER: }"""
     with pytest.raises(Fault, match="a program that has ended"):
         run(text, programs=2, cluster=2, seeds=range(20))
+
+
+def test_what_another_program_sends_is_looked_for():
+    plain = SENT.replace("ld.relaxed.cluster.shared::cta", "ld.shared")
+    with pytest.raises(Fault, match="may send at any time"):
+        run(plain.format(TOGETHER), programs=4, cluster=4, seeds=range(9))
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "ld.global.cta.acquire.b32 %r10, [%d1];", "atom.global.cta.release.add.u32 %r10, [%d1], 1;",
+        "add.sat.s32 %r10, %r2, 1;", "fence.acq_rel.gpu;", "cvt.rz.f16.f32 %h1, %r2;",
+        "shfl.sync.bfly.b32 %r10, %r2, 1, 15, -1;", "bar.sync 1;", "bar.sync 0, 32;",
+        "barrier.cluster.arrive.release; mov.b32 %r10, 1; barrier.cluster.wait.acquire;",
+        "mad.hi.s32 %r10, %r2, %r2, %r2;", "add.rn.bf16x2 %r10, %r2, %r2;",
+    ],
+)  # fmt: skip
+def test_what_would_be_taken_for_something_else_is_not_known(text):
+    with pytest.raises(Unknown):
+        run(text)
+
+
+def test_what_a_copy_goes_over_is_free_when_it_is_asked_for():
+    """The copy itself is made later, behind a barrier."""
+    body = (
+        "st.shared.b32 [%r5], %r2; "
+        + BETWEEN.format("bar.sync 0;")
+        + """
+        cp.async.ca.shared.global [%r5], [%d4], 4; cp.async.commit_group;
+        bar.sync 0; cp.async.wait_group 0;"""
+    )
+    with pytest.raises(Fault, match="has loaded since the last barrier"):
+        run(body, warps=2, seeds=range(9))
 
 
 def test_copies_are_made_when_they_are_waited_for():
