@@ -56,6 +56,11 @@ def unary(instruction, numbers):
     return run(body, source)[: len(numbers)].numpy()
 
 
+def to_eleven_bits(x):
+    mantissa, exponent = np.frexp(x)
+    return np.ldexp(np.round(mantissa * 2**11) / 2**11, exponent).astype(np.float32)
+
+
 INTEGERS = np.array([0, 1, -1, 7, -8, 2**31 - 1, -(2**31), 0x12345678], np.int32)
 # Among them two in the middle between numbers of bfloat16, where the even one is to be taken.
 FLOATS = np.array(
@@ -87,7 +92,7 @@ FLOATS = np.array(
         ("cvt.u16.u32 %h1, %r10; cvt.s32.s16 %r11, %h1;", lambda x: x.astype("i2").astype("i4")),
         ("bfe.s32 %r11, %r10, 28, 8;", lambda x: x >> 28),
         (
-            "setp.gt.s32 %p1, %r10, 0; setp.lt.and.s32 %p2, %r10, 9, %p1; selp.b32 %r11, 1, 0, %p2;",
+            "setp.gt.s32 %p1, %r10, 0; setp.lt.and.s32 %p2, %r10, 9, %p1;selp.b32 %r11, 1, 0, %p2;",
             lambda x: (x > 0) & (x < 9),
         ),
         (
@@ -121,7 +126,7 @@ def test_integers_are_as_the_manual_says(instruction, expected):
             "cvt.rn.bf16.f32 %h1, %r10; cvt.f32.bf16 %r11, %h1;",
             lambda x: torch.from_numpy(x).bfloat16().float().numpy(),
         ),
-        ("cvt.rna.tf32.f32 %r11, %r10;", lambda x: x),
+        ("cvt.rna.tf32.f32 %r11, %r10;", to_eleven_bits),
         (
             "cvt.rn.bf16x2.f32 %r12, %r10, 0f3F800000; and.b32 %r11, %r12, 0xFFFF0000;",
             lambda x: (torch.from_numpy(x).bfloat16().float().numpy()),
