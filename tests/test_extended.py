@@ -15,6 +15,7 @@ from torch.nn.functional import dropout, linear
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 import triton_rnn
+from triton_rnn import extended
 
 STEPS, BATCH, INPUT, HIDDEN = 6, 4, 3, 5
 EVERYTHING = {
@@ -483,3 +484,30 @@ def test_layers_of_other_kinds_refuse_what_they_would_not_heed(how):
     module.zoneout = 0.1
     with pytest.raises(triton_rnn.BackendError, match="do not go together"):
         module(torch.zeros(3, 2, 4))
+
+
+@pytest.mark.parametrize(
+    ("size", "dtype", "backend"),
+    [(1100, torch.float32, "native"), (6, torch.bfloat16, "reference")],
+)
+def test_explain_tells_of_a_modules_options(monkeypatch, size, dtype, backend):
+    """It says what then runs."""
+    module = triton_rnn.GRU(6, size, zoneout=0.1, dtype=dtype)
+    input = torch.zeros(3, 2, 6, dtype=dtype)
+    found = triton_rnn.explain(module, input)
+    ran = []
+    choose = extended.choose
+    monkeypatch.setattr(extended, "choose", lambda request: ran.append(choose(request)) or ran[-1])
+    module(input)
+    assert found.backend == ran[0].backend == backend
+    assert "zoneout" in found.request.extras
+
+
+def test_explain_refuses_what_a_call_with_options_refuses():
+    module = triton_rnn.GRU(6, 5, zoneout=0.1)
+    input = torch.zeros(3, 2, 6)
+    with triton_rnn.use_backend("torchscript"):
+        with pytest.raises(triton_rnn.BackendError):
+            module(input)
+        with pytest.raises(triton_rnn.BackendError):
+            triton_rnn.explain(module, input)

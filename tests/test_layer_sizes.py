@@ -269,11 +269,23 @@ def test_torch_nn_and_torchscript_are_refused():
         torch.jit.script(module)
 
 
-def test_autocast_is_served_layer_by_layer():
-    module = triton_rnn.GRU(4, [3, 3, 2], residual=True)
+@pytest.mark.parametrize("of", [lambda module: module, copy.deepcopy, lambda m: m.to("cpu")])
+@pytest.mark.parametrize("sizes", [(4, [3, 3, 2]), (4, 4, 3)])
+def test_autocast_is_served_layer_by_layer(of, sizes):
+    module = of(triton_rnn.GRU(*sizes, residual=True))
     with torch.autocast("cpu"):
         output = module(torch.randn(6, 3, 4))[0]
-    assert output.shape == (6, 3, 2) and torch.isfinite(output).all()
+    assert output.shape[:2] == (6, 3) and torch.isfinite(output).all()
+
+
+@pytest.mark.parametrize("sizes", [(4, [3, 3, 2]), (4, 4, 3)])
+def test_torch_func_and_a_wrong_width_are_served_of_a_copy_too(sizes):
+    module = copy.deepcopy(triton_rnn.GRU(*sizes, residual=True))
+    input = torch.randn(6, 3, 4)
+    _, tangent = torch.func.jvp(lambda x: module(x)[0], (input,), (torch.ones_like(input),))
+    assert torch.isfinite(tangent).all()
+    with pytest.raises(RuntimeError, match=r"input.size\(-1\) must be equal to input_size"):
+        module(torch.randn(6, 3, 5))
 
 
 def test_explain_tells_of_the_first_layer():

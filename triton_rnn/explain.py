@@ -48,7 +48,8 @@ def explain(module: torch.nn.Module, input: Any, hx: Any = None) -> Explanation:
         module: a recurrent module or cell of this package.
         input, hx: as for the module's call.
 
-    Of a module with hidden sizes per layer or residual connections it explains the first layer.
+    Of a module with hidden sizes per layer or residual connections it explains the first layer. Of
+    a call with `lengths` and the like it tells nothing; they are no arguments here.
 
     Returns:
         An `Explanation`; print it to read it.
@@ -56,7 +57,8 @@ def explain(module: torch.nn.Module, input: Any, hx: Any = None) -> Explanation:
     Raises:
         TypeError: if the module is not one of this package (`triton_rnn.replace` makes it one).
         BackendError: if a backend was asked for by name, or `recompute`, and cannot run the call.
-        RuntimeError, ValueError: for a `Recurrent`, if the call is malformed.
+        RuntimeError, ValueError: for a `Recurrent`, or a module with options, if the call is
+            malformed.
     """
     if isinstance(module, Recurrent):
         prepared = own.prepare(module, input, hx)
@@ -77,6 +79,14 @@ def explain(module: torch.nn.Module, input: Any, hx: Any = None) -> Explanation:
         call = normalized.prepare(module, input, hx)
         if call is None:
             return _left_to_torch(_MALFORMED)
+        taken = extended.choose(call.request)
+        lines = tuple(_plan(call, taken.backend, module.num_layers))
+        return Explanation(taken.backend, taken.reasons, lines, call.request)
+    if isinstance(module, torch.nn.RNNBase) and (extras := extended.options_on(module)):
+        call = functional.prepare(module, input, hx)
+        if call is None:
+            extended.refuse_malformed(module, input, hx, extras)
+        call = call._replace(request=call.request._replace(extras=extras))
         taken = extended.choose(call.request)
         lines = tuple(_plan(call, taken.backend, module.num_layers))
         return Explanation(taken.backend, taken.reasons, lines, call.request)

@@ -116,6 +116,21 @@ def _check_resets(module: Any, reset_mask: Any, input: Any, request: Request) ->
     return reset_mask.detach().to(request.device, copy=True)
 
 
+def options_on(module: Any) -> tuple[str, ...]:
+    """The names of a module's options that a call has to do with here and now."""
+    options: Options = module._options or OFF
+    drawn = _drawn(module, options)
+    on = {
+        "input_dropout": any(drawn.input_dropout),
+        "recurrent_dropout": drawn.recurrent_dropout,
+        "weight_dropout": drawn.weight_dropout,
+        "zoneout": any(drawn.zoneout),
+        "clip_hidden": options.clip_hidden,
+        "clip_cell": options.clip_cell,
+    }
+    return tuple(name for name, value in on.items() if value)
+
+
 def choose(request: Request) -> dispatch.Choice:
     """The backend that runs an extended call here and now, and why each other one does not.
 
@@ -282,14 +297,8 @@ def forward(
         "lengths": lengths is not None,
         "reset_mask": reset_mask is not None,
         "all_states": all_states,
-        "input_dropout": any(drawn.input_dropout),
-        "recurrent_dropout": drawn.recurrent_dropout,
-        "weight_dropout": drawn.weight_dropout,
-        "zoneout": any(drawn.zoneout),
-        "clip_hidden": options.clip_hidden,
-        "clip_cell": options.clip_cell,
     }
-    names = tuple(name for name, value in used.items() if value)
+    names = tuple(name for name, value in used.items() if value) + options_on(module)
     if not names:
         return _plain(module, input, hx)
     packed = isinstance(input, PackedSequence)

@@ -1,6 +1,7 @@
 """Keywords of RNN, GRU and LSTM that say how layers stand on each other and what they remember."""
 
 import math
+import weakref
 from collections.abc import Sequence
 from typing import Any, NoReturn, cast
 
@@ -218,6 +219,7 @@ def layer_of(module: Any, number: int) -> torch.nn.RNNBase:
         dropout=0.0,
         _flat_weights_names=names,
         _flat_weights=weights,
+        _flat_weight_refs=[weakref.ref(weight) for weight in weights],
         # Parametrized weights are no parameters; the module's hooks are not the layer's.
         _parameters=dict(zip(names, weights, strict=True)),
     )
