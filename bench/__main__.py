@@ -1,5 +1,4 @@
-"""``python -m bench growth | scaling | beyond | host | report``: what stands beside ``pytest
-bench``, the benchmark itself.
+"""What stands beside ``pytest bench``: ``growth | scaling | beyond | host | report``.
 
 Each command is a module with ``add_options(parser)`` and ``run(options) -> exit code``, imported
 only when it is asked for.

@@ -77,8 +77,11 @@ class RNN(_Extended, Stacking, torch.nn.RNN):
     """`torch.nn.RNN`, faster. Arguments, shapes, errors and state_dict are torch's.
 
     Formula and contract: https://docs.pytorch.org/docs/stable/generated/torch.nn.RNN.html
-    Beyond torch's: the keywords of the constructor that are the fields of `options.Options`, and
-    the arguments of a call that `extended.forward` tells of.
+    Beyond torch's, in the constructor: a list for `hidden_size`, residual and recompute (see
+    `stacking.Stacking`); input_dropout, recurrent_dropout, weight_dropout, zoneout, clip_hidden and
+    clip_cell (see `options.Options`). In a call, by keyword: lengths (N,) int64, reset_mask (T, N)
+    bool or (N, T) with batch_first, reset_to "zeros" or "initial", all_states (see
+    `extended.forward`, which has their errors too).
     """
 
     def forward(
@@ -105,9 +108,11 @@ class GRU(LayerNormalized, _Extended, Stacking, torch.nn.GRU):
     """`torch.nn.GRU`, faster. Arguments, shapes, errors and state_dict are torch's.
 
     Formula and contract: https://docs.pytorch.org/docs/stable/generated/torch.nn.GRU.html
-    Beyond torch's: the keywords of the constructor that are the fields of `options.Options`,
-    `layer_norm` (see `normalized.LayerNormalized`), and the arguments of a call that
-    `extended.forward` tells of.
+    Beyond torch's, in the constructor: a list for `hidden_size`, residual and recompute (see
+    `stacking.Stacking`); layer_norm (see `normalized.LayerNormalized`); input_dropout,
+    recurrent_dropout, weight_dropout, zoneout, clip_hidden and clip_cell (see `options.Options`).
+    In a call, by keyword: lengths (N,) int64, reset_mask (T, N) bool or (N, T) with batch_first,
+    reset_to "zeros" or "initial", all_states (see `extended.forward`, which has their errors too).
     """
 
     def forward(
@@ -136,9 +141,11 @@ class LSTM(LayerNormalized, _Extended, Stacking, torch.nn.LSTM):
     """`torch.nn.LSTM`, faster. Arguments, shapes, errors and state_dict are torch's.
 
     Formula and contract: https://docs.pytorch.org/docs/stable/generated/torch.nn.LSTM.html
-    Beyond torch's: the keywords of the constructor that are the fields of `options.Options`,
-    `layer_norm` (see `normalized.LayerNormalized`), and the arguments of a call that
-    `extended.forward` tells of.
+    Beyond torch's, in the constructor: a list for `hidden_size`, residual and recompute (see
+    `stacking.Stacking`); layer_norm (see `normalized.LayerNormalized`); input_dropout,
+    recurrent_dropout, weight_dropout, zoneout, clip_hidden and clip_cell (see `options.Options`).
+    In a call, by keyword: lengths (N,) int64, reset_mask (T, N) bool or (N, T) with batch_first,
+    reset_to "zeros" or "initial", all_states (see `extended.forward`, which has their errors too).
     """
 
     def forward(

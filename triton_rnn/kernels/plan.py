@@ -59,6 +59,8 @@ _MOVED = 3
 # Registers of a thread for W_hh and what is multiplied or added with it, going by what the compiler
 # made: fewer before Hopper.
 _HELD_REGISTERS, _HELD_REGISTERS_BEFORE = 200, 160
+# So few are left beside much of W_hh: there what is small counts.
+_LITTLE_ROOM = 72
 # So many less for a program that reads a part of W_hh again: addresses, and what does not fit with
 # ease is better read than spilled.
 _STREAM_REGISTERS = 40
@@ -497,10 +499,18 @@ def _together(
     parts = warps * rows // block_h * elements
     room = (_HELD_REGISTERS if _is_hopper_or_later(chip) else _HELD_REGISTERS_BEFORE) - weights
     room -= other + (_STREAM_REGISTERS if streamed else 0)
+    padded = shape.inner * shape.itemsize % (64 * warps) > 0
+    if warps == 8 and room <= _LITTLE_ROOM and not streamed:
+        # Of every eight sequences beyond the first, addresses, and which pieces there are.
+        more = block_n // 8 - 1
+        room -= 14 * more if padded else max(4 * more, 9 if shape.itemsize == 4 and more else 0)
+    elif padded and block_n == 32:
+        room -= 9
     if 4 * warps * rows * block_n > chip.shared_memory:
         return 0
     # Of eight warps some plans that just fit spilled eight bytes.
     needed = parts + 1.5 * shape.numbers * elements + (2 if warps == 8 else 0)
+    needed += 4 * elements if padded and elements == 4 else 0
     if elements > (1 if streamed else 4) or needed > room:
         return 0
     # Beside a block of W_hh on its way few others can be.
