@@ -504,8 +504,9 @@ def _together(
         # Of every eight sequences beyond the first, addresses, and which pieces there are.
         more = block_n // 8 - 1
         room -= 14 * more if padded else max(4 * more, 9 if shape.itemsize == 4 and more else 0)
-    elif padded and block_n == 32:
-        room -= 9
+    elif padded:
+        # Likewise, where blocks are wide or W_hh takes nearly all.
+        room -= 9 if block_n == 32 else 4 if room <= 8 else 0
     if 4 * warps * rows * block_n > chip.shared_memory:
         return 0
     # Of eight warps some plans that just fit spilled eight bytes.
