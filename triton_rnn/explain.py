@@ -79,17 +79,13 @@ def explain(module: torch.nn.Module, input: Any, hx: Any = None) -> Explanation:
         call = normalized.prepare(module, input, hx)
         if call is None:
             return _left_to_torch(_MALFORMED)
-        taken = extended.choose(call.request)
-        lines = tuple(_plan(call, taken.backend, module.num_layers))
-        return Explanation(taken.backend, taken.reasons, lines, call.request)
+        return _extended(call, module.num_layers)
     if isinstance(module, torch.nn.RNNBase) and (extras := extended.options_on(module)):
         call = functional.prepare(module, input, hx)
         if call is None:
             extended.refuse_malformed(module, input, hx, extras)
-        call = call._replace(request=call.request._replace(extras=extras))
-        taken = extended.choose(call.request)
-        lines = tuple(_plan(call, taken.backend, module.num_layers))
-        return Explanation(taken.backend, taken.reasons, lines, call.request)
+        request = call.request._replace(extras=extras)
+        return _extended(call._replace(request=request), module.num_layers)
     wanted = dispatch.requested()
     recomputed = getattr(module, "_recompute", False)
     if recomputed and torch.is_grad_enabled():
@@ -122,6 +118,13 @@ def explain(module: torch.nn.Module, input: Any, hx: Any = None) -> Explanation:
         steps = recompute.Recomputing(None, given).steps_of(call.request.seq_len)
         plan.append(f"in segments of {steps} steps, each gone through again in the backward")
     return Explanation(choice.backend, choice.reasons, tuple(plan), call.request)
+
+
+def _extended(call: functional.Call, layers: int) -> Explanation:
+    """Of a call with more than torch.nn's can do."""
+    taken = extended.choose(call.request)
+    lines = tuple(_plan(call, taken.backend, layers))
+    return Explanation(taken.backend, taken.reasons, lines, call.request)
 
 
 def _plan(call: functional.Call, backend: str, layers: int) -> list[str]:

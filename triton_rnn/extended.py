@@ -119,7 +119,10 @@ def _check_resets(module: Any, reset_mask: Any, input: Any, request: Request) ->
 def options_on(module: Any) -> tuple[str, ...]:
     """The names of a module's options that a call has to do with here and now."""
     options: Options = module._options or OFF
-    drawn = _drawn(module, options)
+    return _names_of(options, _drawn(module, options))
+
+
+def _names_of(options: Options, drawn: _Drawn) -> tuple[str, ...]:
     on = {
         "input_dropout": any(drawn.input_dropout),
         "recurrent_dropout": drawn.recurrent_dropout,
@@ -298,7 +301,7 @@ def forward(
         "reset_mask": reset_mask is not None,
         "all_states": all_states,
     }
-    names = tuple(name for name, value in used.items() if value) + options_on(module)
+    names = tuple(name for name, value in used.items() if value) + _names_of(options, drawn)
     if not names:
         return _plain(module, input, hx)
     packed = isinstance(input, PackedSequence)

@@ -104,6 +104,7 @@ _DECLARED = re.compile(r"\.reg\s+\.(?P<type>\w+)\s+(?P<names>.*)", re.DOTALL)
 _SHARED = re.compile(r"\.shared\s+\.align\s+(?P<align>\d+)\s+\.b8\s+(?P<name>\w+)\[(?P<size>\d+)\]")
 _GUARD = re.compile(r"@(?P<no>!?)(?P<name>[%\w]+)\s+(?P<rest>.*)", re.DOTALL)
 _PARAMETER = re.compile(r"\.param\s+\.[a-z](?P<bits>\d+)\b[^,]*?\b(?P<name>\w+_param_\d+)")
+_ADDRESS = re.compile(r"\[\s*(?P<base>[%$\w.]+)\s*(?:(?P<sign>[+-])\s*(?P<offset>\d+))?\s*\]")
 _NUMBER = re.compile(r"-?(0[xX][0-9a-fA-F]+|\d+)U?")
 
 
@@ -207,10 +208,10 @@ def _operand(text: str, scope: _Scope) -> Operand:
     if text.startswith("{"):
         return Vector(tuple(_operand(part, scope) for part in _parts(text[1:-1])))
     if text.startswith("["):
-        base, sign, offset = re.fullmatch(
-            r"\[\s*([%$\w.]+)\s*(?:([+-])\s*(\d+))?\s*\]", text
-        ).groups()  # type: ignore[union-attr]
-        return Address(_operand(base, scope), int((sign or "") + (offset or "0")))
+        found = _ADDRESS.fullmatch(text)
+        assert found is not None, text
+        offset = int((found["sign"] or "") + (found["offset"] or "0"))
+        return Address(_operand(found["base"], scope), offset)
     if _NUMBER.fullmatch(text):
         return Number(int(text.rstrip("U"), 0))
     if re.fullmatch(r"0[fF][0-9a-fA-F]{8}", text):
@@ -219,9 +220,9 @@ def _operand(text: str, scope: _Scope) -> Operand:
         return Number(struct.unpack("<I", struct.pack("<f", float(text)))[0])
     if text == "_":
         return Nowhere()
-    found = scope.find(text)
-    if found is None and text.startswith("%"):
+    named = scope.find(text)
+    if named is None and text.startswith("%"):
         return Special(text)
-    if found is None:
+    if named is None:
         raise ValueError(f"{text} is not declared")
-    return found
+    return named

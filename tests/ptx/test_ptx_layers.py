@@ -53,13 +53,6 @@ def no_failures_left():
     assert not any(left), f"a wait failed and nobody asked: {left}"
 
 
-@pytest.fixture(params=["tf32", "ieee"])
-def float32_precision(request, monkeypatch):
-    """How products of float32 are made."""
-    monkeypatch.setattr(torch.backends.cudnn.rnn, "fp32_precision", request.param)
-    return request.param
-
-
 def results(kind, chip, variant, sizes, *, dtype=F16, lengths=None, options=None, **how_run):
     """Results and gradients of a layer on the machine, and float64 torch's.
 
@@ -118,16 +111,22 @@ def test_a_layer_is_torchs(kind, chip, variant, dtype, sizes):
     assert_near(actual, expected, TOLERANCES[dtype])
 
 
+# A cluster's programs hold one copy of W_hh; full float32 takes two.
 @pytest.mark.parametrize(
-    ("kind", "variant", "size"),
-    [("lstm", "cluster", 32), ("gru", "cooperative", 36), ("rnn_tanh", "resident", 32)],
+    ("kind", "variant", "size", "precision"),
+    [
+        ("lstm", "cluster", 32, "tf32"),
+        ("gru", "cooperative", 36, "tf32"),
+        ("gru", "cooperative", 36, "ieee"),
+        ("rnn_tanh", "resident", 32, "tf32"),
+        ("rnn_tanh", "resident", 32, "ieee"),
+    ],
 )
-def test_float32_is_torchs(float32_precision, kind, variant, size):
-    if (variant, float32_precision) == ("cluster", "ieee"):
-        pytest.skip("a cluster's plan is for products of one copy of W_hh")
+def test_float32_is_torchs(monkeypatch, kind, variant, size, precision):
+    monkeypatch.setattr(torch.backends.cudnn.rnn, "fp32_precision", precision)
     actual, expected = results(kind, "H200", variant, (3, 5, 8, size), dtype=F32, seed=2)
     # TF32 has as many bits as float16.
-    like = F16 if float32_precision == "tf32" else F32
+    like = F16 if precision == "tf32" else F32
     assert_near(actual, expected, TOLERANCES[like])
 
 
@@ -192,8 +191,7 @@ def test_a_users_cell_is_its_own_loop():
 
 
 def without(pattern, count=0):
-    """Take instructions out of a kernel."""
-
+    """Takes instructions out of a kernel."""
     return lambda text: re.sub(pattern, "", text, count=count)
 
 
