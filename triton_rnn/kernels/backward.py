@@ -533,6 +533,9 @@ def recurrence_backward(
                 prefetch_blocks(gates_ptr + far_row * (D * ROW * H) + own_saved, far, H, SAVED)
                 prefetch_blocks(grad_output_ptr + far_row * (D * H) + own, far, H, 1)
                 prefetch_blocks(states_ptr + far_row * (D * H) + own, far, H, 1)
+                if EXCHANGE == "flag":
+                    far_ptrs = grad_gates_ptr + far_row * (D * WIDTH * H) + own_grads
+                    prefetch_blocks(far_ptrs, far, H, GATES)
 
             dh = tl.where(now, direct_dh, dh)
             if HAS_C:

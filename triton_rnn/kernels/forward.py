@@ -408,8 +408,11 @@ def recurrence_forward(
                 far_active, far_row = step_rows(
                     t + 3 * ahead, T, N, batch_sizes_ptr, offsets_ptr, PACKED
                 )
-                far_x_ptrs = preact_ptr + far_row * (D * ROW * H) + own_gates
-                prefetch_blocks(far_x_ptrs, inside & (columns < far_active), H, INPUTS)
+                far = inside & (columns < far_active)
+                prefetch_blocks(preact_ptr + far_row * (D * ROW * H) + own_gates, far, H, INPUTS)
+                if EXCHANGE == "flag":
+                    # All look there before it is written.
+                    prefetch_blocks(output_ptr + far_row * (D * H) + own, far, H, 1)
             # A sequence that has not begun, or is over, keeps its state.
             h = tl.where(now, new_h, h)
             if HAS_C:
