@@ -167,7 +167,7 @@ def request_of(point: TuningPoint, device: torch.device) -> Request:
         point.directions,
         True,
         False,
-        True,
+        point.saving,
     )
 
 
@@ -261,6 +261,17 @@ def every_plan(request: Request, kernel: str) -> list[Plan]:
     )
     variants = ("resident", "cooperative", "cluster", "streaming")
     return [plan for name in variants for plan in planner._plans(shape, chip, name)]
+
+
+def waits_once(point: TuningPoint, plan: Plan, device: torch.device) -> bool:
+    """Whether a program waits for others once a step: for all blocks, and all its sequences."""
+    from triton_rnn.backends.triton import launch
+
+    request = request_of(point, device)
+    kernel_cell = launch.kernel_cell(request.cell)
+    inner = point.hidden * (kernel_cell.products if point.kernel == "backward" else 1)
+    whole = plan.together * plan.splits * plan.block_k >= inner
+    return whole and plan.slots * plan.block_n >= point.batch
 
 
 def best_exchanging(request: Request, kernel: str, exchange: str) -> Plan | None:

@@ -96,17 +96,17 @@ def _products(
     found = {}
     for name, (ours, theirs) in pairs.items():
         # With cuBLAS' switch like that of recurrent layers ours would be cuBLAS' too.
-        found[name] = {"ours": _alone(ours, watch)}
+        found[name] = {"ours": alone(ours, watch)}
         matmul = torch.backends.cuda.matmul
         before, matmul.fp32_precision = matmul.fp32_precision, "tf32"
         try:
-            found[name]["cublas"] = _alone(theirs, watch)
+            found[name]["cublas"] = alone(theirs, watch)
         finally:
             matmul.fp32_precision = before
     return found
 
 
-def _alone(function: Callable[[], object], watch: Stopwatch, repeats: int = STEPS) -> float:
+def alone(function: Callable[[], object], watch: Stopwatch, repeats: int = STEPS) -> float:
     """Median seconds of a function on a device that the CPU is ahead of; two warm it up."""
     found = []
     for number in range(repeats + 2 if watch.device.type == "cuda" else 3):
@@ -176,7 +176,7 @@ def tune(point: TuningPoint, plans: Sequence[Plan], device: torch.device) -> Res
         order = range(len(timed)) if number % 2 == 0 else reversed(range(len(timed)))
         for index in order:
             with gpu_inside.planned(timed[index][0]):
-                times[index].append(_alone(lambda: call(False), watch, repeats=2))
+                times[index].append(alone(lambda: call(False), watch, repeats=2))
     gpu_inside.raise_failed_wait(device)
     for (_, row), seconds in zip(timed, times, strict=True):
         row["us_per_step"] = statistics.median(seconds) * 1e6 / point.steps

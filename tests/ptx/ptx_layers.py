@@ -87,6 +87,11 @@ def _compiled(
     return compiled, Machine(edit(compiled.asm["ptx"]), metadata.num_warps, metadata.shared)
 
 
+def forget_compiled() -> None:
+    """Let all kernels be compiled anew."""
+    _compiled.cache_clear()
+
+
 def as_it_is(text: str) -> str:
     return text
 
@@ -99,6 +104,7 @@ def on_machine(
     seed: int = 0,
     edit: Callable[[str], str] = as_it_is,
     polls: int = POLLS,
+    known: Sequence[torch.Tensor] = (),
     **changes: Any,
 ) -> Iterator[SimpleNamespace]:
     """Within, the backend believes that CPU tensors are on a chip.
@@ -106,6 +112,7 @@ def on_machine(
     Args:
         name: of the chip. variant: of the plans. seed: of the order of events.
         edit: what becomes of the PTX of recurrences. changes: of the plans.
+        known: what kernels point to without being given it, at `FIRST_ADDRESS`.
 
     Yields:
         plans: those that were asked for. executed: instructions of a warp, of each launch.
@@ -148,7 +155,8 @@ def on_machine(
 
     def noted_call(self: Any, device: Any, programs: int, given: Any, others: Any) -> None:
         every = (*given, *others)
-        tensors[:] = [argument for argument in every if isinstance(argument, torch.Tensor)]
+        given_tensors = (each for each in every if isinstance(each, torch.Tensor))
+        tensors[:] = [*known, *given_tensors]
         call(self, device, programs, given, others)
 
     planned = launch.plan_of

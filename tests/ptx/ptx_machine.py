@@ -49,6 +49,8 @@ _RANK = 1 << 32
 
 # Between storages, so that none is overrun unnoticed.
 _GAP = 4096
+# Where the first of a launch's tensors is.
+FIRST_ADDRESS = _GLOBAL + _GAP
 _SECTOR = 32
 # How likely stores are to arrive, each time that some do: after every other turn of a warp.
 _HASTE = (0.5, 0.1, 0.01)

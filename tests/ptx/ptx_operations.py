@@ -463,6 +463,18 @@ def _shuffle(ins: Instruction, kind: str, parts: list[str]) -> Operation:
     return run
 
 
+def _reduce(ins: Instruction, kind: str, parts: list[str]) -> Operation:
+    if parts[1:-1] != ["sync", "max"] or ins.operands[2] != Number(0xFFFFFFFF):
+        raise Unknown(ins.text)
+    into, a = writer(ins.operands[0], kind), reader(ins.operands[1], kind)
+
+    def run(w: Any, m: Array | None) -> None:
+        w.must_be_whole(m, ins)
+        into(w, m, np.full(LANES, a(w).max()))
+
+    return run
+
+
 def _warp_barrier(ins: Instruction, kind: str, parts: list[str]) -> Operation:
     if parts[1] != "warp":
         raise Unknown(ins.text)
@@ -772,6 +784,7 @@ _OPERATIONS: dict[str, Callable[[Instruction, str, list[str]], Operation]] = {
     "cvt": _convert,
     "mov": _move,
     "shfl": _shuffle,
+    "redux": _reduce,
     "bar": _warp_barrier,
     "mma": _matrix_product,
     "wgmma": _group_product,

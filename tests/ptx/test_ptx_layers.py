@@ -14,15 +14,18 @@ import torch
 pytest.importorskip("triton", reason="the kernels need triton, which is for Linux alone")
 
 import own_cells
+import triton
 from compare import each_state, exact_and_ours, input_and_hx, pack, run_on_kernels
-from ptx_layers import on_machine
-from ptx_machine import Fault
+from ptx_layers import forget_compiled, on_machine
+from ptx_machine import FIRST_ADDRESS, Fault
 from tolerances import TOLERANCES, assert_close, assert_same_bits, random, run
 
 import triton_rnn
+from bench import gpu_steps
 from triton_rnn import health
 from triton_rnn.backends.triton import launch
 from triton_rnn.backends.triton.launcher import Launcher
+from triton_rnn.kernels.plan import CHIPS, Shape, plan
 
 F16, BF16, F32 = torch.float16, torch.bfloat16, torch.float32
 
@@ -235,3 +238,39 @@ def test_what_is_left_out_is_missed(monkeypatch, variant, edit, found):
             if re.search(found, str(error)):
                 return
     pytest.fail(f"nobody missed it: {seen}")
+
+
+@pytest.mark.parametrize("variant", ["cooperative", "cluster"])
+def test_the_clocks_of_gpu_steps(variant, tmp_path, monkeypatch):
+    """Kernels that take notes compute the same, and note every step of every warp in order."""
+    T, N, H = 6, 11, 64
+    notes = gpu_steps.Notes(torch.device("cpu"), warps=64, steps=T)
+    baked, there = str(notes.words.data_ptr()), str(FIRST_ADDRESS)
+    # No kernel from before knows of notes, and none with notes may be found later.
+    monkeypatch.setattr(triton.knobs.cache, "dir", str(tmp_path))
+    forget_compiled()
+    try:
+        with notes.taken():
+            actual, expected = results(
+                "lstm",
+                "H200",
+                variant,
+                (T, N, 8, H),
+                known=[notes.words],
+                edit=lambda text: text.replace(baked, there),
+            )
+    finally:
+        forget_compiled()
+    assert_near(actual, expected, TOLERANCES[F16])
+    # A cluster's backward waits in another way, so there the forward's notes are left.
+    kernel = "forward" if variant == "cluster" else "backward"
+    used = plan(Shape(kernel, 4, H, 1, N, 2), CHIPS["H200"], variant)
+    noted = notes.of(used, T)
+    assert noted[..., 2].min() >= 1
+    began, had, _, stored = noted.unbind(3)
+    assert (had >= began).all() and (stored[..., 1:] >= had[..., :-1]).all()
+    assert (began[..., 1:] >= stored[..., 1:]).all()
+    monkeypatch.setattr(gpu_steps, "FIRST", 1)
+    found = gpu_steps.summary(noted)
+    assert found["step"] >= found["waiting_last_warp"] >= found["waiting_median_warp"] >= 0
+    assert found["looks"] > 1 and 0 < found["in_vain"] <= 1 and found["work"] > 0
