@@ -120,7 +120,7 @@ def on_machine(
     chip = dataclasses.replace(CHIPS[name], clusters=variant == "cluster")
     # Blackwell's own matrix instructions are not among the machine's.
     older = CHIPS["H200"] if chip.architecture == 100 else chip
-    seen = SimpleNamespace(plans=[], executed=[])
+    seen = SimpleNamespace(plans=[], executed=[], cold={})
     # Of the launch that is under way: a launcher may hand on no more than their addresses.
     tensors: list[torch.Tensor] = []
 
@@ -138,11 +138,13 @@ def on_machine(
             tuple((key, getattr(options, key)) for key in _OPTIONS),
             edit if ours else as_it_is,
         )
-        return _Kernel(compiled, machine, tuple(signature.values()), run_of)
+        run = functools.partial(run_of, function.__name__)
+        return _Kernel(compiled, machine, tuple(signature.values()), run)
 
     def run_of(
-        machine: Machine, programs: int, cluster: int, kinds: Sequence[str], given: Sequence[Any]
-    ) -> None:
+        name: str, machine: Machine, programs: int, cluster: int, kinds: Sequence[str],
+        given: Sequence[Any],
+    ) -> None:  # fmt: skip
         at = {tensor.data_ptr(): tensor for tensor in tensors}
         arguments = [
             at[argument] if kind.startswith("*") and isinstance(argument, int) else argument
@@ -150,6 +152,7 @@ def on_machine(
             if kind != "constexpr"
         ]
         seen.executed.append(machine.launch(programs, cluster, tensors, arguments, seed))
+        seen.cold.setdefault(name, []).append(machine.memory.cold)
 
     call = launcher.Launcher.__call__
 

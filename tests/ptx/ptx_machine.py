@@ -59,7 +59,12 @@ _MOST_TURNS = 10_000_000
 
 
 class _Global:
-    """Copies of the tensors of a launch, side by side."""
+    """Copies of the tensors of a launch, side by side.
+
+    Attributes:
+        bytes: of all. owned: which of them are a tensor's.
+        cold: sectors that a load waited for before anybody had prefetched, loaded or stored them.
+    """
 
     def __init__(self, tensors: Sequence[torch.Tensor]) -> None:
         self._storages: dict[int, tuple[int, torch.Tensor]] = {}
@@ -72,6 +77,8 @@ class _Global:
                 end += -(-whole.numel() // _GAP) * _GAP + _GAP
         self.bytes = np.zeros(end, np.uint8)
         self.owned = np.zeros(end, bool)
+        self._asked = np.zeros(end // _SECTOR, bool)
+        self.cold = 0
         for start, whole in self._storages.values():
             self.bytes[start : start + whole.numel()] = whole.numpy()
             self.owned[start : start + whole.numel()] = True
@@ -79,6 +86,12 @@ class _Global:
     def address(self, tensor: torch.Tensor) -> int:
         storage = tensor.untyped_storage().data_ptr()
         return _GLOBAL + self._storages[storage][0] + tensor.data_ptr() - storage
+
+    def ask_for(self, sectors: Array, waits: bool) -> None:
+        """Note that these are on their way to the L2 cache; somebody `waits` for them."""
+        if waits:
+            self.cold += np.count_nonzero(~self._asked[sectors])
+        self._asked[sectors] = True
 
     def copy_back(self) -> None:
         for start, whole in self._storages.values():
@@ -370,6 +383,7 @@ class Warp:
         memory = machine.memory.bytes
         places = self._in_memory(places, size)
         sectors = np.unique(places // _SECTOR)
+        machine.memory.ask_for(sectors, waits=True)
         if order == "acquire":
             running.in_l1[:] = False
         if order != "weak":
@@ -420,6 +434,7 @@ class Warp:
                 raise Fault("threads that store different numbers in one place")
         elif space == "global":
             places = self._in_memory(places, size)
+            machine.memory.ask_for(places // _SECTOR, waits=False)
             _put(running.l1, places, values)
             if (_at(running.l1, places, size) != values).any():
                 raise Fault("threads that store different numbers in one place")
@@ -476,7 +491,8 @@ class Warp:
         return places % np.uint64(_RANK) + np.uint64(_CLUSTER) + ranks * np.uint64(_RANK)
 
     def prefetch(self, places: Array, taking: Mask) -> None:
-        self._in_memory(places if taking is None else places[taking], 1)
+        places = self._in_memory(places if taking is None else places[taking], 1)
+        self.running.machine.memory.ask_for(places // _SECTOR, waits=False)
 
     def copy(
         self, order: str, to: Array, source: Array, taking: Mask, size: int, taken: Array

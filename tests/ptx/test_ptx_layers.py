@@ -193,6 +193,22 @@ def test_a_users_cell_is_its_own_loop():
     assert_near(found[1], found[0], TOLERANCES[F16])
 
 
+@pytest.mark.parametrize("variant", ["cluster", "cooperative"])
+@pytest.mark.parametrize("kind", ["lstm", "gru"])
+def test_no_step_waits_for_memory(kind, variant):
+    """But the first ones: what a step loads, or watches, has been asked for some steps before. A
+    trip beyond the L2 cache takes as long as a step."""
+    found = []
+    for seq_len in (6, 9):
+        layer = getattr(triton_rnn, kind.upper())(8, 32, dtype=F16)
+        with on_machine("H200", variant=variant) as seen, triton_rnn.use_backend("triton"):
+            output, _ = layer(random(seq_len, 5, 8, dtype=F16))
+            output.backward(random(*output.shape, seed=3, dtype=F16))
+        found.append({name: cold for name, cold in seen.cold.items() if "recurrence" in name})
+    assert len(found[0]) == 2
+    assert found[0] == found[1]
+
+
 def without(pattern, count=0):
     """Takes instructions out of a kernel."""
     return lambda text: re.sub(pattern, "", text, count=count)
