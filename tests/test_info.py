@@ -2,8 +2,10 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,11 +16,12 @@ from triton_rnn.__main__ import main
 
 
 @pytest.fixture
-def unset_backend(monkeypatch):
-    monkeypatch.delenv("TRITON_RNN_BACKEND", raising=False)
+def nothing_set(monkeypatch):
+    for name in info.SETTINGS:
+        monkeypatch.delenv(name, raising=False)
 
 
-def test_json_tells_what_is_installed_and_what_runs(unset_backend, capsys):
+def test_json_tells_what_is_installed_and_what_runs(nothing_set, capsys):
     assert main(["info", "--json"]) == 0
     told = json.loads(capsys.readouterr().out)
     assert told["versions"]["torch"] == torch.__version__
@@ -35,11 +38,34 @@ def test_json_tells_what_is_installed_and_what_runs(unset_backend, capsys):
     assert told["torchscript"]["compiles"] is True
     assert told["torchscript"]["detail"]
     assert 0 <= told["torchscript"]["seconds"] < 60
-    assert told["settings"] == {"TRITON_RNN_BACKEND": None}
+    assert told["settings"] == dict.fromkeys(info.SETTINGS)
+
+
+def test_every_setting_of_the_package_is_told():
+    package = Path(triton_rnn.__file__).parent
+    named = {
+        name
+        for path in package.rglob("*.py")
+        for name in re.findall(r"TRITON_RNN_[A-Z]+", path.read_text("utf-8"))
+    }
+    assert named == set(info.SETTINGS)
+
+
+def test_where_the_compiled_loops_come_from(monkeypatch, tmp_path):
+    compiler = tmp_path / "cc"
+    compiler.touch(mode=0o700)
+    monkeypatch.setenv("CC", f"{compiler} -m64")
+    monkeypatch.setenv("TRITON_RNN_CACHE", str(tmp_path))
+    told = info.collect()
+    assert told["native"] == {"compiler": f"{compiler} -m64", "kept_in": str(tmp_path)}
+    monkeypatch.setenv("CC", "'not closed")
+    words = info._in_words(info.collect())
+    assert words["native"] == {"compiler": "none", "libraries are kept in": str(tmp_path)}
+    assert words["settings"]["TRITON_RNN_CACHE"] == str(tmp_path)
 
 
 @pytest.mark.parametrize("with_rich", [True, False], ids=["table", "plain"])
-def test_print_for_people_gives_reasons_in_full(with_rich, unset_backend, monkeypatch, capsys):
+def test_print_for_people_gives_reasons_in_full(with_rich, nothing_set, monkeypatch, capsys):
     reason = "needs [a GPU] that nobody has put into this machine yet"
     monkeypatch.setattr(dispatch, "unavailable", lambda name: reason if name == "triton" else None)
     if with_rich:

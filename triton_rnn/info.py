@@ -5,6 +5,7 @@ import importlib.util
 import json
 import os
 import platform
+import shlex
 import sys
 import time
 from collections.abc import Mapping
@@ -14,7 +15,19 @@ from typing import Any
 import torch
 
 from triton_rnn import dispatch
+from triton_rnn.backends.native import build
 from triton_rnn.version import __version__
+
+# Every environment variable of the package's own, and what holds where it is not set.
+SETTINGS = {
+    "TRITON_RNN_BACKEND": "auto",
+    "TRITON_RNN_CACHE": "the user's cache folder",
+    "TRITON_RNN_CFLAGS": "no more flags",
+    "TRITON_RNN_CHECK": "kernels are tried out before use",
+    "TRITON_RNN_VARIANT": "plans of any variant",
+    "TRITON_RNN_CLUSTERS": "no plans of clusters",
+    "TRITON_RNN_NVTX": "no NVTX ranges",
+}
 
 
 def collect() -> dict[str, Any]:
@@ -37,8 +50,9 @@ def collect() -> dict[str, Any]:
         "gpu": {"torch_built_for": _accelerator_of_this_build(), "devices": _gpus()},
         # A reason why not, or null for a backend that runs.
         "backends": {name: dispatch.unavailable(name) for name in _backend_names()},
+        "native": _native(),
         "torchscript": _torchscript(),
-        "settings": {"TRITON_RNN_BACKEND": os.environ.get("TRITON_RNN_BACKEND")},
+        "settings": {name: os.environ.get(name) for name in SETTINGS},
     }
 
 
@@ -109,6 +123,20 @@ def _gpus() -> list[dict[str, Any]]:
     ]
 
 
+def _native() -> dict[str, str | None]:
+    """Where the compiled loops come from; why there are none is for the backend to tell."""
+    try:
+        command = build.compiler()
+    except build.BuildError:
+        command = None
+    try:
+        folder = os.fspath(build.cache_folder())
+    except RuntimeError:
+        # This user has no home.
+        folder = None
+    return {"compiler": None if command is None else shlex.join(command), "kept_in": folder}
+
+
 def _torchscript() -> dict[str, Any]:
     # Imported here and not above: only this command has to wait for it.
     from triton_rnn.backends import torchscript
@@ -149,20 +177,28 @@ def _in_words(information: Mapping[str, Any]) -> dict[str, dict[str, str]]:
             name: "runs" if reason is None else f"cannot run: {reason}"
             for name, reason in information["backends"].items()
         },
+        "native": {
+            "compiler": information["native"]["compiler"] or "none",
+            "libraries are kept in": information["native"]["kept_in"] or "no folder",
+        },
         "torchscript": {
             "compiles": f"{compiles}, {1000 * script['seconds']:.0f} ms",
             "detail": script["detail"],
         },
-        "settings": {"TRITON_RNN_BACKEND": _setting_in_words(information)},
+        "settings": {
+            name: _setting_in_words(name, value, information["backends"])
+            for name, value in information["settings"].items()
+        },
     }
 
 
-def _setting_in_words(information: Mapping[str, Any]) -> str:
-    value = information["settings"]["TRITON_RNN_BACKEND"]
+def _setting_in_words(name: str, value: str | None, backends: Mapping[str, Any]) -> str:
     if not value:
-        return "not set: auto"
-    known = ("auto", *information["backends"])
-    return str(value) if value in known else f"{value!r} is no backend: {', '.join(known)}"
+        return f"not set: {SETTINGS[name]}"
+    known = ("auto", *backends)
+    if name == "TRITON_RNN_BACKEND" and value not in known:
+        return f"{value!r} is no backend: {', '.join(known)}"
+    return value
 
 
 def _plain_text(sections: Mapping[str, Mapping[str, str]]) -> str:
