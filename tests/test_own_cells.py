@@ -285,6 +285,7 @@ def test_a_product_that_only_occurs_in_a_sum_with_its_input_is_folded_into_it():
 # What is refused when a class is defined
 
 OUTSIDE = torch.ones(())
+VECTOR = torch.ones(16)
 REFUSED = {
     "sum": (lambda i, u, s: i[0] + u[0].sum(-1, keepdim=True), "not pointwise: it calls sum"),
     "softmax": (lambda i, u, s: torch.softmax(i[0], -1), "not pointwise: it calls _softmax"),
@@ -296,6 +297,11 @@ REFUSED = {
     "random": (lambda i, u, s: i[0] * torch.rand_like(u[0]), "rand_like draws random numbers"),
     "a random number": (lambda i, u, s: i[0] * torch.rand(()), "rand draws random numbers"),
     "from outside": (lambda i, u, s: i[0] * OUTSIDE, r"mul takes a tensor of shape \(\)"),
+    "of another size": (lambda i, u, s: i[0] * VECTOR, r"mul takes a tensor of shape \(16,\)"),
+    "dropout": (
+        lambda i, u, s: torch.nn.functional.dropout(i[0]),
+        "empty_like is for what is written in place",
+    ),
     "dtype": (lambda i, u, s: i[0].half(), "_to_copy changes the dtype to torch.float16"),
     "power": (lambda i, u, s: i[0] ** u[0], "pow with an exponent that is not a constant"),
     "rounding": (lambda i, u, s: torch.div(i[0], 2, rounding_mode="floor"), "rounding_mode"),

@@ -265,9 +265,17 @@ class _Recorder(TorchDispatchMode):
             raise ValueError(f"{self.told}: {operator} writes to a tensor in place")
         if torch.Tag.nondeterministic_seeded in func.tags:
             raise ValueError(f"{self.told}: {operator} draws random numbers")
-        result = func(*args, **kwargs)
-        shown = result[0] if operator == "log_sigmoid_forward" else result
+        if operator == "empty_like":
+            raise ValueError(f"{self.told}: {operator} is for what is written in place, as dropout")
         given = [arg for arg in (*args, *kwargs.values()) if isinstance(arg, Tensor)]
+        try:
+            result = func(*args, **kwargs)
+        except RuntimeError:
+            # Of a tensor that does not belong here the shape is not what is wrong.
+            for arg in given:
+                self.node_of(arg, operator)
+            raise
+        shown = result[0] if operator == "log_sigmoid_forward" else result
         if not any(id(arg) in self.nodes for arg in given):
             made = all(id(arg) in self.numbers for arg in given) or operator == "lift_fresh"
             if not isinstance(shown, Tensor) or shown.dim() > 0 or not made:
