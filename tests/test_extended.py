@@ -511,3 +511,41 @@ def test_explain_refuses_what_a_call_with_options_refuses():
             module(input)
         with pytest.raises(triton_rnn.BackendError):
             triton_rnn.explain(module, input)
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        {"lengths": torch.tensor([3, 1])},
+        {"reset_mask": torch.zeros(3, 2, dtype=torch.bool), "reset_to": "initial"},
+        {"all_states": True},
+    ],
+    ids=lambda more: next(iter(more)),
+)
+@pytest.mark.parametrize("size", [6, 1100])
+def test_explain_tells_of_a_call_with_more(monkeypatch, more, size):
+    """It says what then runs, for which torch.nn's own limits of size do not count."""
+    module = triton_rnn.GRU(6, size, num_layers=2)
+    input = torch.zeros(3, 2, 6)
+    found = triton_rnn.explain(module, input, **more)
+    ran = []
+    choose = extended.choose
+    monkeypatch.setattr(extended, "choose", lambda request: ran.append(choose(request)) or ran[-1])
+    module(input, **more)
+    assert found.backend == ran[0].backend == "native"
+    assert found.request.extras == (next(iter(more)),)
+
+
+def test_explain_refuses_what_a_call_with_more_refuses():
+    module, input = triton_rnn.GRU(6, 5), torch.zeros(3, 2, 6)
+    for more in ({"lengths": torch.tensor([4, 1])}, {"all_states": True, "reset_to": "one"}):
+        with pytest.raises(ValueError) as refused:
+            module(input, **more)
+        with pytest.raises(ValueError) as told:
+            triton_rnn.explain(module, input, **more)
+        assert str(told.value) == str(refused.value)
+    normalized = triton_rnn.GRU(6, 5, layer_norm=True)
+    with pytest.raises(triton_rnn.BackendError, match="do not go together"):
+        triton_rnn.explain(normalized, input, all_states=True)
+    with pytest.raises(TypeError, match="GRUCell takes no lengths"):
+        triton_rnn.explain(triton_rnn.GRUCell(6, 5), input[0], lengths=torch.tensor([3]))

@@ -41,33 +41,46 @@ def _left_to_torch(reason: str) -> Explanation:
     return Explanation("aten", others, (), None)
 
 
-def explain(module: torch.nn.Module, input: Any, hx: Any = None) -> Explanation:
-    """Say which backend `module(input, hx)` would run on here and now, and why. Nothing is run.
+def explain(
+    module: torch.nn.Module,
+    input: Any,
+    hx: Any = None,
+    *,
+    lengths: torch.Tensor | None = None,
+    reset_mask: torch.Tensor | None = None,
+    reset_to: str = "zeros",
+    all_states: bool = False,
+) -> Explanation:
+    """Say which backend `module(input, hx, ...)` would run on here and now, and why.
+
+    Nothing is run. Of a module with hidden sizes per layer or residual connections it explains the
+    first layer.
 
     Args:
         module: a recurrent module or cell of this package.
-        input, hx: as for the module's call.
-
-    Of a module with hidden sizes per layer or residual connections it explains the first layer. Of
-    a call with `lengths` and the like it tells nothing; they are no arguments here.
+        input, hx, lengths, reset_mask, reset_to, all_states: as for the module's call.
 
     Returns:
         An `Explanation`; print it to read it.
 
     Raises:
-        TypeError: if the module is not one of this package (`triton_rnn.replace` makes it one).
+        TypeError: if the module is not one of this package (`triton_rnn.replace` makes it one), or
+            has no lengths and the like.
         BackendError: if a backend was asked for by name, or `recompute`, and cannot run the call.
-        RuntimeError, ValueError: for a `Recurrent`, or a module with options, if the call is
-            malformed.
+        RuntimeError, ValueError: for a `Recurrent`, a module with options, or a call with lengths
+            and the like, if it is malformed.
     """
+    more = lengths is not None or reset_mask is not None or all_states
+    if more and (isinstance(module, Recurrent) or not isinstance(module, torch.nn.RNNBase)):
+        raise TypeError(f"{type(module).__name__} takes no lengths, reset_mask or all_states")
     if isinstance(module, Recurrent):
-        prepared = own.prepare(module, input, hx)
-        own_choice = own.choose(prepared)
+        own_call = own.prepare(module, input, hx)
+        own_choice = own.choose(own_call)
         return Explanation(
             own_choice.backend,
             own_choice.reasons,
-            tuple(_plan(prepared, own_choice.backend, module.num_layers)),
-            prepared.request,
+            tuple(_plan(own_call, own_choice.backend, module.num_layers)),
+            own_call.request,
         )
     if not isinstance(module, (torch.nn.RNNBase, torch.nn.RNNCellBase)):
         raise TypeError(f"{type(module).__name__} is not a recurrent module")
@@ -75,17 +88,15 @@ def explain(module: torch.nn.Module, input: Any, hx: Any = None) -> Explanation:
         raise TypeError(
             f"{type(module).__qualname__} is torch.nn's; triton_rnn.replace(module) makes it ours"
         )
+    if isinstance(module, torch.nn.RNNBase) and (more or getattr(module, "_options", None)):
+        prepared = extended.prepare(module, input, hx, lengths, reset_mask, reset_to, all_states)
+        if prepared is not None:
+            return _extended(prepared.call, module.num_layers)
     if isinstance(module, torch.nn.RNNBase) and getattr(module, "_normalized", False):
         call = normalized.prepare(module, input, hx)
         if call is None:
             return _left_to_torch(_MALFORMED)
         return _extended(call, module.num_layers)
-    if isinstance(module, torch.nn.RNNBase) and (extras := extended.options_on(module)):
-        call = functional.prepare(module, input, hx)
-        if call is None:
-            extended.refuse_malformed(module, input, hx, extras)
-        request = call.request._replace(extras=extras)
-        return _extended(call._replace(request=request), module.num_layers)
     wanted = dispatch.requested()
     recomputed = getattr(module, "_recompute", False)
     if recomputed and torch.is_grad_enabled():

@@ -116,12 +116,6 @@ def _check_resets(module: Any, reset_mask: Any, input: Any, request: Request) ->
     return reset_mask.detach().to(request.device, copy=True)
 
 
-def options_on(module: Any) -> tuple[str, ...]:
-    """The names of a module's options that a call has to do with here and now."""
-    options: Options = module._options or OFF
-    return _names_of(options, _drawn(module, options))
-
-
 def _names_of(options: Options, drawn: _Drawn) -> tuple[str, ...]:
     on = {
         "input_dropout": any(drawn.input_dropout),
@@ -240,6 +234,61 @@ def _plain(module: torch.nn.RNNBase, input: Any, hx: Any) -> Any:
     return _TORCHS[module.mode].forward(module, input, hx) if result is None else result
 
 
+class Prepared(NamedTuple):
+    """A call with more than torch.nn's: its tensors, what its steps are given, and its masks."""
+
+    call: functional.Call
+    extras: Extras
+    drawn: _Drawn
+
+
+def prepare(
+    module: Any,
+    input: Any,
+    hx: Any,
+    lengths: Any,
+    reset_mask: Any,
+    reset_to: str,
+    all_states: bool,
+) -> Prepared | None:
+    """What a call comes to, checked; None if it asks for no more than torch.nn's.
+
+    Arguments and errors as of `forward`.
+    """
+    if reset_to not in ("zeros", "initial"):
+        raise ValueError(f"reset_to should be 'zeros' or 'initial', got {reset_to!r}")
+    if module._stacking:
+        raise dispatch.BackendError(
+            "hidden sizes per layer, residual, recompute and layer_norm do not go together with "
+            "lengths, reset_mask, all_states and the options of a module"
+        )
+    options: Options = module._options or OFF
+    drawn = _drawn(module, options)
+    used = {
+        "lengths": lengths is not None,
+        "reset_mask": reset_mask is not None,
+        "all_states": all_states,
+    }
+    names = tuple(name for name, value in used.items() if value) + _names_of(options, drawn)
+    if not names:
+        return None
+    if hx is not None and module.mode == "LSTM" and isinstance(input, PackedSequence):
+        functional._check_packed_cell_state(module, input, hx)
+    call = functional.prepare(module, input, hx)
+    if call is None:
+        refuse_malformed(module, input, hx, names)
+    request = call.request._replace(extras=names)
+    extras = Extras(
+        None if lengths is None else _check_lengths(lengths, input, request),
+        None if reset_mask is None else _check_resets(module, reset_mask, input, request),
+        reset_to == "initial",
+        clip_hidden=options.clip_hidden or 0.0,
+        clip_cell=options.clip_cell or 0.0,
+        all_cells=all_states and request.cell.states == 2,
+    )
+    return Prepared(call._replace(request=request), extras, drawn)
+
+
 def forward(
     module: Any,
     input: Any,
@@ -287,44 +336,15 @@ def forward(
     if torch.compiler.is_compiling():
         # Dynamo cannot trace what follows; outside of a graph it runs as it does without Dynamo.
         torch._dynamo.graph_break()
-    if reset_to not in ("zeros", "initial"):
-        raise ValueError(f"reset_to should be 'zeros' or 'initial', got {reset_to!r}")
-    if module._stacking:
-        raise dispatch.BackendError(
-            "hidden sizes per layer, residual, recompute and layer_norm do not go together with "
-            "lengths, reset_mask, all_states and the options of a module"
-        )
-    options: Options = module._options or OFF
-    drawn = _drawn(module, options)
-    used = {
-        "lengths": lengths is not None,
-        "reset_mask": reset_mask is not None,
-        "all_states": all_states,
-    }
-    names = tuple(name for name, value in used.items() if value) + _names_of(options, drawn)
-    if not names:
+    prepared = prepare(module, input, hx, lengths, reset_mask, reset_to, all_states)
+    if prepared is None:
         return _plain(module, input, hx)
+    call, extras, drawn = prepared
     packed = isinstance(input, PackedSequence)
-    if hx is not None and module.mode == "LSTM" and packed:
-        functional._check_packed_cell_state(module, input, hx)
-    call = functional.prepare(module, input, hx)
-    if call is None:
-        refuse_malformed(module, input, hx, names)
-    request = call.request._replace(extras=names)
-    extras = Extras(
-        None if lengths is None else _check_lengths(lengths, input, request),
-        None if reset_mask is None else _check_resets(module, reset_mask, input, request),
-        reset_to == "initial",
-        clip_hidden=options.clip_hidden or 0.0,
-        clip_cell=options.clip_cell or 0.0,
-        all_cells=all_states and request.cell.states == 2,
-    )
-    name = choose(request).backend
+    name = choose(call.request).backend
     drop = module.dropout if module.training else 0.0
-    with ranges.call(request.cell):
-        states, outputs, cells = _stack(
-            call._replace(request=request), name, module.num_layers, drop, drawn, extras
-        )
+    with ranges.call(call.request.cell):
+        states, outputs, cells = _stack(call, name, module.num_layers, drop, drawn, extras)
 
     def shown(steps: Tensor) -> Any:
         if packed:
