@@ -12,6 +12,7 @@ from triton_rnn.kernels.plan import (
     INTERPRETER,
     Plan,
     Shape,
+    _plan,
     held_counts,
     plan,
     room_bytes,
@@ -339,6 +340,19 @@ def test_only_the_batch_not_the_length_decides_the_blocks():
     }
     assert len(blocks) <= 6
     assert "seq_len" not in Shape.__dataclass_fields__
+
+
+@pytest.mark.parametrize("name", ["H200", "A100", "MI300X", "interpreter"])
+@pytest.mark.parametrize("variant", [None, "streaming", "stepwise"])
+def test_batches_of_as_many_blocks_have_one_plan_which_is_each_ones_own(name, variant):
+    chip = {**CHIPS, "interpreter": INTERPRETER}[name]
+    for products, size in ((4, 100), (3, 512), (0, 40)):
+        shape = Shape("forward", products, size, 1, 1, 2)
+        searched = _plan.cache_info().misses
+        for batch in range(1, 41):
+            found = plan(replace(shape, batch=batch), chip, variant)
+            assert found == _plan.__wrapped__(replace(shape, batch=batch), chip, variant)
+        assert _plan.cache_info().misses - searched <= (5 if products else 10)
 
 
 def test_a_plan_is_frozen_and_says_what_it_is():

@@ -716,9 +716,16 @@ def _time(plan: Plan) -> tuple[float, int]:
     return plan.floor_us, plan.programs
 
 
-@functools.lru_cache(maxsize=4096)
 def plan(shape: Shape, chip: Chip, variant: str | None = None) -> Plan | None:
     """The fastest plan by the model; None if no variant, or not the one named, fits the chip."""
+    # No block has fewer sequences, so batches of as many blocks have one plan: where every batch
+    # is another, most need no search.
+    least = 8 if shape.products else 4
+    return _plan(replace(shape, batch=_ceil(shape.batch, least) * least), chip, variant)
+
+
+@functools.lru_cache(maxsize=4096)
+def _plan(shape: Shape, chip: Chip, variant: str | None) -> Plan | None:
     if chip == INTERPRETER:
         return _interpreted(shape, variant)
     classes = ((variant,),) if variant else _CLASSES
