@@ -64,8 +64,9 @@ class Notes:
     """
 
     def __init__(self, device: torch.device, warps: int, steps: int) -> None:
-        self.warps, self.steps = warps, steps
-        self.words = torch.zeros(warps, steps + 1, 4, dtype=torch.int32, device=device)
+        # A backward has a step more.
+        self.rows = steps + 2
+        self.words = torch.zeros(warps, self.rows, 4, dtype=torch.int32, device=device)
 
     @contextlib.contextmanager
     def taken(self) -> Iterator[None]:
@@ -121,7 +122,7 @@ class Notes:
             "mov.u32 thread, %tid.x;",
             "add.u32 warp, warp, thread;",
             "shr.u32 warp, warp, 5;",
-            f"mul.wide.u32 note, warp, {16 * (self.steps + 1)};",
+            f"mul.wide.u32 note, warp, {16 * self.rows};",
             f"add.s64 note, note, {self.words.data_ptr()};",
             "and.b32 thread, thread, 31;",
             "setp.eq.u32 first, thread, 0;",

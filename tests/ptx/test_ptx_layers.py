@@ -260,7 +260,7 @@ def test_what_is_left_out_is_missed(monkeypatch, variant, edit, found):
 def test_the_clocks_of_gpu_steps(variant, tmp_path, monkeypatch):
     """Kernels that take notes compute the same, and note every step of every warp in order."""
     T, N, H = 6, 11, 64
-    notes = gpu_steps.Notes(torch.device("cpu"), warps=64, steps=T)
+    notes = gpu_steps.Notes(torch.device("cpu"), warps=64, steps=T + 1)
     baked, there = str(notes.words.data_ptr()), str(FIRST_ADDRESS)
     # No kernel from before knows of notes, and none with notes may be found later.
     monkeypatch.setattr(triton.knobs.cache, "dir", str(tmp_path))
@@ -281,6 +281,8 @@ def test_the_clocks_of_gpu_steps(variant, tmp_path, monkeypatch):
     # A cluster's backward waits in another way, so there the forward's notes are left.
     kernel = "forward" if variant == "cluster" else "backward"
     used = plan(Shape(kernel, 4, H, 1, N, 2), CHIPS["H200"], variant)
+    # A backward has one step more than a forward, which belongs to no other warp's notes.
+    assert not notes.words[:, T + 2].any()
     noted = notes.of(used, T)
     assert noted[..., 2].min() >= 1
     began, had, _, stored = noted.unbind(3)
