@@ -19,9 +19,8 @@ TIMEOUT_S = 600
 SCRIPT = """
 import json, sys, torch
 from bench import kernels
-from triton_rnn.kernels.plan import CHIPS
 
-chip = CHIPS[sys.argv[1]]
+chip = kernels.COMPILED_FOR[sys.argv[1]]
 asked = list(kernels.matmuls(chip, (torch.float16, torch.float32)))
 sizes = [(64, 16, 1), (100, 16, 2), (512, 64, 1), (1000, 64, 2), (1024, 16, 2), (2048, 16, 1)]
 for cell, dtype in (("lstm", torch.float16), ("gru", torch.bfloat16), ("rnn_tanh", torch.float32)):

@@ -8,6 +8,7 @@ a block's number runs through all parts at once.
 import triton
 import triton.language as tl
 
+from triton_rnn.kernels.compiler import FLOAT32_IN_PAIRS
 from triton_rnn.kernels.pieces import load_when_written, place_in_room
 from triton_rnn.kernels.steps import joined
 
@@ -172,6 +173,29 @@ def _numbers(
     return every.to(DTYPE, bitcast=True)
 
 
+# Where a thread's float32 belong in the inner dimension, as this Triton has it: else it would move
+# them there through shared memory, with barriers.
+if FLOAT32_IN_PAIRS:
+
+    @triton.jit
+    def _float32_left(every):
+        return tl.permute(every, (0, 3, 1, 4, 2, 5))
+
+    @triton.jit
+    def _float32_right(every):
+        return tl.permute(every, (0, 4, 2, 5, 3, 1))
+
+else:
+
+    @triton.jit
+    def _float32_left(every):
+        return tl.permute(every, (0, 3, 1, 4, 5, 2))
+
+    @triton.jit
+    def _float32_right(every):
+        return tl.permute(every, (0, 4, 5, 2, 3, 1))
+
+
 @triton.jit
 def left_operand(
     words, FIRST: tl.constexpr, STEP: tl.constexpr, TILES: tl.constexpr, DTYPE: tl.constexpr
@@ -181,7 +205,7 @@ def left_operand(
     if DTYPE.primitive_bitwidth == 16:
         every = tl.permute(every, (0, 3, 1, 4, 2, 5, 6))
     else:
-        every = tl.permute(every, (0, 3, 1, 4, 2, 5))
+        every = _float32_left(every)
     return tl.reshape(every, (every.shape[0], 8 * TILES, 512 // DTYPE.primitive_bitwidth))
 
 
@@ -194,7 +218,7 @@ def right_operand(
     if DTYPE.primitive_bitwidth == 16:
         every = tl.permute(every, (0, 4, 2, 5, 6, 3, 1))
     else:
-        every = tl.permute(every, (0, 4, 2, 5, 3, 1))
+        every = _float32_right(every)
     return tl.reshape(every, (every.shape[0], 512 // DTYPE.primitive_bitwidth, 8 * TILES))
 
 

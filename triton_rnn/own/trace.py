@@ -4,6 +4,7 @@ A dispatch mode sees every ATen operator that the function comes down to, whatev
 Each has to be pointwise, and is put down as expressions; anything else is refused by its name.
 """
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -25,14 +26,26 @@ def _relu(g: Graph, x: Node) -> Node:
     return g.choose(g.apply("ge", zero, x), zero, x)
 
 
+@functools.cache
+def _past_an_end() -> str:
+    """How torch's clamp compares a number with an end beyond which no gradient goes through.
+
+    At the end itself one does up to torch 2.13, and from 2.14 on none.
+    """
+    with torch.inference_mode(False), torch.enable_grad():
+        x = torch.zeros(1, requires_grad=True, device="cpu")
+        (grad,) = torch.autograd.grad(x.clamp(min=0).sum(), x)
+    return "gt" if grad.item() else "ge"
+
+
 def _clamp(g: Graph, x: Node, low: Node | None = None, high: Node | None = None) -> Node:
-    """Gradients go through at both ends, as torch's do."""
+    past = _past_an_end()
     if any(end is not None and end.op != "constant" for end in (low, high)):
         raise _CannotError("ends that are not constants")
     if low is not None and high is not None and low.value > high.value:
         return high
-    y = x if high is None else g.choose(g.apply("gt", x, high), high, x)
-    return y if low is None else g.choose(g.apply("gt", low, x), low, y)
+    y = x if high is None else g.choose(g.apply(past, x, high), high, x)
+    return y if low is None else g.choose(g.apply(past, low, x), low, y)
 
 
 def _hardtanh(g: Graph, x: Node, low: Node | None = None, high: Node | None = None) -> Node:
@@ -339,6 +352,8 @@ def trace(
     """
     graph = Graph()
     recorder = _Recorder(told, graph)
+    # Asked now, for within there is no autograd.
+    _past_an_end()
     # Between 0 and 1, so that nothing that is run is undefined.
     generator = torch.Generator().manual_seed(0)
 

@@ -17,6 +17,7 @@ from triton_rnn.backends.triton.launcher import Launcher
 from triton_rnn.cells import Cell, OwnCell
 from triton_rnn.kernels.backward import recurrence_backward
 from triton_rnn.kernels.cells import KERNEL_CELLS, KernelCell
+from triton_rnn.kernels.compiler import NARROW_PRODUCTS_APART
 from triton_rnn.kernels.forward import recurrence_forward
 from triton_rnn.kernels.plan import CHIPS, INTERPRETER, Chip, Plan, Shape, plan, room_bytes
 from triton_rnn.request import Request
@@ -51,7 +52,6 @@ def chip_of(device: torch.device) -> Chip:
     if hip:
         architecture = properties.gcnArchName.split(":")[0]
     known = [c for c in CHIPS.values() if c.architecture == architecture]
-    version = tuple(int(part) for part in triton.__version__.split(".")[:2])
     return Chip(
         properties.name,
         "hip" if hip else "cuda",
@@ -60,7 +60,7 @@ def chip_of(device: torch.device) -> Chip:
         limits["max_shared_mem"],
         known[0].matrix_mflops if known else CHIPS["A100"].matrix_mflops,
         clusters=os.environ.get("TRITON_RNN_CLUSTERS") == "1",
-        narrow_apart=properties.major == 10 and not hip and version >= (3, 8),
+        narrow_apart=properties.major == 10 and not hip and NARROW_PRODUCTS_APART,
     )
 
 
