@@ -309,10 +309,12 @@ def examine(kernel: Kernel) -> Row:
         problems.append("no matrix instruction")
     constants = dict(kernel.constants)
     if constants.get("EXCHANGE") in ("flag", "cluster"):
-        # Nothing but the parts of the product.
+        # Nothing but the parts of the product; a cluster's backward sends those.
         rows = constants["BLOCK_H"]
         if kernel.name == "forward":
             rows *= 1 << (constants["GATES"] - 1).bit_length()
+        elif constants["EXCHANGE"] == "cluster":
+            rows = 0
         parts = 4 * constants["SPLITS"] * rows * constants["BLOCK_N"]
         if binary.metadata.shared > parts + 1024:
             problems.append("more than a product's parts in shared memory")
