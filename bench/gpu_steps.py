@@ -32,6 +32,7 @@ from bench.gpu_grid import TuningPoint
 from bench.gpu_parts import alone
 from bench.gpu_session import plain, write_atomically
 from bench.gpu_timing import Stopwatch
+from bench.gpu_workers import failure
 from triton_rnn.kernels import pieces
 from triton_rnn.kernels.plan import Plan
 
@@ -207,16 +208,17 @@ def measure(point: TuningPoint, plan: Plan, notes: Notes, device: torch.device) 
     with gpu_inside.planned(plan):
         seconds = alone(lambda: call(False), Stopwatch(device))
     gpu_inside.raise_failed_wait(device)
-    row = {"id": point.id, "plan": dataclasses.asdict(plan)}
-    row["us_per_step"] = seconds * 1e6 / point.steps
-    return {**row, "cycles": summary(notes.of(plan, point.steps))}
+    cycles = summary(notes.of(plan, point.steps))
+    return {"status": "ok", "us_per_step": seconds * 1e6 / point.steps, "cycles": cycles}
 
 
 def table_row(row: Mapping[str, Any]) -> tuple[str, ...]:
-    plan, cycles = row["plan"], row["cycles"]
+    plan = row["plan"]
     shape = f"{plan['exchange']} {plan['block_h']}x{plan['block_n']} w{plan['warps']}"
     shape += f" pause {plan['pause']}" if plan["pause"] else ""
-    names = ("step", "waiting_median_warp", "waiting_last_warp")
+    if row["status"] != "ok":
+        return (row["id"], shape, row["error"][:200], *[""] * (len(HEADER) - 3))
+    cycles, names = row["cycles"], ("step", "waiting_median_warp", "waiting_last_warp")
     return (
         row["id"], shape, f"{row['us_per_step']:.2f}", *(f"{cycles[name]:.0f}" for name in names),
         f"{cycles['looks']:.2f}", f"{cycles['look']:.0f}", f"{cycles['in_vain']:.2f}",
@@ -232,24 +234,32 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not torch.cuda.is_available():
         print("bench.gpu_steps: no CUDA device is at hand", file=sys.stderr)
         return 2
-    device = torch.device("cuda", 0)
-    plans = {point: plans_of(point, device) for point in POINTS}
-    warps = max(plan.programs * plan.warps for found in plans.values() for plan in found)
-    notes = Notes(device, warps, max(point.steps for point in POINTS))
-    data: dict[str, Any] = {"machine": gpu_machine.describe(device), "rows": []}
-    options.out_dir.mkdir(parents=True, exist_ok=True)
-    # Where the notes are is in the kernels, so no other run may find these.
-    with tempfile.TemporaryDirectory() as cache, notes.taken():
-        triton.knobs.cache.dir = cache
-        for point, found in plans.items():
-            for plan in found:
-                data["rows"].append(measure(point, plan, notes, device))
-                print(*table_row(data["rows"][-1]), flush=True)
-                write_atomically(
-                    options.out_dir / "steps.json", json.dumps(plain(data), indent=1) + "\n"
-                )
-                write_atomically(options.out_dir / "steps.md", markdown(data))
+    run(POINTS, torch.device("cuda", 0), options.out_dir)
     return 0
+
+
+def run(points: Sequence[TuningPoint], device: torch.device, out_dir: Path) -> None:
+    """Measure all plans of some points, and write what is known after each."""
+    tasks = [(point, plan) for point in points for plan in plans_of(point, device)]
+    # Clusters last: should they take the device with them, the rest is safe.
+    tasks.sort(key=lambda task: task[1].exchange == "cluster")
+    warps = max(plan.programs * plan.warps for _, plan in tasks)
+    notes = Notes(device, warps, max(point.steps for point in points))
+    data: dict[str, Any] = {"machine": gpu_machine.describe(device), "rows": []}
+    out_dir.mkdir(parents=True, exist_ok=True)
+    # Where the notes are is in the kernels, so no other run may find these.
+    with tempfile.TemporaryDirectory() as cache, notes.taken(), triton.knobs.cache.scope():
+        triton.knobs.cache.dir = cache
+        for point, plan in tasks:
+            row = {"id": point.id, "plan": dataclasses.asdict(plan)}
+            try:
+                row.update(measure(point, plan, notes, device))
+            except Exception as error:
+                row.update(failure(error))
+            data["rows"].append(row)
+            print(*table_row(row), flush=True)
+            write_atomically(out_dir / "steps.json", json.dumps(plain(data), indent=1) + "\n")
+            write_atomically(out_dir / "steps.md", markdown(data))
 
 
 def markdown(data: Mapping[str, Any]) -> str:

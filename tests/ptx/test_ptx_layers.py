@@ -4,6 +4,7 @@ The interpreter has no PTX, and the compiler only says that there is code: here 
 the fragments of matrix instructions, the barriers and the exchange through memory are executed.
 """
 
+import json
 import re
 import warnings
 
@@ -292,3 +293,44 @@ def test_the_clocks_of_gpu_steps(variant, tmp_path, monkeypatch):
     found = gpu_steps.summary(noted)
     assert found["step"] >= found["waiting_last_warp"] >= found["waiting_median_warp"] >= 0
     assert found["looks"] > 1 and 0 < found["in_vain"] <= 1 and found["work"] > 0
+
+
+def test_gpu_steps_writes_what_it_finds_and_what_failed(tmp_path, monkeypatch):
+    """As on a GPU, but that the machine is told where the notes are."""
+    known, there = [], str(FIRST_ADDRESS)
+
+    class Known(gpu_steps.Notes):
+        def __init__(self, *arguments):
+            super().__init__(*arguments)
+            known.append(self.words)
+
+    def edit(text):
+        return text.replace(str(known[0].data_ptr()), there)
+
+    monkeypatch.setattr(gpu_steps, "Notes", Known)
+    monkeypatch.setattr(gpu_steps, "FIRST", 1)
+    monkeypatch.setattr(gpu_steps, "PAUSES", (0,))
+    points = [
+        gpu_steps.TuningPoint("gru", "float16", 16, 3, kernel, steps=4, saving=False)
+        for kernel in ("forward", "backward")
+    ]
+    measure = gpu_steps.measure
+
+    def failing(point, plan, *others):
+        if plan.exchange == "cluster":
+            raise RuntimeError("no such launch")
+        return measure(point, plan, *others)
+
+    monkeypatch.setattr(gpu_steps, "measure", failing)
+    forget_compiled()
+    try:
+        with on_machine("H200", variant="cooperative", known=known, edit=edit):
+            gpu_steps.run(points, torch.device("cpu"), tmp_path)
+    finally:
+        forget_compiled()
+    rows = json.loads((tmp_path / "steps.json").read_text())["rows"]
+    assert [row["status"] for row in rows] == ["ok", "ok", "error"]
+    assert all(row["cycles"]["step"] > 0 for row in rows[:2])
+    written = (tmp_path / "steps.md").read_text().splitlines()
+    assert len([line for line in written if line.startswith("| ")]) == 1 + len(rows)
+    assert "no such launch" in written[-1]
