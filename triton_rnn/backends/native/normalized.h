@@ -54,14 +54,6 @@ INLINE vec first_of(vec x, i64 count)
     UNROLL for (int lane = 0; lane < LANES; lane++) number[lane] = (REAL)lane;
     return choose(number < (REAL)count, x, (vec){0});
 }
-INLINE REAL total_of(vec x)
-{
-    REAL part[LANES];
-    UNROLL for (int lane = 0; lane < LANES; lane++) part[lane] = x[lane];
-    UNROLL for (int half = LANES / 2; half > 0; half /= 2)
-        UNROLL for (int lane = 0; lane < half; lane++) part[lane] += part[lane + half];
-    return part[0];
-}
 
 INLINE vec square_root(vec x)
 {
@@ -416,17 +408,15 @@ static void normalized_backward_step(const Call *call, const Backward *b, const 
     }
 }
 
-/* After the loop: the gradients of LN(W_ih x) become those of W_ih x, each member some rows; and
-   the biases have theirs. */
-static void normalized_after_the_loop(const Call *call, int d, const Backward *b, const Member *me,
-                                      i64 total)
+/* After some steps: the gradients of LN(W_ih x) become those of W_ih x, each member some rows. */
+static void normalized_after_steps(const Call *call, const Backward *b, const Member *me, i64 first,
+                                   i64 rows)
 {
     const i64 H = call->hidden_size, Hp = padded(H);
-    REAL *grad_bias_ih = call->grad_weights[d][2], *grad_bias_hh = call->grad_weights[d][3];
     i64 row, end;
-    share(me, total, 1, &row, &end);
+    share(me, rows, 1, &row, &end);
     for (; row < end; row++) {
-        const REAL *kept_row = b->saved + row * b->kept_row;
+        const REAL *kept_row = b->saved + (first + row) * b->kept_row;
         const REAL *normal = kept_row + (1 + KEPT_IH) * Hp;
         REAL *grads = b->grads + row * GRADS[CELL] * Hp;
         UNROLL for (int group = 0; group < GROUPS; group++) {
@@ -439,6 +429,14 @@ static void normalized_after_the_loop(const Call *call, int d, const Backward *b
                 store(grads + at, grad_of(load(grads + at), load(normal + at), s, scale));
         }
     }
+    wait_for_all(me);
+}
+
+/* After the loop: what the biases get. */
+static void normalized_after_the_loop(const Call *call, int d, const Backward *b, const Member *me)
+{
+    const i64 H = call->hidden_size, Hp = padded(H);
+    REAL *grad_bias_ih = call->grad_weights[d][2], *grad_bias_hh = call->grad_weights[d][3];
     i64 unit, last;
     share_units(me, call, &unit, &last);
     for (i64 g = 0; g < CELL_GATES; g++)
@@ -450,5 +448,4 @@ static void normalized_after_the_loop(const Call *call, int d, const Backward *b
             if (grad_bias_hh)
                 store_some(grad_bias_hh + g * H + u, load(sums + (g + apart) * Hp), H - u);
         }
-    wait_for_all(me);
 }

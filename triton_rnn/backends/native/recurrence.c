@@ -31,6 +31,9 @@
 #include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
 
 #if defined(__AVX512F__)
 #define VECTOR_BYTES 64
@@ -131,8 +134,9 @@ static const int OWN_HIDDEN_SLOT[] = {OWN_HIDDEN_SLOTS};
 enum { OTHERS = OWN_STATES - 1, HAS_PRODUCT = OWN_PRODUCTS > 0 };
 
 /* Bytes of the preactivations of some steps at once: they should still be in the second-level
-   cache when the steps come to them. */
-#define CHUNK_BYTES (256 << 10)
+   cache when the steps come to them. But W_ih is read once for them, so that of a large one, which
+   comes from further away, they may be a part as large as this. */
+enum { CHUNK_BYTES = 256 << 10, PART_OF_WEIGHT = 2 };
 
 /* What Python fills in, in this order; all fields are eight bytes. Strides are in numbers. */
 typedef struct {
@@ -314,11 +318,55 @@ INLINE int is_reset(const Extras *e, i64 t, i64 pos)
     return e->reset_mask[t * e->reset_step + sequence_of(e, pos) * e->reset_row];
 }
 
+/* The steps [from, to) that are worked on at once, t the first on the way down or up: as many as
+   have no more rows than `most`, and t in any case. */
+static void steps_together(const Call *call, i64 t, int down, i64 most, i64 *from, i64 *to)
+{
+    *from = t;
+    *to = t + 1;
+    for (i64 left = most - rows_of(call, t);;) {
+        const i64 next = down ? *from - 1 : *to;
+        if (next < 0 || next >= call->steps || rows_of(call, next) > left)
+            return;
+        left -= rows_of(call, next);
+        if (down)
+            *from = next;
+        else
+            *to = next + 1;
+    }
+}
+
+/* Large blocks come from the system at every call and go back to it, and each of their pages costs
+   a fault when it is first touched: huge ones are five hundred times fewer. */
+enum { HUGE_PAGE = 2 << 20 };
+static void in_huge_pages(const void *first, size_t bytes)
+{
+#if defined(MADV_HUGEPAGE)
+    const size_t page = 4096;
+    const size_t from = ((size_t)first + page - 1) & ~(page - 1);
+    const size_t to = ((size_t)first + bytes) & ~(page - 1);
+    if (bytes >= 2 * (size_t)HUGE_PAGE)
+        /* Where it is refused, pages are small. */
+        (void)madvise((void *)from, to - from, MADV_HUGEPAGE);
+#else
+    (void)first, (void)bytes;
+#endif
+}
+
 /* A piece of a block of memory; counts first, hands out then. */
 typedef struct {
     char *base;
     size_t used;
 } Arena;
+/* The block, of all that was counted; NULL where there is no memory. */
+static char *block_for(const Arena *arena)
+{
+    const size_t align = arena->used < 2 * (size_t)HUGE_PAGE ? VECTOR_BYTES : HUGE_PAGE;
+    char *block = aligned_alloc(align, (arena->used + align - 1) / align * align);
+    if (block)
+        in_huge_pages(block, arena->used);
+    return block;
+}
 static void *take(Arena *arena, size_t bytes)
 {
     size_t at = arena->used;
@@ -391,6 +439,14 @@ INLINE vec load_mask(const uint8_t *from, i64 count)
     for (i64 lane = 0; lane < (count < LANES ? count : LANES); lane++)
         value[lane] = from[lane];
     return value;
+}
+INLINE REAL total_of(vec x)
+{
+    REAL part[LANES];
+    UNROLL for (int lane = 0; lane < LANES; lane++) part[lane] = x[lane];
+    UNROLL for (int half = LANES / 2; half > 0; half /= 2)
+        UNROLL for (int lane = 0; lane < half; lane++) part[lane] += part[lane + half];
+    return part[0];
 }
 /* NaN stays NaN. */
 INLINE vec clipped(vec x, REAL limit)
@@ -604,6 +660,9 @@ static void product(const Product *p)
 
 /* Rows of x, h and gradients that are worked on at once: they stay in the second-level cache. */
 enum { ROWS_AT_ONCE = 192 };
+/* Rows of steps whose gradients are kept until weights and x get theirs: pieces of ROWS_AT_ONCE, or
+   not much less, whatever the batch. */
+enum { STEP_ROWS = 2 * ROWS_AT_ONCE };
 
 /* LANES rows with LANES numbers each, transposed; to_row apart. Each round interleaves the first half
    of the vectors with the second, number by number: as many rounds as LANES has bits. */
@@ -837,8 +896,9 @@ typedef struct {
 typedef struct {
     REAL *grads, *dh, *dc, *dm, *grad_states, *weight_ih, *weight_hh, *weight_hr, *after;
     REAL *own, *grad_own;
-    /* Some rows at a time: gradients column by column; of each member x and h in panels, `room`
-       numbers each. */
+    /* Rows of the steps whose gradients go to weights and x together. Of some of them at a time:
+       gradients column by column; of each member x and h in panels, `room` numbers each. */
+    i64 chunk_rows;
     REAL *columns, *rows;
     i64 room;
     const REAL *saved;
@@ -1104,7 +1164,8 @@ static void plan_forward(const Call *call, const Extras *e, Arena *arena, Forwar
 {
     const i64 G = GATES[call->cell], H = call->hidden_size, P = call->output_size, N = call->batch;
     const i64 Hp = padded(H), Pp = padded(P), number = sizeof(REAL);
-    i64 steps = CHUNK_BYTES / ((N ? N : 1) * G * Hp * number);
+    const i64 part = G * Hp * call->input_size * number / PART_OF_WEIGHT;
+    i64 steps = (part > CHUNK_BYTES ? part : CHUNK_BYTES) / ((N ? N : 1) * G * Hp * number);
     steps = steps < 1 ? 1 : steps > call->steps ? call->steps : steps;
     f->chunk_rows = steps * N;
     f->kept_row = kept_by(call, e).row;
@@ -1425,20 +1486,7 @@ static void forward_direction(const Call *call, const i64 *offsets, int d, Forwa
         const i64 t = d ? T - 1 - s : s, rows = rows_of(call, t);
         const i64 row = first_row(call, offsets, t);
         if (t < ready_from || t >= ready_to) {
-            /* As many steps as fit, this one first. */
-            ready_from = t;
-            ready_to = t + 1;
-            i64 left = f.chunk_rows - rows;
-            for (;;) {
-                i64 next = d ? ready_from - 1 : ready_to;
-                if (next < 0 || next >= T || rows_of(call, next) > left)
-                    break;
-                left -= rows_of(call, next);
-                if (d)
-                    ready_from = next;
-                else
-                    ready_to = next + 1;
-            }
+            steps_together(call, t, d, f.chunk_rows, &ready_from, &ready_to);
             if (!HAS_PRODUCT)
                 wait_for_all(me);
             if (f.is_direct)
@@ -1530,7 +1578,7 @@ static i64 run_forward(const Call *call, const Extras *extras)
     if (make_offsets(call, &offsets))
         return 1;
     const int failed = make_places(call, offsets, e, &places);
-    arena.base = failed ? NULL : aligned_alloc(VECTOR_BYTES, arena.used);
+    arena.base = failed ? NULL : block_for(&arena);
     if (!arena.base) {
         free(places);
         free(offsets);
@@ -1545,7 +1593,9 @@ static i64 run_forward(const Call *call, const Extras *extras)
     if (call->keep) {
         /* The vector at the end is read and not used; the same call shall save the same. */
         const i64 rows = first_row(call, offsets, call->steps);
-        memset(f.saved + call->directions * rows * f.kept_row, 0, LANES * sizeof(REAL));
+        const i64 numbers = call->directions * rows * f.kept_row;
+        in_huge_pages(f.saved, (size_t)numbers * sizeof(REAL));
+        memset(f.saved + numbers, 0, LANES * sizeof(REAL));
     }
     Team team = {call, offsets, &f, 0, {0}};
     work_together(call, forward_work, &team);
@@ -1578,11 +1628,12 @@ static void plan_backward(const Call *call, const Extras *e, i64 rows, Arena *ar
     const Kept kept = kept_by(call, e);
     b->kept_row = kept.row;
     b->before_at = kept.before;
-    b->grads = take(arena, (size_t)(rows * GRADS[call->cell] * Hp * number));
+    b->chunk_rows = rows < STEP_ROWS ? rows : N > STEP_ROWS ? N : STEP_ROWS;
+    b->grads = take(arena, (size_t)(b->chunk_rows * GRADS[call->cell] * Hp * number));
     b->dh = take(arena, (size_t)(N * Pp * number));
     b->dc = take(arena, (size_t)(OTHERS * N * Hp * number));
     b->after = take(arena, (size_t)(N * Pp * number));
-    b->grad_states = take(arena, (size_t)(is_projected ? rows * Pp * number : 0));
+    b->grad_states = take(arena, (size_t)(is_projected ? b->chunk_rows * Pp * number : 0));
     const i64 projection = is_projected ? panel_numbers(Hp / LANES, P, WIDTH) : 0;
     b->weight_ih = take(arena, (size_t)(panel_numbers(padded(I) / LANES, G * H, WIDTH) * number));
     b->weight_hh = take(arena, (size_t)(panel_numbers(Pp / LANES, K * H, WIDTH) * number));
@@ -1700,26 +1751,31 @@ static void any_backward_step(const Call *call, const Backward *b, const Member 
     }
 }
 
+/* Some steps that follow on each other, and whose gradients are in b->grads: their first row, how
+   many there are, and whether other steps have been here before. */
+typedef struct {
+    i64 first, rows;
+    int begun;
+} Steps;
+
 /* The gradient of x where our rows are not in the caller's order; each member some rows. */
-static void give_grad_x(const Call *call, int d, const Backward *b, const Member *me, i64 total,
-                        Matrix weight_ih, REAL *x_rows)
+static void give_grad_x(const Call *call, int d, const Backward *b, const Member *me, Steps steps,
+                        Product p, REAL *x_rows)
 {
-    const int cell = (int)call->cell;
-    const i64 G = GATES[cell], H = call->hidden_size, I = call->input_size, N = call->batch;
-    const i64 Hp = padded(H), width = GRADS[cell] * Hp;
+    const i64 I = call->input_size, N = call->batch;
     REAL *grad_x = call->grad_x;
-    i64 row, end;
-    Product p = {.columns = I, .parts = G, .count = H, .a_row = width, .a_step = 1, .b = weight_ih,
-                 .out = x_rows, .out_row = padded(I)};
-    for (int g = 0; g < G; g++)
-        p.part_at[g] = INPUT_SLOT[g] * Hp;
-    share(me, total, MOST_ROWS, &row, &end);
+    const REAL *grads = p.a;
+    i64 row = p.row, end = p.rows;
+    p.row = 0;
+    p.out = x_rows;
+    p.out_row = padded(I);
+    p.start = NULL;
     for (; row < end; row += p.rows) {
         p.rows = end - row < ROWS_AT_ONCE ? end - row : ROWS_AT_ONCE;
-        p.a = b->grads + row * width;
+        p.a = grads + row * p.a_row;
         product(&p);
         for (i64 i = 0; i < p.rows; i++) {
-            REAL *to = grad_x + b->places[row + i] * I;
+            REAL *to = grad_x + b->places[steps.first + row + i] * I;
             for (i64 k = 0; k < I; k += LANES) {
                 vec found = load(x_rows + i * p.out_row + k);
                 store_some(to + k, d ? load_some(to + k, I - k) + found : found, I - k);
@@ -1727,25 +1783,43 @@ static void give_grad_x(const Call *call, int d, const Backward *b, const Member
         }
     }
     /* Nothing comes to what lies beyond the ends. */
-    share(me, d ? 0 : call->steps, 1, &row, &end);
+    share(me, d || steps.begun ? 0 : call->steps, 1, &row, &end);
     for (i64 t = row; t < end; t++)
         for (i64 pos = call->batch_sizes[t]; pos < N; pos++)
             memset(grad_x + (t * N + b->extras->order[pos]) * I, 0, (size_t)I * sizeof(REAL));
 }
 
-/* Gradients of the weights and of x, from those of all preactivations; each member some rows. */
-static void after_the_loop(const Call *call, int d, const Backward *b, const Member *me, i64 total,
-                           const i64 *offsets, Matrix weight_ih)
+/* to[u] += the sum of the first `count` numbers of a column; or to[u] is that. */
+static void add_sums(REAL *to, i64 units, const REAL *columns, i64 count, int begun)
+{
+    for (i64 u = 0; u < units; u++) {
+        vec sum = {0};
+        for (i64 i = 0; i < count; i += LANES)
+            sum += load_some(columns + u * ROWS_AT_ONCE + i, count - i);
+        const REAL total = total_of(sum);
+        to[u] = begun ? to[u] + total : total;
+    }
+}
+
+/* What weights and x get from the gradients of the preactivations of some steps, before these make
+   room for those of the next; weights by units, x by rows. */
+static void after_steps(const Call *call, int d, const Backward *b, const Member *me, Steps steps,
+                        const i64 *offsets, Matrix weight_ih)
 {
     const int cell = (int)call->cell;
     const i64 G = GATES[cell], H = call->hidden_size, P = call->output_size, I = call->input_size;
     const i64 Hp = padded(H), Pp = padded(P), width = GRADS[cell] * Hp;
     const i64 K = PRODUCTS[cell], most = G > K ? G : K;
+    /* W_ih and its bias, W_hh and its bias: what is multiplied with a gate's gradient. */
+    static const int WEIGHTS[] = {0, 2, 1, 3};
     void *const *grad_weights = call->grad_weights[d];
+    const REAL *kept = b->saved + steps.first * b->kept_row;
     i64 unit, end;
     share(me, H, LANES, &unit, &end);
     /* Some rows of x and h at a time, for all units. One gate after the other, for rows of a weight
        are units of a gate. */
+    const i64 blocks = (steps.rows + ROWS_AT_ONCE - 1) / ROWS_AT_ONCE;
+    const i64 block = blocks ? (steps.rows + blocks - 1) / blocks : 0;
     REAL *columns = b->columns + unit * ROWS_AT_ONCE;
     Matrix rows_of[2];
     for (int which = 0; which < 2; which++)
@@ -1753,62 +1827,61 @@ static void after_the_loop(const Call *call, int d, const Backward *b, const Mem
                                   WIDTH * LANES * ROWS_AT_ONCE};
     i64 row = 0;
     do { /* Once for no rows too: their gradients are zeros. */
-        const i64 count = total - row < ROWS_AT_ONCE ? total - row : ROWS_AT_ONCE;
+        const i64 count = steps.rows - row < block ? steps.rows - row : block;
+        const int begun = steps.begun || row;
         for (i64 i = 0; i < count && grad_weights[0]; i++)
-            into_panels(row_of_x(call, offsets, b->places, row + i), I, rows_of[0].panel,
-                        (REAL *)rows_of[0].first + i * WIDTH * LANES);
+            into_panels(row_of_x(call, offsets, b->places, steps.first + row + i), I,
+                        rows_of[0].panel, (REAL *)rows_of[0].first + i * WIDTH * LANES);
         for (i64 i = 0; i < count && grad_weights[1]; i++)
-            into_panels(b->saved + (row + i) * b->kept_row, P, rows_of[1].panel,
+            into_panels(kept + (row + i) * b->kept_row, P, rows_of[1].panel,
                         (REAL *)rows_of[1].first + i * WIDTH * LANES);
         int there = -1;
         for (int g = 0; g < most; g++)
-            for (int which = 0; which < 2; which++) {
-                if (!grad_weights[which] || g >= (which ? K : G))
+            for (int i = 0; i < 4; i++) {
+                const int which = WEIGHTS[i], is_state = which % 2, is_bias = which >= 2;
+                if (!grad_weights[which] || g >= (is_state ? K : G) || (is_bias && HAS_NORM))
                     continue;
-                const int slot = which ? state_slot(cell, g) : input_slot(g);
+                const int slot = is_state ? state_slot(cell, g) : input_slot(g);
                 if (slot != there)
                     in_columns(b->grads + row * width + slot * Hp + unit, width, count,
                                end - unit, columns);
                 there = slot;
-                const i64 size = which ? P : I;
+                if (is_bias) {
+                    add_sums((REAL *)grad_weights[which] + g * H + unit, end - unit, columns,
+                             count, begun);
+                    continue;
+                }
+                const i64 size = is_state ? P : I;
                 Product p = {.rows = end - unit, .columns = size, .parts = 1, .count = count,
                              .a = columns, .a_row = ROWS_AT_ONCE, .a_step = 1,
                              .b = rows_of[which],
                              .out = (REAL *)grad_weights[which] + (g * H + unit) * size,
                              .out_row = size, .start_row = size};
-                p.start = row ? p.out : NULL;
+                p.start = begun ? p.out : NULL;
                 product(&p);
             }
-        row += ROWS_AT_ONCE;
-    } while (row < total);
-    share(me, Hp, LANES, &unit, &end);
-    for (int which = 2; which < 4 && !HAS_NORM; which++)
-        for (int g = 0; grad_weights[which] && g < (which == 2 ? G : K); g++) {
-            const i64 slot = which == 2 ? input_slot(g) : state_slot(cell, g);
-            for (i64 u = unit; u < end; u += LANES) {
-                vec sum = {0};
-                for (i64 i = 0; i < total; i++)
-                    sum += load(b->grads + i * width + slot * Hp + u);
-                store_some((REAL *)grad_weights[which] + g * H + u, sum, H - u);
-            }
-        }
+        row += block;
+    } while (row < steps.rows);
     if (cell == LSTM_PROJECTED && grad_weights[4]) {
-        Product p = {.columns = H, .parts = 1, .count = total, .a = b->grad_states, .a_row = 1,
-                     .a_step = Pp, .b = plain(b->saved + Pp + 5 * Hp, b->kept_row),
-                     .out = grad_weights[4], .out_row = H};
+        Product p = {.columns = H, .parts = 1, .count = steps.rows, .a = b->grad_states,
+                     .a_row = 1, .a_step = Pp, .b = plain(kept + Pp + 5 * Hp, b->kept_row),
+                     .out = grad_weights[4], .out_row = H, .start_row = H};
+        p.start = steps.begun ? p.out : NULL;
         share(me, P, MOST_ROWS, &p.row, &p.rows);
         product(&p);
     }
-    if (call->grad_x && b->places) {
-        give_grad_x(call, d, b, me, total, weight_ih, (REAL *)rows_of[0].first);
-    } else if (call->grad_x) {
+    if (call->grad_x) {
+        REAL *grad_x = (REAL *)call->grad_x + steps.first * I;
         Product p = {.columns = I, .parts = G, .count = H, .a = b->grads, .a_row = width,
-                     .a_step = 1, .b = weight_ih, .out = call->grad_x,
-                     .out_row = I, .start = d ? call->grad_x : NULL, .start_row = I};
+                     .a_step = 1, .b = weight_ih, .out = grad_x,
+                     .out_row = I, .start = d ? grad_x : NULL, .start_row = I};
         for (int g = 0; g < G; g++)
             p.part_at[g] = input_slot(g) * Hp;
-        share(me, total, MOST_ROWS, &p.row, &p.rows);
-        product(&p);
+        share(me, steps.rows, MOST_ROWS, &p.row, &p.rows);
+        if (b->places)
+            give_grad_x(call, d, b, me, steps, p, (REAL *)rows_of[0].first);
+        else
+            product(&p);
     }
 }
 
@@ -1919,6 +1992,8 @@ static void backward_direction(const Call *call, const i64 *offsets, int d, cons
     const i64 G = GATES[cell], H = call->hidden_size, P = call->output_size, N = call->batch;
     const i64 I = call->input_size, Hp = padded(H), Pp = padded(P), T = call->steps;
     const i64 width = GRADS[cell] * Hp, total = first_row(call, offsets, T), K = PRODUCTS[cell];
+    i64 from = 0, to = 0;
+    Steps steps = {0};
     i64 unit, end, column, last;
     share_units(me, call, &unit, &end);
     copy_unit_weights(call, d, b->own, unit, end);
@@ -1949,8 +2024,13 @@ static void backward_direction(const Call *call, const i64 *offsets, int d, cons
     for (i64 s = T - 1; s >= 0; s--) {
         const i64 t = d ? T - 1 - s : s, rows = rows_of(call, t);
         const i64 row = first_row(call, offsets, t);
+        if (t < from || t >= to) {
+            steps_together(call, t, !d, b->chunk_rows, &from, &to);
+            steps.first = first_row(call, offsets, from);
+            steps.rows = first_row(call, offsets, to) - steps.first;
+        }
         const REAL *kept = b->saved + row * b->kept_row, *dh = b->dh;
-        REAL *grads = b->grads + row * width;
+        REAL *grads = b->grads + (row - steps.first) * width;
         if (e)
             before_backward_step(call, offsets, b, d, t, rows, kept, own);
         else if (call->grad_output)
@@ -1963,7 +2043,8 @@ static void backward_direction(const Call *call, const i64 *offsets, int d, cons
                 }
             }
         if (cell == LSTM_PROJECTED) {
-            copy_columns(b->grad_states + row * Pp, Pp, b->dh, Pp, rows, column, last);
+            copy_columns(b->grad_states + (row - steps.first) * Pp, Pp, b->dh, Pp, rows, column,
+                         last);
             Product p = {.rows = rows, .column = unit, .columns = end < H ? end : H, .parts = 1,
                          .count = P, .a = b->dh, .a_row = Pp, .a_step = 1, .b = weight_hr,
                          .out = b->dm, .out_row = Hp};
@@ -1985,13 +2066,21 @@ static void backward_direction(const Call *call, const i64 *offsets, int d, cons
         product(&p);
         if (e)
             after_backward_step(call, b, d, t, rows, own);
+        if (t == (d ? to - 1 : from)) {
+            if (!HAS_PRODUCT)
+                wait_for_all(me);
+#if defined(NORMALIZED)
+            normalized_after_steps(call, b, me, steps.first, steps.rows);
+#endif
+            after_steps(call, d, b, me, steps, offsets, weight_ih);
+            steps.begun = 1;
+            wait_for_all(me);
+        }
     }
     if (e && e->reset_to_initial) {
         add_columns(b->dh, b->reset_h, Pp, N, column, last);
         add_columns(b->dc, b->reset_c, Hp, N, unit, end);
     }
-    if (!HAS_PRODUCT)
-        wait_for_all(me);
     if (call->grad_h_0)
         give_states((REAL *)call->grad_h_0 + d * N * P, b->dh, Pp, P, N, column, last, e);
     if (call->grad_c_0)
@@ -2001,9 +2090,8 @@ static void backward_direction(const Call *call, const i64 *offsets, int d, cons
             store_some((REAL *)call->grad_weights[d][4] + k * H + u,
                        load(b->grad_own + k * Hp + u), H - u);
 #if defined(NORMALIZED)
-    normalized_after_the_loop(call, d, b, me, total);
+    normalized_after_the_loop(call, d, b, me);
 #endif
-    after_the_loop(call, d, b, me, total, offsets, weight_ih);
     /* The other direction takes the buffers over. */
     wait_for_all(me);
 }
@@ -2030,7 +2118,7 @@ static i64 run_backward(const Call *call, const Extras *extras)
     const i64 total = first_row(call, offsets, call->steps);
     plan_backward(call, e, total, &arena, &b);
     const int failed = make_places(call, offsets, e, &places);
-    arena.base = failed ? NULL : aligned_alloc(VECTOR_BYTES, arena.used);
+    arena.base = failed ? NULL : block_for(&arena);
     if (!arena.base) {
         free(places);
         free(offsets);
