@@ -11,6 +11,9 @@ import torch
 
 import triton_rnn
 from triton_rnn import dispatch
+from triton_rnn.backends.native import rules
+from triton_rnn.cells import LSTM
+from triton_rnn.request import Request
 
 
 def _backend(module: torch.nn.Module, *input: torch.Tensor) -> str:
@@ -42,17 +45,47 @@ def test_auto_takes_the_c_loops_for_a_sequence_on_the_cpu(gru):
 @needs_native
 def test_auto_takes_torchscript_for_what_the_c_loops_do_not_do(gru):
     assert _backend(gru.bfloat16(), LONG.bfloat16()) == "torchscript"
-    assert _backend(triton_rnn.RNN(3, 1100), LONG) == "torchscript"
-
-
-@needs_native
-def test_auto_leaves_a_large_float32_lstm_to_onednn():
-    assert _backend(triton_rnn.LSTM(3, 128), torch.zeros(50, 32, 3)) == "native"
-    assert _backend(triton_rnn.LSTM(3, 128), torch.zeros(50, 33, 3)) == "aten"
-    assert _backend(triton_rnn.LSTM(3, 600), LONG) == "aten"
+    assert _backend(triton_rnn.RNN(3, 2100), LONG) == "torchscript"
     with torch.no_grad():
-        packed = torch.nn.utils.rnn.pack_sequence([torch.zeros(50, 3), torch.zeros(30, 3)])
-        assert _backend(triton_rnn.LSTM(3, 600), packed) == "native"
+        assert _backend(triton_rnn.RNN(3, 1600), LONG) == "torchscript"
+
+
+def _slower(hidden: int, batch: int, *, needs_grad: bool, packed: bool = False) -> bool:
+    """Whether `auto` leaves a float32 LSTM of this size to others than the C loops."""
+    request = Request(
+        cell=LSTM,
+        device=torch.device("cpu"),
+        dtype=torch.float32,
+        seq_len=50,
+        batch=batch,
+        input_size=3,
+        hidden_size=hidden,
+        output_size=hidden,
+        directions=1,
+        biased=True,
+        packed=packed,
+        needs_grad=needs_grad,
+    )
+    return rules.slower(request) is not None
+
+
+@pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="this torch has no oneDNN")
+def test_auto_leaves_to_onednn_the_lstm_at_which_that_is_faster(monkeypatch):
+    def on(capability: str) -> None:
+        monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+
+    on("AVX2")
+    assert not _slower(512, 64, needs_grad=False) and not _slower(1024, 64, needs_grad=True)
+    on("AVX512")
+    assert not _slower(512, 64, needs_grad=True)
+    assert not _slower(128, 32, needs_grad=False) and not _slower(768, 32, needs_grad=False)
+    assert _slower(128, 33, needs_grad=False) and _slower(767, 32, needs_grad=False)
+    assert not _slower(512, 64, needs_grad=False, packed=True)
+    on("DEFAULT")
+    for needs_grad in (False, True):
+        assert not _slower(128, 32, needs_grad=needs_grad)
+        assert _slower(128, 33, needs_grad=needs_grad) and _slower(513, 1, needs_grad=needs_grad)
+        assert not _slower(513, 1, needs_grad=needs_grad, packed=True)
 
 
 @needs_native
@@ -268,9 +301,8 @@ def test_auto_takes_small_cells_without_a_backward_and_small_gru_cells_with_one(
 # torch says this whenever the flags are set, whatever they are set to.
 @pytest.mark.filterwarnings("ignore:TF32 acceleration on top of oneDNN:UserWarning")
 def test_the_onednn_switch_takes_effect_between_calls():
-    lstm = triton_rnn.LSTM(3, 600)
-    loops = "torchscript" if NATIVE else "native"
-    assert _backend(lstm, LONG) == "aten"
+    lstm, input = triton_rnn.LSTM(3, 600).bfloat16(), LONG.bfloat16()
+    assert _backend(lstm, input) == "aten"
     with torch.backends.mkldnn.flags(enabled=False):
-        assert _backend(lstm, LONG) == loops
-    assert _backend(lstm, LONG) == "aten"
+        assert _backend(lstm, input) == "torchscript"
+    assert _backend(lstm, input) == "aten"

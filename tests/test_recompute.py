@@ -206,7 +206,7 @@ def test_a_cell_state_that_torch_would_read_beyond_is_refused(cut):
 
 def test_explain_names_the_backend_that_recomputes():
     """Few steps of a large layer `auto` leaves to torch's kernels, which cannot."""
-    module = triton_rnn.GRU(5, rules.HIDDEN + 1, recompute=True)
+    module = triton_rnn.GRU(5, rules.HIDDEN[True] + 1, recompute=True)
     input = torch.zeros(2, 3, 5)
     found = triton_rnn.explain(module, input)
     assert found.backend == "native" and "native" not in found.reasons

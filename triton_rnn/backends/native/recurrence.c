@@ -336,16 +336,16 @@ static void steps_together(const Call *call, i64 t, int down, i64 most, i64 *fro
     }
 }
 
-/* Large blocks come from the system at every call and go back to it, and each of their pages costs
-   a fault when it is first touched: huge ones are five hundred times fewer. */
-enum { HUGE_PAGE = 2 << 20 };
+/* Blocks of more than malloc keeps come from the system at every call and go back to it, and each of
+   their pages costs a fault when it is first touched: huge ones are five hundred times fewer. */
+enum { MALLOC_KEEPS = 32 << 20 };
 static void in_huge_pages(const void *first, size_t bytes)
 {
 #if defined(MADV_HUGEPAGE)
     const size_t page = 4096;
     const size_t from = ((size_t)first + page - 1) & ~(page - 1);
     const size_t to = ((size_t)first + bytes) & ~(page - 1);
-    if (bytes >= 2 * (size_t)HUGE_PAGE)
+    if (bytes > MALLOC_KEEPS)
         /* Where it is refused, pages are small. */
         (void)madvise((void *)from, to - from, MADV_HUGEPAGE);
 #else
@@ -358,11 +358,11 @@ typedef struct {
     char *base;
     size_t used;
 } Arena;
-/* The block, of all that was counted; NULL where there is no memory. */
+/* The block, of all that was counted; NULL where there is no memory. Its alignment is small: of
+   blocks that are aligned to pages malloc keeps none. */
 static char *block_for(const Arena *arena)
 {
-    const size_t align = arena->used < 2 * (size_t)HUGE_PAGE ? VECTOR_BYTES : HUGE_PAGE;
-    char *block = aligned_alloc(align, (arena->used + align - 1) / align * align);
+    char *block = aligned_alloc(VECTOR_BYTES, arena->used);
     if (block)
         in_huge_pages(block, arena->used);
     return block;

@@ -22,12 +22,18 @@ FEWEST_STEPS = {
     True: ((1_000_000, 16), (40_000, 4)),
 }
 
-# The largest float32 LSTM, in rows of a step times hidden units, and in hidden units, for which the
-# C loops are not slower than oneDNN's primitive: from 3.5 times as fast at 32 to 1.0 at the limit.
+# A padded float32 LSTM is oneDNN's primitive in torch. Beside its AVX2 code the C loops take less
+# time at every size (1.1 to 2.7 without a backward, 1.15 to 2.4 with one), beside its AVX-512 code
+# with a backward (1.03 to 2.8). Without one, oneDNN's AVX-512 code is up to 9 % faster where a step
+# has more than LSTM_STATE rows times hidden units (from half as fast at 128 to as fast there), but
+# not from LSTM_STREAMED hidden units on, whose weights come from memory at every step (1.0 to 2.5).
 LSTM_STATE = 4096
+LSTM_STREAMED = 768
+# On processors where neither was measured: those of the first C loops beside AVX2.
 LSTM_HIDDEN = 512
-# Likewise for the other cells beside TorchScript, whose products are a library's.
-HIDDEN = 1024
+# Likewise for all cells beside TorchScript, whose products are a library's, without and with a
+# backward to follow: beyond, the layout of the weights costs what it gains.
+HIDDEN = {False: 1536, True: 2048}
 
 # A process that was forked has no OpenMP team, and opening one waits for threads that are not there
 # (torch's own operators do). One thread does the work then.
@@ -59,18 +65,29 @@ def slower(request: Request) -> str | None:
     for numbers, steps in FEWEST_STEPS[request.needs_grad]:
         if weights > numbers and request.seq_len < steps:
             return f"with fewer than {steps} steps it costs too much to lay out {weights} weights"
-    if request.hidden_size > HIDDEN:
-        return f"with more than {HIDDEN} hidden units a library's matrix product is faster"
+    most = HIDDEN[request.needs_grad]
+    if request.hidden_size > most:
+        return f"with more than {most} hidden units a library's matrix product is faster"
     if (
         request.cell.name == "lstm"
         and request.dtype == torch.float32
         and not request.packed
         and torch.backends.mkldnn.is_available()
         and torch._C._get_mkldnn_enabled()
-        and (request.batch * request.hidden_size > LSTM_STATE or request.hidden_size > LSTM_HIDDEN)
+        and _onednn_is_faster(request)
     ):
         return "torch runs an LSTM of this size as one oneDNN primitive, which is faster"
     return None
+
+
+def _onednn_is_faster(request: Request) -> bool:
+    capability = torch.backends.cpu.get_cpu_capability()
+    many = request.batch * request.hidden_size > LSTM_STATE
+    if capability == "AVX2":
+        return False
+    if capability == "AVX512":
+        return many and not request.needs_grad and request.hidden_size < LSTM_STREAMED
+    return many or request.hidden_size > LSTM_HIDDEN
 
 
 def slower_than_torchs_cell(request: Request) -> bool:
