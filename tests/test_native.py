@@ -235,13 +235,18 @@ def test_gradients_and_weights_of_any_layout():
         torch.testing.assert_close(ours_grad, theirs_grad)
 
 
-def test_long_sequences_go_through_the_preactivations_in_pieces():
-    """More steps than fit the buffer at once, forward and reverse, padded and packed."""
-    theirs, ours = twins("gru", 3, 33, bidirectional=True)
-    input = random(700, 5, 3)
+@pytest.mark.parametrize(
+    "lengths",
+    [[700, 699, 350, 2, 1], [5] * 150 + [3] * 100, [3] * 200 + [2] * 200 + [1] * 50],
+    ids=["long", "a piece of two steps", "a step larger than a piece"],
+)
+@pytest.mark.parametrize("kind", LAYERS)
+def test_sequences_are_worked_on_in_pieces(kind, lengths):
+    """More steps than fit the buffers at once, forward and reverse, padded and packed."""
+    theirs, ours = twins(kind, 3, 33, bidirectional=True)
+    input = random(lengths[0], len(lengths), 3)
     with triton_rnn.use_backend("native"):
         assert_same_results(run(ours, input), run(theirs, input))
-        lengths = [700, 699, 350, 2, 1]
         prepare = {"prepare": lambda x: pack_padded_sequence(x, lengths)}
         assert_same_results(run(ours, input, **prepare), run(theirs, input, **prepare))
 
