@@ -56,7 +56,7 @@ _KINDS = {
 
 # `struct Call` of recurrence.c, field by field; a pointer is a number of eight bytes. What all
 # calls of one request share comes first, and is packed once; what only a backward has comes last.
-_SHARED = struct.Struct("9q")
+_SHARED = struct.Struct("10q")
 _OWN = struct.Struct("20q")
 _TEAM = struct.Struct("3q")
 _BACKWARD = struct.Struct("17q")
@@ -181,11 +181,15 @@ def describe(request: Request, rows: int) -> str:
     if reason is not None:
         return reason
     threads = rules.threads(request, rows)
+    directions = "1 direction"
+    if request.directions == 2:
+        side_by_side = threads > 1 and rules.apart(request)
+        directions = "2 directions " + ("side by side" if side_by_side else "in turn")
     return ", ".join(
         (
             f"one C call, vectors of {found.lanes()}",
             f"{threads} thread{'s' if threads > 1 else ''}",
-            f"{request.directions} direction{'s in turn' if request.directions == 2 else ''}",
+            directions,
         )
     )
 
@@ -280,6 +284,7 @@ def _frame(request: Request) -> _Frame:
         request.directions,
         request.biased,
         request.needs_grad,
+        rules.apart(request),
     )
     return _Frame(functions, shared, bytes(places), {}, saved - at_end, at_end, others)
 

@@ -135,7 +135,7 @@ static int pointer_of(PyObject *object, i64 *pointer)
 }
 
 /* What `struct Call` of recurrence.c holds, in its order. */
-enum { SEQ_LEN = 1, BATCH = 2, SHARED = 9, OWN = 23, BACKWARD = 17 };
+enum { SEQ_LEN = 1, BATCH = 2, SHARED = 10, OWN = 23, BACKWARD = 17 };
 enum { MOST_WEIGHTS = 10, MEMORY = 1, UNUSUAL = 2 };
 
 /* The pointers of a direction's weights at their places. `slots` says which of `tensors` is at each,

@@ -28,7 +28,7 @@ _SOURCE = Path(__file__).with_name("calls.c")
 
 # `Known` and `Layer` of calls.c.
 _KNOWN = struct.Struct("9q")
-_LAYER = struct.Struct("q24s72s16s")
+_LAYER = struct.Struct("q24s80s16s")
 MOST_LAYERS = 8
 # Beyond these the calls are forgotten, as a program may meet more lengths and batches than it will
 # meet again.

@@ -141,8 +141,9 @@ enum { CHUNK_BYTES = 256 << 10, PART_OF_WEIGHT = 2 };
 /* What Python fills in, in this order; all fields are eight bytes. Strides are in numbers. */
 typedef struct {
     i64 cell, steps, batch, input_size, hidden_size, output_size, directions;
-    /* keep: a backward will follow, and saved is to be written. */
-    i64 biased, keep;
+    /* keep: a backward will follow, and saved is to be written. apart: two directions go side by
+       side, each with buffers and a team of its own. */
+    i64 biased, keep, apart;
     /* Rows of each step of a packed batch, never growing; NULL for a padded batch. */
     const i64 *batch_sizes;
     /* (T, N, I) by strides, or packed (sum of lengths, I) by x_row; the last dimension is dense. */
@@ -896,11 +897,14 @@ typedef struct {
 typedef struct {
     REAL *grads, *dh, *dc, *dm, *grad_states, *weight_ih, *weight_hh, *weight_hr, *after;
     REAL *own, *grad_own;
+    i64 dm_numbers;
     /* Rows of the steps whose gradients go to weights and x together. Of some of them at a time:
        gradients column by column; of each member x and h in panels, `room` numbers each. */
     i64 chunk_rows;
     REAL *columns, *rows;
     i64 room;
+    /* What x gets, rows as they are ours: call->grad_x, or what is added to it at the end. */
+    REAL *grad_x;
     const REAL *saved;
     i64 kept_row;
     /* Where a row of what was kept has the h that GRU's update gate weighs; 0 but for masked calls. */
@@ -1531,13 +1535,14 @@ static void forward_direction(const Call *call, const i64 *offsets, int d, Forwa
     wait_for_all(me);
 }
 
-/* What the members of a team have in common. */
+/* What the members of a team have in common: buffers of each direction, and where those meet that
+   work on it; where all do. */
 typedef struct {
     const Call *call;
     const i64 *offsets;
     const void *buffers;
     i64 arrived;
-    Meeting meeting;
+    Meeting meetings[2], everybody;
 } Team;
 
 /* A member by its turn of arrival: which thread it is does not matter. */
@@ -1546,8 +1551,20 @@ static Member arrive(Team *team)
     const Call *call = team->call;
     /* A team may be smaller than was asked for: inside another one, or by OMP_THREAD_LIMIT. */
     Member me = {__atomic_fetch_add(&team->arrived, 1, __ATOMIC_RELAXED),
-                 call->threads > 1 ? call->team_size() : 1, &team->meeting};
+                 call->threads > 1 ? call->team_size() : 1, &team->everybody};
     return me;
+}
+/* Whether a member has a part in a direction, and as which of how many. */
+static int is_member_of(Team *team, const Member *me, int d, Member *part)
+{
+    *part = *me;
+    part->meeting = &team->meetings[d];
+    if (!team->call->apart || me->count == 1)
+        return 1;
+    const i64 first = me->count / 2;
+    part->index = d ? me->index - first : me->index;
+    part->count = d ? me->count - first : first;
+    return part->index >= 0 && part->index < part->count;
 }
 static void work_together(const Call *call, void (*work)(void *), Team *team)
 {
@@ -1560,21 +1577,29 @@ static void work_together(const Call *call, void (*work)(void *), Team *team)
 static void forward_work(void *data)
 {
     Team *team = data;
-    Member me = arrive(team);
-    Forward f = *(const Forward *)team->buffers;
-    for (int d = 0; d < team->call->directions; d++) {
-        forward_direction(team->call, team->offsets, d, f, &me);
-        f.saved += f.kept_row * first_row(team->call, team->offsets, team->call->steps);
-    }
+    Member me = arrive(team), part;
+    const Forward *buffers = team->buffers;
+    for (int d = 0; d < team->call->directions; d++)
+        if (is_member_of(team, &me, d, &part))
+            forward_direction(team->call, team->offsets, d, buffers[d], &part);
+}
+
+/* The buffers of both directions, which are the same where one comes after the other. */
+static void plan_forwards(const Call *call, const Extras *e, Arena *arena, Forward *f)
+{
+    plan_forward(call, e, arena, &f[0]);
+    f[1] = f[0];
+    if (call->apart)
+        plan_forward(call, e, arena, &f[1]);
 }
 
 static i64 run_forward(const Call *call, const Extras *extras)
 {
     const Extras *e = EXTRAS(extras);
     Arena arena = {0};
-    Forward f;
+    Forward f[2];
     i64 *offsets, *places;
-    plan_forward(call, e, &arena, &f);
+    plan_forwards(call, e, &arena, f);
     if (make_offsets(call, &offsets))
         return 1;
     const int failed = make_places(call, offsets, e, &places);
@@ -1585,19 +1610,21 @@ static i64 run_forward(const Call *call, const Extras *extras)
         return 1;
     }
     arena.used = 0;
-    plan_forward(call, e, &arena, &f);
-    f.saved = call->saved;
-    f.extras = e;
-    f.places = places;
-    f.clip_c = e ? (REAL)e->clip_c : 0;
+    plan_forwards(call, e, &arena, f);
+    const i64 rows = first_row(call, offsets, call->steps);
+    for (int d = 0; d < 2; d++) {
+        f[d].saved = call->keep ? (REAL *)call->saved + d * rows * f[d].kept_row : NULL;
+        f[d].extras = e;
+        f[d].places = places;
+        f[d].clip_c = e ? (REAL)e->clip_c : 0;
+    }
     if (call->keep) {
         /* The vector at the end is read and not used; the same call shall save the same. */
-        const i64 rows = first_row(call, offsets, call->steps);
-        const i64 numbers = call->directions * rows * f.kept_row;
-        in_huge_pages(f.saved, (size_t)numbers * sizeof(REAL));
-        memset(f.saved + numbers, 0, LANES * sizeof(REAL));
+        const i64 numbers = call->directions * rows * f[0].kept_row;
+        in_huge_pages(call->saved, (size_t)numbers * sizeof(REAL));
+        memset((REAL *)call->saved + numbers, 0, LANES * sizeof(REAL));
     }
-    Team team = {call, offsets, &f, 0, {0}};
+    Team team = {call, offsets, f, 0, {{0}}, {0}};
     work_together(call, forward_work, &team);
     free(arena.base);
     free(places);
@@ -1652,8 +1679,9 @@ static void plan_backward(const Call *call, const Extras *e, i64 rows, Arena *ar
     b->past_c = take(arena, (size_t)(e ? N * Hp * number : 0));
     b->reset_h = take(arena, (size_t)(e ? N * Pp * number : 0));
     b->reset_c = take(arena, (size_t)(e ? N * Hp * number : 0));
-    /* From here on, zeroed at the start. */
-    b->dm = take(arena, (size_t)(is_projected || HAS_NORM ? N * Hp * number : 0));
+    /* Zeroed at the start. */
+    b->dm_numbers = is_projected || HAS_NORM ? N * Hp : 0;
+    b->dm = take(arena, (size_t)(b->dm_numbers * number));
 }
 
 /* The pointwise half of a backward step: from dh (N, Pp) the gradients of the preactivations of its
@@ -1871,14 +1899,15 @@ static void after_steps(const Call *call, int d, const Backward *b, const Member
         product(&p);
     }
     if (call->grad_x) {
-        REAL *grad_x = (REAL *)call->grad_x + steps.first * I;
+        REAL *grad_x = b->grad_x + steps.first * I;
+        const int is_added = d && !call->apart;
         Product p = {.columns = I, .parts = G, .count = H, .a = b->grads, .a_row = width,
                      .a_step = 1, .b = weight_ih, .out = grad_x,
-                     .out_row = I, .start = d ? grad_x : NULL, .start_row = I};
+                     .out_row = I, .start = is_added ? grad_x : NULL, .start_row = I};
         for (int g = 0; g < G; g++)
             p.part_at[g] = input_slot(g) * Hp;
         share(me, steps.rows, MOST_ROWS, &p.row, &p.rows);
-        if (b->places)
+        if (b->places && b->grad_x == call->grad_x)
             give_grad_x(call, d, b, me, steps, p, (REAL *)rows_of[0].first);
         else
             product(&p);
@@ -2096,14 +2125,45 @@ static void backward_direction(const Call *call, const i64 *offsets, int d, cons
     wait_for_all(me);
 }
 
+/* Where directions went side by side: what the second has for x is added to what the first has. */
+static void add_grad_x(const Call *call, const Backward *b, const Member *me, i64 rows)
+{
+    const i64 I = call->input_size;
+    i64 row, end;
+    share(me, rows, 1, &row, &end);
+    for (; row < end; row++) {
+        const REAL *from = b->grad_x + row * I;
+        REAL *to = (REAL *)call->grad_x + (b->places ? b->places[row] : row) * I;
+        for (i64 k = 0; k < I; k += LANES)
+            store_some(to + k, load_some(to + k, I - k) + load_some(from + k, I - k), I - k);
+    }
+}
+
 static void backward_work(void *data)
 {
     Team *team = data;
-    Member me = arrive(team);
-    Backward b = *(const Backward *)team->buffers;
-    for (int d = 0; d < team->call->directions; d++) {
-        backward_direction(team->call, team->offsets, d, &b, &me);
-        b.saved += b.kept_row * first_row(team->call, team->offsets, team->call->steps);
+    const Call *call = team->call;
+    Member me = arrive(team), part;
+    const Backward *buffers = team->buffers;
+    for (int d = 0; d < call->directions; d++)
+        if (is_member_of(team, &me, d, &part))
+            backward_direction(call, team->offsets, d, &buffers[d], &part);
+    if (call->apart && call->grad_x) {
+        wait_for_all(&me);
+        add_grad_x(call, &buffers[1], &me, first_row(call, team->offsets, call->steps));
+    }
+}
+
+/* As plan_forwards. */
+static void plan_backwards(const Call *call, const Extras *e, i64 rows, Arena *arena, Backward *b)
+{
+    plan_backward(call, e, rows, arena, &b[0]);
+    b[0].grad_x = call->grad_x;
+    b[1] = b[0];
+    if (call->apart) {
+        plan_backward(call, e, rows, arena, &b[1]);
+        b[1].grad_x = take(
+            arena, (size_t)(call->grad_x ? rows * call->input_size : 0) * sizeof(REAL));
     }
 }
 
@@ -2111,12 +2171,12 @@ static i64 run_backward(const Call *call, const Extras *extras)
 {
     const Extras *e = EXTRAS(extras);
     Arena arena = {0};
-    Backward b;
+    Backward b[2];
     i64 *offsets, *places;
     if (make_offsets(call, &offsets))
         return 1;
     const i64 total = first_row(call, offsets, call->steps);
-    plan_backward(call, e, total, &arena, &b);
+    plan_backwards(call, e, total, &arena, b);
     const int failed = make_places(call, offsets, e, &places);
     arena.base = failed ? NULL : block_for(&arena);
     if (!arena.base) {
@@ -2125,14 +2185,16 @@ static i64 run_backward(const Call *call, const Extras *extras)
         return 1;
     }
     arena.used = 0;
-    plan_backward(call, e, total, &arena, &b);
-    b.extras = e;
-    b.places = places;
-    b.clip_c = e ? (REAL)e->clip_c : 0;
-    /* Ends of rows that no product writes are read by whole vectors. */
-    memset(b.dm, 0, arena.used - (size_t)((char *)b.dm - arena.base));
-    b.saved = call->saved;
-    Team team = {call, offsets, &b, 0, {0}};
+    plan_backwards(call, e, total, &arena, b);
+    for (int d = 0; d < 2; d++) {
+        b[d].extras = e;
+        b[d].places = places;
+        b[d].clip_c = e ? (REAL)e->clip_c : 0;
+        b[d].saved = (const REAL *)call->saved + d * total * b[d].kept_row;
+        /* Ends of rows that no product writes are read by whole vectors. */
+        memset(b[d].dm, 0, (size_t)b[d].dm_numbers * sizeof(REAL));
+    }
+    Team team = {call, offsets, b, 0, {{0}}, {0}};
     work_together(call, backward_work, &team);
     free(arena.base);
     free(places);

@@ -14,6 +14,11 @@ from triton_rnn.request import Request
 # costs to wait for it: two threads lose at 16,000, break even at 30,000 and gain 1.3 at 50,000.
 STEP_WORK_PER_THREAD = 32_000
 
+# Two directions go side by side where W_hh of one stays in the second-level cache of a processor;
+# and have a thread each for as many multiply-adds of a direction as are worth opening a team.
+APART_BYTES = 512 << 10
+TEAM_WORK = 200_000
+
 # The weights are laid out anew at every call, which a few steps must earn back: numbers of W_ih and
 # W_hh, and the steps from which on the C loops are faster than torch's operators on that many,
 # without and with a backward to follow.
@@ -99,17 +104,31 @@ def slower_than_torchs_cell(request: Request) -> bool:
     return request.needs_grad and request.cell is not GRU
 
 
+def _products(request: Request) -> int:
+    """Numbers of W_hh h."""
+    cell = request.cell
+    return request.hidden_size * (cell.products if isinstance(cell, OwnCell) else cell.gates)
+
+
+def apart(request: Request) -> bool:
+    """Whether two directions go side by side, each with a team of its own."""
+    bytes_ = _products(request) * request.output_size * request.dtype.itemsize
+    return request.directions == 2 and bytes_ <= APART_BYTES
+
+
 def threads(request: Request, rows: int) -> int:
-    """How many threads share a step."""
+    """How many threads work on a call."""
     most = available()
     if most == 1:
         return 1
-    outputs = request.cell.gates * request.hidden_size
-    inner = request.output_size
-    if isinstance(request.cell, OwnCell):
-        outputs = request.cell.products * request.hidden_size
-        if not outputs:
-            # Nobody waits at a step, so what counts is the input's product, a step's share of it.
-            outputs, inner = request.cell.gates * request.hidden_size, request.input_size
-    work = rows // request.seq_len * outputs * inner
-    return min(most, 1 + work // STEP_WORK_PER_THREAD)
+    products, inner = _products(request), request.output_size
+    input_work = rows * request.cell.gates * request.hidden_size * request.input_size
+    if products:
+        work = rows // request.seq_len * products * inner
+    else:
+        # Nobody waits at a step, so what counts is the input's product, a step's share of it.
+        work = input_work // request.seq_len
+    share_a_step = 1 + work // STEP_WORK_PER_THREAD
+    if apart(request) and (share_a_step > 1 or rows * products * inner + input_work > TEAM_WORK):
+        return min(most, 2 * share_a_step)
+    return min(most, share_a_step)
