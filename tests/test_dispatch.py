@@ -93,9 +93,18 @@ def test_auto_leaves_few_steps_of_many_weights_to_others():
     gru = triton_rnn.GRU(3, 200)
     assert _backend(gru, torch.zeros(4, 1, 3)) == "native"
     assert _backend(gru, torch.zeros(3, 1, 3)) != "native"
-    gru = triton_rnn.GRU(3, 600)
-    assert _backend(gru, torch.zeros(16, 1, 3)) == "native"
-    assert _backend(gru, torch.zeros(15, 1, 3)) != "native"
+    gru = triton_rnn.GRU(3, 400).eval()
+    with torch.no_grad():
+        assert _backend(gru, torch.zeros(2, 1, 3)) == "native"
+        assert _backend(gru, torch.zeros(1, 1, 3)) != "native"
+
+
+@needs_native
+def test_the_c_loops_take_few_steps_where_onednn_lays_out_the_weights_too(monkeypatch):
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")
+    lstm = triton_rnn.LSTM(3, 410)
+    assert _backend(lstm, torch.zeros(1, 1, 3)) == "native"
+    assert _backend(lstm.double(), torch.zeros(1, 1, 3, dtype=torch.float64)) != "native"
 
 
 @pytest.mark.parametrize(

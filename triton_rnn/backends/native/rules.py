@@ -19,13 +19,11 @@ STEP_WORK_PER_THREAD = 32_000
 APART_BYTES = 512 << 10
 TEAM_WORK = 200_000
 
-# The weights are laid out anew at every call, which a few steps must earn back: numbers of W_ih and
-# W_hh, and the steps from which on the C loops are faster than torch's operators on that many,
-# without and with a backward to follow.
-FEWEST_STEPS = {
-    False: ((1_000_000, 16), (400_000, 4)),
-    True: ((1_000_000, 16), (40_000, 4)),
-}
+# The weights are laid out anew at every call, which a few steps must earn back: from so many
+# numbers of W_ih and W_hh on, the steps from which on the C loops are faster than torch's
+# operators, without and with a backward to follow (fewer are 0.4 to 1.3 times as fast, these 1.1
+# to 2.5 times). oneDNN lays them out too.
+FEWEST_STEPS = {False: (400_000, 2), True: (40_000, 4)}
 
 # A padded float32 LSTM is oneDNN's primitive in torch. Beside its AVX2 code the C loops take less
 # time at every size (1.1 to 2.7 without a backward, 1.15 to 2.4 with one), beside its AVX-512 code
@@ -66,27 +64,31 @@ def _weights(request: Request) -> int:
 
 def slower(request: Request) -> str | None:
     """Why `auto` leaves a request to others; None where C is fastest."""
-    weights = _weights(request)
-    for numbers, steps in FEWEST_STEPS[request.needs_grad]:
-        if weights > numbers and request.seq_len < steps:
-            return f"with fewer than {steps} steps it costs too much to lay out {weights} weights"
     most = HIDDEN[request.needs_grad]
     if request.hidden_size > most:
         return f"with more than {most} hidden units a library's matrix product is faster"
-    if (
+    capability = torch.backends.cpu.get_cpu_capability()
+    onednn = (
         request.cell.name == "lstm"
         and request.dtype == torch.float32
         and not request.packed
         and torch.backends.mkldnn.is_available()
         and torch._C._get_mkldnn_enabled()
-        and _onednn_is_faster(request)
-    ):
+    )
+    if onednn and _onednn_is_faster(request, capability):
         return "torch runs an LSTM of this size as one oneDNN primitive, which is faster"
+    weights = _weights(request)
+    numbers, steps = FEWEST_STEPS[request.needs_grad]
+    if (
+        weights > numbers
+        and request.seq_len < steps
+        and not (onednn and capability in ("AVX2", "AVX512"))
+    ):
+        return f"with fewer than {steps} steps it costs too much to lay out {weights} weights"
     return None
 
 
-def _onednn_is_faster(request: Request) -> bool:
-    capability = torch.backends.cpu.get_cpu_capability()
+def _onednn_is_faster(request: Request, capability: str) -> bool:
     many = request.batch * request.hidden_size > LSTM_STATE
     if capability == "AVX2":
         return False
