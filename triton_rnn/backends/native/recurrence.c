@@ -449,11 +449,32 @@ INLINE REAL total_of(vec x)
         UNROLL for (int lane = 0; lane < half; lane++) part[lane] += part[lane + half];
     return part[0];
 }
-/* NaN stays NaN. */
+/* The lesser and the greater of x and a limit; NaN stays NaN. One instruction, which returns its first
+   operand, as this order of operands has it, where either is NaN; compilers make four of `choose`. */
+#if defined(__AVX__)
+#define EXTREME(name, instruction, sign)                                                            \
+    INLINE vec name(vec x, REAL limit)                                                              \
+    {                                                                                               \
+        const vec limits = all(limit);                                                              \
+        vec found;                                                                                  \
+        if (IS_FLOAT)                                                                               \
+            __asm__(instruction "ps %1, %2, %0" : "=v"(found) : "v"(x), "v"(limits));               \
+        else                                                                                        \
+            __asm__(instruction "pd %1, %2, %0" : "=v"(found) : "v"(x), "v"(limits));               \
+        return found;                                                                               \
+    }
+#else
+#define EXTREME(name, instruction, sign)                                                            \
+    INLINE vec name(vec x, REAL limit)                                                              \
+    {                                                                                               \
+        return choose(x sign limit, all(limit), x);                                                 \
+    }
+#endif
+EXTREME(at_most, "vmin", >)
+EXTREME(at_least, "vmax", <)
 INLINE vec clipped(vec x, REAL limit)
 {
-    x = choose(x > limit, all(limit), x);
-    return choose(x < -limit, all(-limit), x);
+    return at_least(at_most(x, limit), -limit);
 }
 
 
@@ -469,8 +490,7 @@ INLINE vec exponential(vec x)
     const REAL log2_high = IS_FLOAT ? 0.693359375 : 6.93145751953125e-1;
     const REAL log2_low = IS_FLOAT ? -2.12194440e-4 : 1.42860682030941723212e-6;
     const int mantissa = IS_FLOAT ? 23 : 52, bias = IS_FLOAT ? 127 : 1023;
-    x = choose(x > high, all(high), x);
-    x = choose(x < low, all(low), x);
+    x = at_least(at_most(x, high), low);
     vec shifted = x * (REAL)1.44269504088896340736 + shift;
     vec power = shifted - shift;
     vec r = x - power * log2_high - power * log2_low, z = r * r;
