@@ -93,10 +93,8 @@ def test_auto_leaves_few_steps_of_many_weights_to_others():
     gru = triton_rnn.GRU(3, 200)
     assert _backend(gru, torch.zeros(4, 1, 3)) == "native"
     assert _backend(gru, torch.zeros(3, 1, 3)) != "native"
-    gru = triton_rnn.GRU(3, 400).eval()
     with torch.no_grad():
-        assert _backend(gru, torch.zeros(2, 1, 3)) == "native"
-        assert _backend(gru, torch.zeros(1, 1, 3)) != "native"
+        assert _backend(gru, torch.zeros(1, 1, 3)) == "native"
 
 
 @needs_native
@@ -289,10 +287,10 @@ def test_cells_run_on_the_backend_that_is_asked_for():
 
 
 @needs_native
-def test_auto_takes_small_cells_without_a_backward_and_small_gru_cells_with_one():
+def test_auto_takes_cells_without_a_backward_and_small_gru_cells_with_one():
     input = torch.randn(5, 3)
     for kind in (triton_rnn.RNNCell, triton_rnn.GRUCell, triton_rnn.LSTMCell):
-        small, larger, large = kind(3, 4), kind(3, 200), kind(3, 700)
+        small, larger, large = kind(3, 4), kind(3, 200), kind(3, 1600)
         trained = "native" if kind is triton_rnn.GRUCell else "aten"
         assert [_backend(cell, input) for cell in (small, larger, large)] == [
             trained,

@@ -251,6 +251,25 @@ def test_sequences_are_worked_on_in_pieces(kind, lengths):
         assert_same_results(run(ours, input, **prepare), run(theirs, input, **prepare))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("batch", [1, 3, 5])
+@pytest.mark.parametrize("kind", LAYERS)
+def test_one_step_has_the_bits_of_a_step_among_others(kind, batch, dtype):
+    """Of one step the weights are laid out piece by piece, for they are used once."""
+    _, ours = twins(kind, 70, 150, bidirectional=kind == "gru", dtype=dtype)
+    hx = random_state(ours, batch)
+    twice = [h.repeat(1, 2, 1) for h in (hx if isinstance(hx, tuple) else (hx,))]
+    with triton_rnn.use_backend("native"), torch.no_grad():
+        input = random(1, batch, 70, dtype=dtype)
+        alone = ours(input, hx)[0]
+        among = ours(torch.cat([input, input]), hx)[0][:1]
+        wide = ours(input.repeat(1, 2, 1), twice[0] if len(twice) == 1 else tuple(twice))[0]
+    # Backward in time the step would be the last of two.
+    forward = among.size(-1) // (1 + ours.bidirectional)
+    assert torch.equal(alone[..., :forward], among[..., :forward])
+    assert torch.equal(alone, wide[:, :batch]) and torch.equal(alone, wide[:, batch:])
+
+
 @pytest.mark.parametrize("kind", LAYERS)
 def test_an_empty_batch_is_torchs(kind):
     theirs, ours = twins(kind, 3, 4, bidirectional=True)

@@ -734,14 +734,16 @@ static void in_columns(const REAL *from, i64 from_row, i64 rows, i64 columns, RE
 }
 
 /* A weight (G*H, K), transposed, in panels: of all gates the units [begin, end), whole vectors.
-   Either the gates of a unit-vector stand together, as a step wants them, or all units of a gate. */
+   Either the gates of a unit-vector stand together, as a step wants them, or all units of a gate.
+   The first panel begins with the unit `origin`. */
 static Matrix transpose(const REAL *from, i64 gates, i64 hidden, i64 columns, i64 width,
-                        int by_unit, REAL *to, i64 begin, i64 end)
+                        int by_unit, REAL *to, i64 origin, i64 begin, i64 end)
 {
     const Matrix m = {to, width * LANES, width * LANES * columns};
     for (i64 g = 0; g < gates; g++)
         for (i64 first = begin; first < end; first += LANES) {
-            i64 count = hidden - first < LANES ? hidden - first : LANES, unit = first / LANES;
+            const i64 count = hidden - first < LANES ? hidden - first : LANES;
+            const i64 unit = (first - origin) / LANES;
             i64 vector = by_unit ? unit * gates + g : g * (padded(hidden) / LANES) + unit;
             const REAL *source = from + (g * hidden + first) * columns;
             REAL *target = to + (column_of(&m, vector, width) - to);
@@ -901,6 +903,11 @@ typedef struct {
     REAL *saved;
     i64 kept_row, chunk_rows;
     Matrix input_weight, state_weight, projection;
+    /* The unit that state_weight begins with. */
+    i64 origin;
+    /* A weight that is used once, W_ih where all steps are one chunk and W_hh where there is one
+       step: as the caller has it. It is laid out piece by piece, each on the way to its product. */
+    const REAL *passing_ih, *passing_hh;
     /* Of an extended call; NULL and 0 otherwise. Masked h of this step and the next, c before the
        step, rows of x one after the other for each member. */
     const Extras *extras;
@@ -1000,7 +1007,7 @@ INLINE void step_block(int cell, int R, int U, const Call *call, const Forward *
     if (HAS_PRODUCT)
         multiply(R, K * U, W, sum, f->operand + row * Pp, Pp, 1,
                  f->is_direct ? 0 : call->output_size,
-                 column_of(&f->state_weight, unit / LANES * K, W), W * LANES,
+                 column_of(&f->state_weight, (unit - f->origin) / LANES * K, W), W * LANES,
                  f->state_weight.panel);
 #if defined(NORMALIZED)
     UNROLL for (int r = 0; r < R; r++)
@@ -1062,19 +1069,16 @@ INLINE void step(int cell, const Call *call, const Forward *f, i64 rows, i64 uni
             step_block(cell, 1, 1, call, f, row, unit, preact, kept_rows);
 }
 
-/* One step: f->after from f->before, this member's units of all rows. */
-static void any_step(const Call *call, const Forward *f, const Member *me, i64 rows,
-                     const REAL *preact, REAL *kept_rows)
+/* The units [unit, end) of all rows of a step. */
+static void units_step(const Call *call, const Forward *f, i64 rows, i64 unit, i64 end,
+                       const REAL *preact, REAL *kept_rows)
 {
-    i64 unit, end;
-    share_units(me, call, &unit, &end);
 #if HAS_OWN
     step(OWN, call, f, rows, unit, end, preact, kept_rows);
     return;
 #endif
 #if defined(NORMALIZED)
     step(CELL, call, f, rows, unit, end, preact, kept_rows);
-    normalized_step(call, f, me, rows, unit, end, preact, kept_rows);
     return;
 #endif
     switch (call->cell) {
@@ -1091,6 +1095,45 @@ static void any_step(const Call *call, const Forward *f, const Member *me, i64 r
         if (HAS(LSTM))
             step(LSTM, call, f, rows, unit, end, preact, kept_rows);
     }
+}
+
+/* Unit-vectors whose part of W_hh is laid out at a time where it is used once: as many as `step`
+   takes at once. */
+INLINE i64 passing_units(i64 cell)
+{
+    return (is_narrow(cell) ? 8 : 2) * LANES;
+}
+INLINE i64 passing_numbers(const Call *call)
+{
+    const i64 vectors = passing_units(call->cell) / LANES * PRODUCTS[call->cell];
+    return panel_numbers(vectors, call->output_size, step_width(call->cell));
+}
+
+/* One step: f->after from f->before, this member's units of all rows. */
+static void any_step(const Call *call, const Forward *f, const Member *me, i64 rows,
+                     const REAL *preact, REAL *kept_rows)
+{
+    const i64 cell = call->cell, some = passing_units(cell), P = call->output_size;
+    i64 unit, end;
+    share_units(me, call, &unit, &end);
+    if (f->passing_hh) {
+        Forward piece = *f;
+        for (; unit < end; unit = piece.origin + some) {
+            const i64 stop = end - unit < some ? end : unit + some;
+            piece.origin = unit;
+            piece.state_weight =
+                transpose(f->passing_hh, PRODUCTS[cell], call->hidden_size, P, step_width(cell), 1,
+                          f->weight_hh + me->index * passing_numbers(call), unit, unit, stop);
+            units_step(call, &piece, rows, unit, stop, preact, kept_rows);
+        }
+    } else {
+        units_step(call, f, rows, unit, end, preact, kept_rows);
+    }
+#if defined(NORMALIZED)
+    share_units(me, call, &unit, &end);
+    normalized_step(call, f, me, rows, unit, end, preact, kept_rows);
+    return;
+#endif
     if (call->cell == LSTM_PROJECTED) {
         i64 Pp = padded(call->output_size);
         Product p = {.rows = rows, .parts = 1, .count = call->hidden_size, .a = f->inner,
@@ -1139,14 +1182,13 @@ INLINE const REAL *row_of_x(const Call *call, const i64 *offsets, const i64 *pla
                               : x + place / N * call->x_step + place % N * call->x_row;
 }
 
-/* x of the steps [first, last), times W_ih, plus biases, into f->preact; this member's rows. */
-static void project(const Call *call, const Forward *f, const Member *me, const i64 *offsets,
-                    i64 first, i64 last)
+/* Columns of x W_ih of the steps [first, last), plus biases, into p.out: a member's rows. */
+static void project_columns(const Call *call, const Forward *f, const Member *me,
+                            const i64 *offsets, i64 first, i64 last, Product p)
 {
     const i64 width = GATES[call->cell] * padded(call->hidden_size);
     const i64 begin = first_row(call, offsets, first);
-    Product p = {.columns = width, .parts = 1, .count = call->input_size, .a_step = 1,
-                 .b = f->input_weight, .start = HAS_NORM ? NULL : f->bias};
+    REAL *out = p.out;
     if (f->places) {
         i64 row, end;
         share(me, first_row(call, offsets, last) - begin, MOST_ROWS, &row, &end);
@@ -1159,7 +1201,7 @@ static void project(const Call *call, const Forward *f, const Member *me, const 
             for (i64 i = 0; i < p.rows; i++)
                 memcpy(rows + i * p.a_row, row_of_x(call, offsets, f->places, begin + row + i),
                        (size_t)call->input_size * sizeof(REAL));
-            p.out = f->preact + row * width;
+            p.out = out + row * width;
             product(&p);
         }
         return;
@@ -1168,7 +1210,6 @@ static void project(const Call *call, const Forward *f, const Member *me, const 
         /* One row after the other. */
         p.a = (const REAL *)call->x + begin * call->x_row;
         p.a_row = call->x_row;
-        p.out = f->preact;
         p.out_row = width;
         share(me, first_row(call, offsets, last) - begin, MOST_ROWS, &p.row, &p.rows);
         product(&p);
@@ -1178,10 +1219,37 @@ static void project(const Call *call, const Forward *f, const Member *me, const 
     for (i64 n = 0; n < call->batch; n++) {
         p.a = (const REAL *)call->x + first * call->x_step + n * call->x_row;
         p.a_row = call->x_step;
-        p.out = f->preact + n * width;
+        p.out = out + n * width;
         p.out_row = call->batch * width;
         product(&p);
     }
+}
+
+/* x of the steps [first, last), times W_ih, plus biases, into f->preact; this member's rows, or, of
+   a weight that is used once, its units. */
+static void project(const Call *call, const Forward *f, const Member *me, const i64 *offsets,
+                    i64 first, i64 last)
+{
+    const i64 H = call->hidden_size, Hp = padded(H), I = call->input_size, G = GATES[call->cell];
+    Product p = {.columns = G * Hp, .parts = 1, .count = I, .a_step = 1, .b = f->input_weight,
+                 .start = HAS_NORM ? NULL : f->bias, .out = f->preact};
+    if (!f->passing_ih) {
+        project_columns(call, f, me, offsets, first, last, p);
+        return;
+    }
+    const Member alone = {0, 1, NULL};
+    REAL *piece = f->weight_ih + me->index * panel_numbers(WIDTH, I, WIDTH);
+    i64 unit, end;
+    share_units(me, call, &unit, &end);
+    for (i64 g = 0; g < G; g++)
+        for (i64 j = unit; j < end; j += WIDTH * LANES) {
+            const i64 stop = end - j < WIDTH * LANES ? end : j + WIDTH * LANES;
+            p.b = transpose(f->passing_ih + g * H * I, 1, H, I, WIDTH, 0, piece, j, j, stop);
+            p.columns = stop - j;
+            p.start = HAS_NORM ? NULL : f->bias + g * Hp + j;
+            p.out = f->preact + g * Hp + j;
+            project_columns(call, f, &alone, offsets, first, last, p);
+        }
 }
 
 static void plan_forward(const Call *call, const Extras *e, Arena *arena, Forward *f)
@@ -1192,13 +1260,18 @@ static void plan_forward(const Call *call, const Extras *e, Arena *arena, Forwar
     i64 steps = (part > CHUNK_BYTES ? part : CHUNK_BYTES) / ((N ? N : 1) * G * Hp * number);
     steps = steps < 1 ? 1 : steps > call->steps ? call->steps : steps;
     f->chunk_rows = steps * N;
+    f->origin = 0;
+    f->passing_ih = steps == call->steps && !(e && e->order) ? call->weights[0][0] : NULL;
+    f->passing_hh = call->steps == 1 && HAS_PRODUCT ? call->weights[0][1] : NULL;
     f->kept_row = kept_by(call, e).row;
     const i64 wide = panel_numbers(Hp / LANES * PRODUCTS[call->cell], P, step_width(call->cell));
     const i64 apart = HAS_OWN ? OWN_PRODUCTS : 1;
     const i64 projection = call->cell == LSTM_PROJECTED ? panel_numbers(Pp / LANES, H, WIDTH) : 0;
+    const i64 input_vectors = f->passing_ih ? call->threads * WIDTH : Hp / LANES * G;
+    const i64 passing = call->threads * passing_numbers(call);
     f->weight_ih = take(
-        arena, (size_t)(panel_numbers(Hp / LANES * G, call->input_size, WIDTH) * number));
-    f->weight_hh = take(arena, (size_t)(wide * number));
+        arena, (size_t)(panel_numbers(input_vectors, call->input_size, WIDTH) * number));
+    f->weight_hh = take(arena, (size_t)((f->passing_hh ? passing : wide) * number));
     f->weight_hr = take(arena, (size_t)(projection * number));
     f->bias = take(arena, (size_t)((G + apart) * Hp * number));
     f->preact = take(arena, (size_t)(f->chunk_rows * G * Hp * number));
@@ -1473,16 +1546,23 @@ static void forward_direction(const Call *call, const i64 *offsets, int d, Forwa
     share_units(me, call, &unit, &end);
     column = unit, last = end;
     f.is_direct = is_direct(call);
-    if (!f.is_direct) {
+    if (f.passing_ih)
+        f.passing_ih = call->weights[d][0];
+    else
         f.input_weight = transpose(call->weights[d][0], G, H, call->input_size, WIDTH, 0,
-                                   f.weight_ih, unit, end);
+                                   f.weight_ih, 0, unit, end);
+    if (f.is_direct)
+        f.passing_hh = NULL;
+    else if (f.passing_hh)
+        f.passing_hh = call->weights[d][1];
+    else
         f.state_weight = transpose(call->weights[d][1], PRODUCTS[call->cell], H, P,
-                                   step_width(call->cell), 1, f.weight_hh, unit, end);
-    }
+                                   step_width(call->cell), 1, f.weight_hh, 0, unit, end);
     copy_unit_weights(call, d, f.own, unit, end);
     if (call->cell == LSTM_PROJECTED) {
         share(me, Pp, LANES, &column, &last);
-        f.projection = transpose(call->weights[d][4], 1, P, H, WIDTH, 0, f.weight_hr, column, last);
+        f.projection =
+            transpose(call->weights[d][4], 1, P, H, WIDTH, 0, f.weight_hr, 0, column, last);
     }
     const i64 shown = last < P ? last : P;
     if (me->index == 0) {

@@ -19,11 +19,12 @@ STEP_WORK_PER_THREAD = 32_000
 APART_BYTES = 512 << 10
 TEAM_WORK = 200_000
 
-# The weights are laid out anew at every call, which a few steps must earn back: from so many
-# numbers of W_ih and W_hh on, the steps from which on the C loops are faster than torch's
-# operators, without and with a backward to follow (fewer are 0.4 to 1.3 times as fast, these 1.1
-# to 2.5 times). oneDNN lays them out too.
-FEWEST_STEPS = {False: (400_000, 2), True: (40_000, 4)}
+# With a backward to follow, the steps from which on the C loops are faster than torch's operators
+# where W_ih and W_hh are more than FEW_WEIGHTS numbers (fewer steps are 0.4 to 1.3 times as fast,
+# these 1.1 to 2.5 times). Beside oneDNN they are from the first step on (1.0 to 5.4), and so they
+# are without a backward (1.2 to 9.7), where one step lays out no weights.
+FEWEST_STEPS = 4
+FEW_WEIGHTS = 40_000
 
 # A padded float32 LSTM is oneDNN's primitive in torch. Beside its AVX2 code the C loops take less
 # time at every size (1.1 to 2.7 without a backward, 1.15 to 2.4 with one), beside its AVX-512 code
@@ -78,13 +79,13 @@ def slower(request: Request) -> str | None:
     if onednn and _onednn_is_faster(request, capability):
         return "torch runs an LSTM of this size as one oneDNN primitive, which is faster"
     weights = _weights(request)
-    numbers, steps = FEWEST_STEPS[request.needs_grad]
     if (
-        weights > numbers
-        and request.seq_len < steps
+        request.needs_grad
+        and request.seq_len < FEWEST_STEPS
+        and weights > FEW_WEIGHTS
         and not (onednn and capability in ("AVX2", "AVX512"))
     ):
-        return f"with fewer than {steps} steps it costs too much to lay out {weights} weights"
+        return f"a backward of fewer than {FEWEST_STEPS} steps and {weights} weights takes longer"
     return None
 
 
