@@ -441,6 +441,7 @@ INLINE vec load_mask(const uint8_t *from, i64 count)
         value[lane] = from[lane];
     return value;
 }
+/* The sum of all lanes. */
 INLINE REAL total_of(vec x)
 {
     REAL part[LANES];
@@ -1097,8 +1098,8 @@ static void units_step(const Call *call, const Forward *f, i64 rows, i64 unit, i
     }
 }
 
-/* Unit-vectors whose part of W_hh is laid out at a time where it is used once: as many as `step`
-   takes at once. */
+/* Units whose part of W_hh is laid out at a time where it is used once, as many as `step` takes at
+   once; and the numbers of that part. */
 INLINE i64 passing_units(i64 cell)
 {
     return (is_narrow(cell) ? 8 : 2) * LANES;

@@ -28,7 +28,7 @@ FEW_WEIGHTS = 40_000
 
 # A padded float32 LSTM is oneDNN's primitive in torch. Beside its AVX2 code the C loops take less
 # time at every size (1.1 to 2.7 without a backward, 1.15 to 2.4 with one), beside its AVX-512 code
-# with a backward (1.03 to 2.8). Without one, oneDNN's AVX-512 code is up to 9 % faster where a step
+# with a backward (0.92 to 2.8). Without one, oneDNN's AVX-512 code is up to 9 % faster where a step
 # has more than LSTM_STATE rows times hidden units (from half as fast at 128 to as fast there), but
 # not from LSTM_STREAMED hidden units on, whose weights come from memory at every step (1.0 to 2.5).
 LSTM_STATE = 4096
