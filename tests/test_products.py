@@ -1,13 +1,15 @@
 """Which projections are left to cuBLAS, and that they are the same numbers. No GPU is needed."""
 
+import ctypes
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 
 pytest.importorskip("triton", reason="the products belong to the kernels, which need triton")
 
-from triton_rnn.backends.triton import products
+from triton_rnn.backends.triton import cublas, products
 from triton_rnn.kernels.plan import CHIPS
 
 LARGE = products._CUBLAS_PRODUCTS
@@ -74,3 +76,103 @@ def test_cublas_writes_what_the_kernel_would(biased, fold):
     products._by_cublas(input, weight, *biases, fold, out)
     torch.testing.assert_close(out, expected)
     assert torch.equal(bias_ih, before), "the caller's bias"
+
+
+# TF32 by cuBLAS -----------------------------------------------------------------------------------
+
+
+def memory(address, count):
+    """So many float32 at an address."""
+    return np.ctypeslib.as_array(ctypes.cast(address, ctypes.POINTER(ctypes.c_float)), (count,))
+
+
+def gemm(handle, trans_a, trans_b, m, n, k, alpha, a, a_type, lda, b, b_type, ldb, beta, c, *rest):
+    """What cuBLAS' documentation says of `cublasGemmEx`, of float32, in columns."""
+    c_type, ldc, compute, algorithm = rest
+    assert (handle, a_type, b_type, c_type, compute, algorithm) == (11, 0, 0, 0, 77, -1)
+
+    def of(address, rows, columns, ld):
+        assert ld >= rows
+        numbers = memory(address, ld * (columns - 1) + rows)
+        bytes = (4, 4 * ld)
+        return np.lib.stride_tricks.as_strided(numbers, (rows, columns), bytes)
+
+    left = of(a, *((k, m) if trans_a else (m, k)), lda)
+    right = of(b, *((n, k) if trans_b else (k, n)), ldb)
+    result = of(c, m, n, ldc)
+    product = (left.T if trans_a else left) @ (right.T if trans_b else right)
+    scale, kept = (number._obj.value for number in (alpha, beta))
+    result[:] = scale * product + (kept * result if kept else 0)
+    return 0
+
+
+@pytest.fixture
+def with_gemm(monkeypatch):
+    monkeypatch.setattr(cublas, "_gemm", lambda: gemm)
+    monkeypatch.setattr(torch.cuda, "current_blas_handle", lambda: 11)
+
+
+def test_cublas_is_given_rows_and_columns_as_they_lie(with_gemm):
+    wide, high = torch.randn(5, 12), torch.randn(12, 9)
+    for a in (torch.randn(5, 7), torch.randn(7, 5).t(), wide[:, 3:10], torch.randn(5, 3, 7)[:, 1]):
+        for b in (torch.randn(7, 4), torch.randn(4, 7).t(), high[2:9, 1:5]):
+            out = torch.full((5, 4), float("nan"))
+            assert cublas.multiply(a, b, out)
+            torch.testing.assert_close(out, a @ b)
+            assert cublas.multiply(a, b, out, True)
+            torch.testing.assert_close(out, 2 * (a @ b))
+    # A row or a column alone, and one number.
+    for m, n, k in ((1, 4, 7), (5, 1, 7), (5, 4, 1), (1, 1, 1)):
+        a, b, out = torch.randn(m, k), torch.randn(k, n), torch.empty(m, n)
+        assert cublas.multiply(a, b, out) and cublas.multiply(a.t().contiguous().t(), b, out)
+        torch.testing.assert_close(out, a @ b)
+
+
+def test_what_cublas_cannot_read_or_refuses_is_said_not_to_be_done(with_gemm, monkeypatch):
+    a, b, out = torch.randn(5, 7), torch.randn(7, 4), torch.zeros(5, 4)
+    for odd in (torch.randn(7)[None].expand(5, 7), torch.randn(5, 14)[:, ::2], torch.randn(5, 0)):
+        assert not cublas.multiply(odd, b[: odd.size(1)], out)
+    assert not cublas.multiply(a[:0], b, out[:0])
+    monkeypatch.setattr(cublas, "_gemm", lambda: lambda *arguments: 15)
+    assert not cublas.multiply(a, b, out)
+    monkeypatch.setattr(cublas, "_gemm", lambda: None)
+    assert not cublas.multiply(a, b, out) and not out.any()
+
+
+def test_torch_without_cuda_has_no_cublas():
+    if torch.version.cuda is None:
+        assert cublas._gemm() is None
+    else:
+        assert callable(cublas._gemm())
+
+
+def test_gradients_of_float32_are_cublas_where_its_switch_alone_forbids_tf32(
+    with_gemm, switches, monkeypatch
+):
+    monkeypatch.setattr(products, "_is_for_cublas_in_tf32", lambda tensor: True)
+    monkeypatch.setattr(products, "_launch", None)
+    switches("tf32", "ieee")
+    grad = torch.randn(9, 2, 12)
+    weights = [torch.randn(12, 5), torch.randn(12, 5)]
+    expected = grad[:, 0] @ weights[0] + grad[:, 1] @ weights[1]
+    torch.testing.assert_close(products.grad_input(grad, weights), expected)
+    torch.testing.assert_close(
+        products.grad_input(grad[:, :1], weights[:1]), grad[:, 0] @ weights[0]
+    )
+    rows = torch.randn(9, 5)
+    torch.testing.assert_close(products.grad_weight(grad[:, 1], rows), grad[:, 1].t() @ rows)
+
+
+def test_only_where_recurrent_layers_allow_it_are_products_tf32(switches):
+    like = SimpleNamespace(device=CUDA, dtype=torch.float32)
+    switches("ieee", "tf32")
+    assert not products._is_for_cublas_in_tf32(like)
+    switches("tf32", "ieee")
+    assert products._is_for_cublas_in_tf32(like)
+    assert not products._is_for_cublas_in_tf32(SimpleNamespace(device=CUDA, dtype=torch.bfloat16))
+    assert not products._is_for_cublas_in_tf32(torch.zeros(1))
+    torch.use_deterministic_algorithms(True)
+    try:
+        assert not products._is_for_cublas_in_tf32(like)
+    finally:
+        torch.use_deterministic_algorithms(False)

@@ -24,9 +24,9 @@ _SMALL_SEQUENCE_US = 0.003
 # Its large ones, forward and backward: for a step, and for a sequence.
 _PERSISTENT_US = {"forward": (1.7, 0.03), "backward": (4.0, 0.05)}
 # A call of a layer on the host, without and with gradients: cuDNN's persistent kernels, and ours.
-_PERSISTENT_CALL_US, _CALL_US = (90.0, 950.0), (140.0, 1400.0)
+_PERSISTENT_CALL_US, _CALL_US = (90.0, 950.0), (140.0, 1250.0)
 # Beside a recurrence stand products over all steps, at so many operations per microsecond in 1e6
-# (bfloat16); those of float32 with gradients are our own, and slow. A tie goes to cuDNN.
+# (bfloat16); those of float32 without TF32 are our own, and slow. A tie goes to cuDNN.
 _PRODUCT_MFLOPS, _FLOAT32_TRAINING, _MARGIN = 500.0, 1.5, 1.1
 
 
@@ -96,9 +96,9 @@ def slower_than_torch(request: Request) -> str | None:
         theirs += cudnn_step_us(request, kernel)
     numbers = request.input_size * (3 if training else 1) + request.hidden_size * training
     rows = request.cell.gates * request.hidden_size * request.directions
-    ours += 2 * request.batch * rows * numbers / 1e6 / _PRODUCT_MFLOPS
+    ours += request.dtype.itemsize * request.batch * rows * numbers / 1e6 / _PRODUCT_MFLOPS
     ours *= _MARGIN
-    if training and request.dtype == torch.float32:
+    if training and launch.precision(request.dtype, "cuda") == "tf32x3":
         ours *= _FLOAT32_TRAINING
     # Of few steps the host decides.
     call = max(_CALL_US[training], request.seq_len * ours)
