@@ -6,6 +6,7 @@ not be in interpreter mode, and a compiler that dies must not take the tests wit
 
 import json
 import os
+import re
 import subprocess
 import sys
 
@@ -84,6 +85,8 @@ def test_a_cooperative_step_loads_no_weights_again(rows):
     seen = 0
     for row in rows:
         if row["name"] == "forward" and "cooperative" in row["what"] and "float16" in row["what"]:
+            if "read again" in row["what"]:
+                continue
             seen += 1
             assert row["loop"]["load"] < 64, row
             assert row["loop"]["matrix"] > 0, row
@@ -109,8 +112,9 @@ def test_a_clusters_step_has_no_fence_and_sends_its_numbers_to_all(rows):
     seen = [row for row in rows if "cluster" in row["what"]]
     assert bool(seen) == (rows[0]["chip"] in ("H200", "B200"))
     for row in seen:
-        # A number of each thread to eight programs; backward eight of its sums to one each.
-        assert row["loop"]["sent"] == 8, row
+        # A number of each thread to all programs; backward eight of its sums to one each.
+        programs = int(re.search(r"(\d+) programs", row["what"]).group(1))
+        assert row["loop"]["sent"] == (programs if row["name"] == "forward" else 8), row
         assert row["loop"]["barrier"] <= 4, row
         assert "fence" not in row["loop"] and "atomic" not in row["loop"], row
 

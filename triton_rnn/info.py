@@ -25,7 +25,6 @@ SETTINGS = {
     "TRITON_RNN_CFLAGS": "no more flags",
     "TRITON_RNN_CHECK": "kernels are tried out before use",
     "TRITON_RNN_VARIANT": "plans of any variant",
-    "TRITON_RNN_CLUSTERS": "no plans of clusters",
     "TRITON_RNN_NVTX": "no NVTX ranges",
 }
 

@@ -165,7 +165,10 @@ def test_of_few_steps_the_host_decides(on_an_h200):
 def test_what_cudnn_does_best_is_left_to_it(on_an_h200):
     large = on_an_h200._replace(hidden_size=768, output_size=768, input_size=768, directions=1)
     large = large._replace(cell=CELLS["lstm"])
-    assert "cuDNN" in rules.slower_than_torch(large._replace(needs_grad=False))
+    # Of many sequences the programs of a multiprocessor have several turns.
+    many = large._replace(batch=128)
+    assert "cuDNN" in rules.slower_than_torch(many._replace(needs_grad=False))
+    assert rules.slower_than_torch(large._replace(needs_grad=False)) is None
     assert rules.slower_than_torch(large) is None
     assert rules.slower_than_torch(large._replace(directions=2)) is None
 

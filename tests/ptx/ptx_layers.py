@@ -117,7 +117,7 @@ def on_machine(
     Yields:
         plans: those that were asked for. executed: instructions of a warp, of each launch.
     """
-    chip = dataclasses.replace(CHIPS[name], clusters=variant == "cluster")
+    chip = CHIPS[name]
     # Blackwell's own matrix instructions are not among the machine's.
     older = CHIPS["H200"] if chip.architecture == 100 else chip
     seen = SimpleNamespace(plans=[], executed=[], cold={})

@@ -43,6 +43,7 @@ from triton_rnn.kernels.steps import (
     load_blocks,
     note_failure,
     prefetch_blocks,
+    prefetch_sectors,
     step_rows,
     store_blocks,
     unit_vectors,
@@ -216,6 +217,7 @@ def recurrence_backward(
     IN_REGISTERS: tl.constexpr,
     STREAMED: tl.constexpr,
     PAUSE: tl.constexpr,
+    SUMS: tl.constexpr,
     HAS_C: tl.constexpr,
     PACKED: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -360,6 +362,10 @@ def recurrence_backward(
             sent = on_top(nothing, 0, IN_REGISTERS, TOGETHER)
             sent = sent + on_top(nothing, IN_REGISTERS, GATES - IN_REGISTERS, TOGETHER)
 
+        if HELD and PTX != "":
+            far_active, far_row = step_rows(
+                t + 4 * ahead, T, N, batch_sizes_ptr, offsets_ptr, PACKED
+            )
         if NEAR:
             own_place = (columns - tile * BLOCK_N) * (4 * BLOCK_H) + (rows - first) * 4
             # So the first step is one as all others, and waits for who is still at the last block.
@@ -433,6 +439,7 @@ def recurrence_backward(
                     PRECISION,
                     False,
                     PAUSE,
+                    SUMS,
                 )
                 # Rows that took no part in the step before this one send nothing.
                 came = tl.reshape(parts_added(product, BLOCK_H), (BLOCK_N, BLOCK_H))
@@ -525,7 +532,25 @@ def recurrence_backward(
             else:
                 store_blocks(grad_ptrs, blocks, now, H, 0, WIDTH, MOST, EXCHANGE)
 
-            if not HELD and PTX != "":
+            if HELD and PTX != "":
+                # See `forward`.
+                taken = n < far_active
+                prefetch_sectors(
+                    gates_ptr + far_row * (D * ROW * H) + d * ROW * H,
+                    n, taken, D * ROW * H, first, SAVED, BLOCK_H, H,
+                )  # fmt: skip
+                prefetch_sectors(
+                    grad_output_ptr + far_row * (D * H) + d * H,
+                    n, taken, D * H, first, 1, BLOCK_H, H,
+                )  # fmt: skip
+                prefetch_sectors(
+                    states_ptr + far_row * (D * H) + d * H,
+                    n, taken, D * H, first, 1, BLOCK_H, H,
+                )  # fmt: skip
+                far_active, far_row = step_rows(
+                    t + 4 * ahead, T, N, batch_sizes_ptr, offsets_ptr, PACKED
+                )
+            elif PTX != "":
                 far_active, far_row = step_rows(
                     t + 3 * ahead, T, N, batch_sizes_ptr, offsets_ptr, PACKED
                 )
@@ -546,6 +571,9 @@ def recurrence_backward(
             after_active, after_row = active, row
             active, row = before_active, before_row
             before_active, before_row = next_before_active, next_before_row
+            if EXCHANGE == "flag":
+                # See `forward`.
+                tl.debug_barrier()
 
         if EXCHANGE == "barrier":
             dh = tl.where(alive, dh, float("nan"))

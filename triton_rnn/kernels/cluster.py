@@ -174,7 +174,12 @@ else:
 
     @triton.jit
     def send_to_all(rooms, places, block, mask, DTYPE: tl.constexpr):
-        """Store numbers in all rooms, each from the one thread that has it."""
+        """Store numbers in all rooms, each from the one thread that has it.
+
+        Sixteen bytes from each lane, those of eight, to a room of its own take an eighth of the
+        instructions and are slower (H200, 128 units: 0.65 us a step for 0.51): what costs time is
+        how many programs an instruction stores to.
+        """
         # Addresses of 64 bits: else a register of the chip is asked for their upper half each time.
         there = ()
         for k in tl.static_range(len(rooms)):

@@ -38,6 +38,7 @@ from triton_rnn.kernels.steps import (
     note_failure,
     of_four,
     prefetch_blocks,
+    prefetch_sectors,
     step_rows,
     store_blocks,
     unit_vectors,
@@ -160,6 +161,7 @@ def recurrence_forward(
     IN_REGISTERS: tl.constexpr,
     STREAMED: tl.constexpr,
     PAUSE: tl.constexpr,
+    SUMS: tl.constexpr,
     HAS_C: tl.constexpr,
     PACKED: tl.constexpr,
     SAVED: tl.constexpr,
@@ -191,6 +193,7 @@ def recurrence_forward(
         IN_REGISTERS: of how many gates, if a program owns all units, in registers.
         STREAMED: with EXCHANGE "flag", blocks of each part of the product that every step reads.
         PAUSE: with "flag", cycles before a step first looks for what the others send.
+        SUMS: with "flag" and "cluster", sums of a product that are made side by side.
         PRECISION: of products of float32. PTX: see `functions`.
     """
     HELD: tl.constexpr = EXCHANGE == "none"
@@ -276,6 +279,10 @@ def recurrence_forward(
             MOST,
         )
 
+        if HELD and PTX != "":
+            far_active, far_row = step_rows(
+                t + 4 * ahead, T, N, batch_sizes_ptr, offsets_ptr, PACKED
+            )
         if NEAR:
             own_place = place_in_room(rows, columns - tile * BLOCK_N, BLOCKS, BLOCK_K)
             send_to_all(rooms, here + own_place, h, inside, dtype)
@@ -341,6 +348,7 @@ def recurrence_forward(
                     PRECISION,
                     NEAR,
                     PAUSE,
+                    SUMS,
                 )
                 a = _by_gate(parts_added(product, BLOCK_H), GATES)
             else:
@@ -404,7 +412,23 @@ def recurrence_forward(
             if SAVE_C:
                 cells_ptrs = cells_ptr + row * (D * H) + own
                 store_blocks(cells_ptrs, (new_c,), now, H, 0, 1, MOST, EXCHANGE)
-            if not HELD and PTX != "":
+            if HELD and PTX != "":
+                # One step ahead is enough for what is in the L2 cache: long sequences are not.
+                prefetch_sectors(
+                    preact_ptr + far_row * (D * ROW * H) + d * ROW * H,
+                    n,
+                    n < far_active,
+                    D * ROW * H,
+                    first,
+                    INPUTS,
+                    BLOCK_H,
+                    H,
+                )
+                # For the next step: what is loaded now would be waited for.
+                far_active, far_row = step_rows(
+                    t + 4 * ahead, T, N, batch_sizes_ptr, offsets_ptr, PACKED
+                )
+            elif PTX != "":
                 far_active, far_row = step_rows(
                     t + 3 * ahead, T, N, batch_sizes_ptr, offsets_ptr, PACKED
                 )
@@ -420,6 +444,10 @@ def recurrence_forward(
             x = next_x
             before_active, before_row = active, row
             active, row = next_active, next_row
+            if IN_PIECES:
+                # Before the next parts of a product go where these were. Triton would have all
+                # warps wait for that when they have looked, and ptxas before they multiply.
+                tl.debug_barrier()
 
         if EXCHANGE == "barrier":
             h = tl.where(alive, h, float("nan"))

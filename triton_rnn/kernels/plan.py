@@ -14,7 +14,7 @@ Variants:
 - cooperative: W_hh is spread over the programs and stays on the chip; they exchange the state at
   every step.
 - cluster: as cooperative, by few programs that run next to each other and hand the state round in
-  their shared memory. Only where asked for (`Chip.clusters`): no GPU has run it yet.
+  their shared memory.
 - streaming: as cooperative, but W_hh is too large for the chip: every step reads it from L2. Only
   where none of the above fits.
 - stepwise: a launch per step. For devices without cooperative launch, and the interpreter.
@@ -26,23 +26,34 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 # How long a step takes, in microseconds. Of programs that hold W_hh in registers: for a step, for
-# 1000 bytes that a program loads, for 1e6 that all do and the root of that, for a matrix
-# instruction of each scheduler, for 1000 bytes through shared memory and for 1000 warps; fitted to
-# what plans of many shapes took on an H200, and drawn a little to an earlier run's. Without that
-# `bench/gpu_fit.py` fits them.
-_HELD_US = (0.4235, 0.0052, 0.0044, 0.8586, 0.0003, 0.0065, 0.1708)
-# Of programs of a cluster: for a step, by published latencies of a trip between neighbours; for
-# 1000 bytes that a program is sent; and so many times what the above makes of matrix instructions
-# and shared memory. Not measured yet.
-_CLUSTER_US = (0.3, 0.04, 1.0)
+# 1000 bytes that a program loads, for the root of 1e6 that all do, for a matrix instruction of each
+# scheduler, for 1000 bytes through shared memory and for 1e5 of W_hh that a program reads again.
+# `bench/gpu_fit.py` fitted these to what plans of many shapes took on an H200 without a pause.
+_HELD_US = (0.5396, 0.0068, 0.6631, 0.0024, 0.0032, 0.7799)
+# Whoever looks before the others have sent looks in vain, in the way of those who store, and looks
+# again a whole trip later. The more programs there are the later the last one sends: cycles for
+# each, at most so many, from so many programs on; and the part of a step that this saves for each.
+# On the H200 the best of 14 recurrences' pauses was 100 of 16 programs, 300 of 48, 400 of 64.
+_PAUSE, _LONGEST_PAUSE, _FEW_PROGRAMS = 6, 350, 12
+_PAUSE_GAIN = 0.0028
+# Of programs of a cluster: for a step, for 1000 bytes that a program is sent, so many times what
+# the above makes of matrix instructions and shared memory, for an element of a thread, and for a
+# backward; fitted likewise.
+_CLUSTER_US = (0.0488, 0.0629, 1.0632, 0.2399, 0.1037)
 # How many programs make a cluster: up to eight on all devices, and sixteen, which is as many as run
-# next to each other, in data centres.
-_CLUSTERS, _NEIGHBOURS = (2, 3, 4, 5, 6, 7, 8), 16
+# next to each other, in data centres. Multiprocessors lie in groups of about so many, each of which
+# holds whole clusters: of an H200's 132 there is room for 7 clusters of sixteen and 15 of eight.
+_CLUSTERS, _NEIGHBOURS, _GROUP = (2, 3, 4, 5, 6, 7, 8), 16, 18
 # Shared memory of a program that asks for no more than every program gets.
 _PLAIN_SHARED = 48 * 1024
 # The others by published latencies and by instructions, from the machine code; so many times that
-# was measured there, by warps. The order of two plans is what counts.
-_RESIDENT_OVER = {1: 1.2, 2: 1.2, 4: 1.2, 8: 1.5}
+# was measured there, by warps, and of a resident program of float32 more. The order of two plans is
+# what counts.
+_RESIDENT_OVER = {
+    "forward": {1: 1.0, 2: 1.0, 4: 0.9, 8: 1.35},
+    "backward": {1: 1.2, 2: 1.2, 4: 1.25, 8: 1.65},
+}
+_RESIDENT_FLOAT32_OVER = 1.3
 _SPREAD_OVER = {4: 1.3, 8: 2.6}
 _WITHIN_US = 0.25  # latencies of a product and of the pointwise part within a multiprocessor
 _BARRIER_US = 1.0
@@ -66,9 +77,8 @@ _LITTLE_ROOM = 72
 _STREAM_REGISTERS = 40
 # And for one of a cluster's on data-centre Blackwell, where one with less spilled.
 _CLUSTER_REGISTERS = 12
-# Bytes of W_hh that a program may read again at every step, and of those that its L1 cache keeps;
-# what comes from L2 takes twice as long.
-_MOST_STREAMED, _STREAMED_NEAR = 384 * 1024, 160 * 1024
+# Bytes of W_hh that a program may read again at every step.
+_MOST_STREAMED = 384 * 1024
 # `matrix_mflops` that a warp's own matrix instructions reach, which take operands from registers.
 # Later chips have faster ones of several warps, for which a program's few columns are too narrow.
 _WARP_MFLOPS = 4.5
@@ -86,7 +96,6 @@ class Chip:
         matrix_mflops: dense 16-bit arithmetic of one multiprocessor in 1e6 operations per
             microsecond.
         cooperative: whether the device can guarantee that all programs of a launch run at once.
-        clusters: whether plans of clusters are looked at without being asked for by name.
         narrow_apart: whether even products of eight columns are made in a memory of their own
             (data-centre Blackwell, by Triton 3.8 and later).
     """
@@ -98,7 +107,6 @@ class Chip:
     shared_memory: int
     matrix_mflops: float
     cooperative: bool = True
-    clusters: bool = False
     narrow_apart: bool = False
 
     @property
@@ -149,6 +157,8 @@ class Plan:
         streamed: blocks of each part of the inner dimension whose W_hh is not kept: every step
             reads it again, from the L1 cache if there is room.
         pause: cycles before a step first looks for what the others send (exchange "flag").
+        sums: of a product of few rows and sequences, that are made side by side: a matrix
+            instruction that adds to the last one's result waits for it.
     """
 
     kernel: str
@@ -168,6 +178,7 @@ class Plan:
     in_registers: int = 0
     streamed: int = 0
     pause: int = 0
+    sums: int = 1
 
     @property
     def programs(self) -> int:
@@ -284,6 +295,8 @@ def _resident(shape: Shape, chip: Chip) -> Iterator[Plan]:
             + _pointwise_us(shape, block * block_n, warps)
             + _product_us(chip, shape, weight, flops, narrow)
         )
+        over = _RESIDENT_OVER[shape.kernel][warps]
+        over *= _RESIDENT_FLOAT32_OVER if shape.itemsize == 4 else 1
         yield Plan(
             shape.kernel,
             "resident",
@@ -298,7 +311,7 @@ def _resident(shape: Shape, chip: Chip) -> Iterator[Plan]:
             slots,
             shape.directions,
             weight + sent,
-            waves * _RESIDENT_OVER[warps] * step,
+            waves * over * step,
             held,
         )
 
@@ -391,26 +404,37 @@ def _held(shape: Shape, chip: Chip) -> Iterator[Plan]:
         can_stream = can_stream and shape.inner % (warps * block_k) == 0
         most = min(blocks, _MOST_STREAMED // block_bytes + 1) if can_stream else 1
         for streamed in range(most):
-            together = _together(shape, chip, block_h, block_n, warps, streamed)
+            sums, together = 1, _together(shape, chip, block_h, block_n, warps, streamed)
+            if not streamed:
+                sums, together = _sums_and_together(shape, chip, block_h, block_n, warps)
             if together:
                 slots = _slots(shape, chip, block_n, units * at_once)
                 found.append(
                     Plan(
                         shape.kernel, "cooperative", "flag", block_h, block_n, block_k, warps,
                         together, warps, units, slots, at_once, (blocks - streamed) * block_bytes,
-                        0.0, shape.products, streamed,
+                        0.0, shape.products, streamed, 0, sums,
                     )
                 )  # fmt: skip
                 break
     held = [plan for plan in found if not plan.streamed]
     for one in held or found:
-        step = _step_us(_HELD_US, held_counts(shape, one))
-        if one.streamed:
-            again = one.streamed * _block_bytes(shape, one.block_h, one.warps)
-            step += again / _L2_BYTES_PER_US * (1 if again <= _STREAMED_NEAR else 2)
-            waits = _ceil(_ceil(shape.inner, one.warps * block_k), one.together)
-            step += (waits - 1) * _LOAD_US
+        one = replace(one, pause=pause_of(one))
+        step = paused_part(one) * _step_us(_HELD_US, held_counts(shape, one))
         yield replace(one, floor_us=turns_of(shape, one) * step)
+
+
+def pause_of(found: Plan) -> int:
+    """Cycles before a step looks for what the others send."""
+    if found.units < _FEW_PROGRAMS or (found.streamed and found.kernel == "backward"):
+        # A streaming backward has much of W_hh to read before.
+        return 0
+    return min(_PAUSE * found.units, _LONGEST_PAUSE)
+
+
+def paused_part(found: Plan) -> float:
+    """Which part of a step is left with its pause."""
+    return 1 - _PAUSE_GAIN * found.pause / _PAUSE
 
 
 def _clusters(shape: Shape, chip: Chip) -> Iterator[Plan]:
@@ -430,22 +454,28 @@ def _clusters(shape: Shape, chip: Chip) -> Iterator[Plan]:
         if shape.kernel == "forward":
             blocks = _ceil(shape.inner, warps * block_k)
             weights = blocks * _block_bytes(shape, block_h, warps)
-            together = _together(shape, chip, block_h, block_n, warps, 0, other)
+            sums, together = _sums_and_together(shape, chip, block_h, block_n, warps, other)
         else:
+            sums = 1
             blocks = _ceil(shape.products * block_h, block_k)
             weights = blocks * _rounds(shape, warps) * warps * 1024
             needed = _needed_backward(shape, units, blocks, block_h, block_n, warps)
             together = block_h * block_n <= 128 * warps and needed <= _HELD_REGISTERS - other
-        side_by_side = chip.multiprocessors // _NEIGHBOURS * (_NEIGHBOURS // units)
-        slots = min(_ceil(shape.batch, block_n), max(1, side_by_side // shape.directions))
+        at_once = clusters_at_once(chip, units) // shape.directions
+        slots = min(_ceil(shape.batch, block_n), max(1, at_once))
         found = Plan(
             shape.kernel, "cluster", "cluster", block_h, block_n, block_k, warps, int(together),
-            warps, units, slots, shape.directions, weights, 0.0, shape.products,
+            warps, units, slots, shape.directions, weights, 0.0, shape.products, 0, 0, sums,
         )  # fmt: skip
         parts = 4 * warps * rows_of(shape, block_h) * block_n if shape.kernel == "forward" else 0
         if together and room_bytes(shape, found) + parts <= _PLAIN_SHARED:
             step = _step_us(_CLUSTER_US, cluster_counts(shape, found))
             yield replace(found, floor_us=turns_of(shape, found) * step)
+
+
+def clusters_at_once(chip: Chip, size: int) -> int:
+    """So many clusters of so many programs at least are on the chip at once."""
+    return max(1, chip.multiprocessors // _GROUP) * (_NEIGHBOURS // size)
 
 
 def _rounds(shape: Shape, warps: int) -> int:
@@ -479,13 +509,37 @@ def _block_bytes(shape: Shape, block_h: int, warps: int) -> int:
     return 64 * warps * max(16, rows_of(shape, block_h))
 
 
+def _sums_and_together(
+    shape: Shape, chip: Chip, block_h: int, block_n: int, warps: int, other: int = 0
+) -> tuple[int, int]:
+    """Sums side by side, as many as keep four results under way and cost no wait; `_together`."""
+    blocks = _ceil(shape.inner, warps * 64 // shape.itemsize)
+    together = _together(shape, chip, block_h, block_n, warps, 0, other)
+    if not together:
+        return 1, 0
+    results = max(1, rows_of(shape, block_h) // 16) * (block_n // 8)
+    for sums in (4, 2):
+        less = _together(shape, chip, block_h, block_n, warps, 0, other, sums)
+        if sums <= min(blocks, 4 // results) and less:
+            if _ceil(blocks, less) == _ceil(blocks, together):
+                return sums, less
+    return 1, together
+
+
 def _together(
-    shape: Shape, chip: Chip, block_h: int, block_n: int, warps: int, streamed: int, other: int = 0
+    shape: Shape,
+    chip: Chip,
+    block_h: int,
+    block_n: int,
+    warps: int,
+    streamed: int,
+    other: int = 0,
+    sums: int = 1,
 ) -> int:
     """Blocks that registers have room for beside W_hh but its last blocks; 0 if there is none.
 
     Args:
-        other: so many are for something else.
+        other: so many are for something else. sums: of a product, side by side.
     """
     threads = 32 * warps
     rows = rows_of(shape, block_h)
@@ -495,7 +549,7 @@ def _together(
     # Numbers of 32 bits in a thread: of W_hh, of that two blocks that are not held, of a block of
     # what is multiplied with it, of the result, of its parts that a thread adds.
     weights = multiplied * (blocks - streamed + (2 if streamed else 0)) // 2
-    block, result = block_n // 2, multiplied * block_n // 32
+    block, result = block_n // 2, sums * multiplied * block_n // 32
     parts = warps * rows // block_h * elements
     room = (_HELD_REGISTERS if _is_hopper_or_later(chip) else _HELD_REGISTERS_BEFORE) - weights
     room -= other + (_STREAM_REGISTERS if streamed else 0)
@@ -541,13 +595,14 @@ def held_counts(shape: Shape, found: Plan) -> tuple[float, ...]:
     products = max(16, rows) // 16 * blocks * 2 * block_n // 8 * warps // 4 * shape.itemsize // 2
     elements = max(found.block_h * block_n, 32 * warps)
     shared = 4 * warps * (rows * block_n + rows // found.block_h * elements) / 1e3
-    return 1.0, loaded, every, every**0.5, products, shared, found.programs * warps / 1e3
+    again = found.streamed * _block_bytes(shape, found.block_h, warps) / 1e5
+    return 1.0, loaded, every**0.5, products, shared, again
 
 
 def cluster_counts(shape: Shape, found: Plan) -> tuple[float, ...]:
     """What a step of a cluster's plan takes, in the units of `_CLUSTER_US`."""
     if shape.kernel == "forward":
-        _, sent, _, _, products, shared, _ = held_counts(shape, found)
+        _, sent, _, products, shared, _ = held_counts(shape, found)
     else:
         sent = 4 * found.cluster * found.block_h * found.block_n / 1e3
         blocks = _ceil(shape.products * found.block_h, found.block_k)
@@ -556,7 +611,9 @@ def cluster_counts(shape: Shape, found: Plan) -> tuple[float, ...]:
         products *= shape.itemsize // 2
         # What is added up, and what all warps read of what one has laid out.
         shared = sent + found.warps * blocks * found.block_n * 64 / 1e3
-    return 1.0, sent, products * _HELD_US[4] + shared * _HELD_US[5]
+    product = products * _HELD_US[3] + shared * _HELD_US[4]
+    elements = found.block_h * found.block_n / (32 * found.warps)
+    return 1.0, sent, product, elements, float(shape.kernel == "backward")
 
 
 def _step_us(constants: tuple[float, ...], counts: tuple[float, ...]) -> float:
@@ -708,7 +765,7 @@ def _plans(shape: Shape, chip: Chip, variant: str) -> Iterator[Plan]:
 
 
 # Each is looked at if nothing of those before it fits.
-_CLASSES = (("independent", "resident", "cooperative"), ("streaming",), ("stepwise",))
+_CLASSES = (("independent", "resident", "cooperative", "cluster"), ("streaming",), ("stepwise",))
 
 
 def _time(plan: Plan) -> tuple[float, int]:
@@ -729,8 +786,6 @@ def _plan(shape: Shape, chip: Chip, variant: str | None) -> Plan | None:
     if chip == INTERPRETER:
         return _interpreted(shape, variant)
     classes = ((variant,),) if variant else _CLASSES
-    if chip.clusters and variant is None:
-        classes = ((*classes[0], "cluster"), *classes[1:])
     for names in classes:
         found = itertools.chain.from_iterable(_plans(shape, chip, name) for name in names)
         best = min(found, key=_time, default=None)

@@ -304,6 +304,7 @@ def held_product(
     PRECISION: tl.constexpr,
     NEAR: tl.constexpr,
     PAUSE: tl.constexpr,
+    SUMS: tl.constexpr,
 ):
     """The parts (SPLITS, ROWS, 8 * tiles) of the product of W_hh with what others send.
 
@@ -314,6 +315,7 @@ def held_product(
             places in a room of `cluster`.
         polls: for each, how often is looked whether it has come; 0 where it is there.
         TOGETHER: blocks that are waited for together. PAUSE: cycles before the first look.
+        SUMS: how many are made side by side.
     """
     NUM_K: tl.constexpr = (INNER + SPLITS * BLOCK_K - 1) // (SPLITS * BLOCK_K)
     TILES: tl.constexpr = len(sources)
@@ -325,7 +327,11 @@ def held_product(
     if NEAR:
         place = place_in_room(column, 0, NUM_K * SPLITS, BLOCK_K)
         STEP = 512
-    product = tl.zeros((SPLITS, ROWS, 8 * TILES), tl.float32)
+    # A matrix instruction that adds to the last one's result waits for it, and of few rows and
+    # sequences there are few results: so several sums, each of every so many-th block.
+    sums = ()
+    for _ in tl.static_range(SUMS):
+        sums = sums + (tl.zeros((SPLITS, ROWS, 8 * TILES), tl.float32),)
     for group in tl.static_range(0, NUM_K, TOGETHER):
         ptrs = ()
         for tile in tl.static_range(TILES):
@@ -351,8 +357,21 @@ def held_product(
                 w_block = _weight_block(
                     w_hh_ptr, first, start, PIECE, H, GATES, TURN, ROWS, BLOCK_H
                 )
-            product = tl.dot(w_block, block, product, input_precision=PRECISION)
+            added = tl.dot(w_block, block, sums[(group + k) % SUMS], input_precision=PRECISION)
+            sums = _with(sums, (group + k) % SUMS, added)
+    product = sums[0]
+    for k in tl.static_range(1, SUMS):
+        product += sums[k]
     return product
+
+
+@triton.jit
+def _with(values, PLACE: tl.constexpr, value):
+    """A tuple with another value at one place."""
+    changed = ()
+    for k in tl.static_range(len(values)):
+        changed = changed + (value if k == PLACE else values[k],)
+    return changed
 
 
 @triton.jit

@@ -43,6 +43,29 @@ def prefetch_blocks(ptrs, mask, stride, COUNT: tl.constexpr):
         prefetch(ptrs + j * stride, mask)
 
 
+@triton.constexpr_function
+def _power_of_two(number):
+    return 1 << max(0, number - 1).bit_length()
+
+
+@triton.jit
+def prefetch_sectors(
+    ptr, n, taken, stride, first, COUNT: tl.constexpr, BLOCK_H: tl.constexpr, H: tl.constexpr
+):
+    """Ask memory to bring units from `first` on of COUNT blocks to the L2 cache, in 32 bytes each.
+
+    Where a program's threads hold many numbers each, an instruction for each number would be many.
+
+    Args:
+        n, taken: sequences, and whether they are there. stride: from one to the next.
+    """
+    EACH: tl.constexpr = 256 // ptr.dtype.element_ty.primitive_bitwidth
+    block = tl.arange(0, _power_of_two(COUNT))[None, :, None]
+    unit = first + (tl.arange(0, max(1, BLOCK_H // EACH)) * EACH)[None, None, :]
+    mask = taken[:, None, None] & (block < COUNT) & (unit < H)
+    prefetch(ptr + (n[:, None, None] * stride + block * H + unit), mask)
+
+
 @triton.jit
 def _load_group(ptrs, mask, stride, FIRST: tl.constexpr, LEFT: tl.constexpr):
     if LEFT == 1:

@@ -59,7 +59,6 @@ def chip_of(device: torch.device) -> Chip:
         properties.multi_processor_count,
         limits["max_shared_mem"],
         known[0].matrix_mflops if known else CHIPS["A100"].matrix_mflops,
-        clusters=os.environ.get("TRITON_RNN_CLUSTERS") == "1",
         narrow_apart=properties.major == 10 and not hip and NARROW_PRODUCTS_APART,
     )
 
@@ -133,6 +132,7 @@ def _constants(
         "IN_REGISTERS": plan.in_registers,
         "STREAMED": plan.streamed,
         "PAUSE": plan.pause,
+        "SUMS": plan.sums,
         "HAS_C": cell.has_c,
         "PACKED": packed,
         "PRECISION": precision,
