@@ -1,11 +1,15 @@
 """The planner's constants from the plans that a GPU run has timed.
 
-    python -m bench.gpu_fit bench/results/gpu.json
+    python -m bench.gpu_fit bench/results/gpu-plans.json
 
 Of every plan with W_hh in registers of several programs it takes what a step took and what the
 planner counts for one (`plan.held_counts`, of a cluster's `plan.cluster_counts`), and finds the
-constants, none below zero, whose sums are off by the least part of the measured times. It prints
-them for `plan._HELD_US` and `plan._CLUSTER_US`, and how well they do.
+constants, none below zero, whose sums are off by the least part of the measured times. The nearer a
+plan is to the best of its recurrence the more it counts. It prints the constants for
+`plan._HELD_US` and `plan._CLUSTER_US`, and how well they do.
+
+Pauses are no part of the sums (`plan.paused_part`): of one recurrence's best plan with several ones
+it prints each by itself, for `plan.pause_of` to be judged by.
 """
 
 from __future__ import annotations
@@ -13,17 +17,27 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Callable, Sequence
-from dataclasses import fields
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from bench.gpu_grid import ITEMSIZE
 from triton_rnn.backends.triton import launch
 from triton_rnn.cells import CELLS
-from triton_rnn.kernels.plan import Plan, Shape, cluster_counts, held_counts, turns_of
+from triton_rnn.kernels.plan import (
+    CHIPS,
+    Plan,
+    Shape,
+    cluster_counts,
+    clusters_at_once,
+    held_counts,
+    pause_of,
+    paused_part,
+    turns_of,
+)
 
 ROUNDS = 20_000
 
@@ -49,38 +63,79 @@ def shape_of(case: dict[str, Any]) -> Shape:
     )
 
 
-def measured(
-    data: dict[str, Any], exchange: str = "flag"
-) -> list[tuple[str, float, tuple[float, ...]]]:
-    """Of every plan of an exchange that was timed: its name, a turn's step in us, its counts."""
-    found = []
-    _, counts = FITS[exchange]
+class Row(NamedTuple):
+    """A plan that was timed: its name, a turn's step, what is counted, and how much it counts."""
+
+    name: str
+    us: float
+    counts: tuple[float, ...]
+    weight: float
+
+
+def timed(data: dict[str, Any]) -> Iterator[tuple[dict[str, Any], float, Plan, float]]:
+    """Every plan of a run: its recurrence, the best time of that, and its own, us a step."""
     names = {field.name for field in fields(Plan)}
     for point in data.get("tuning", {}).get("results", []):
-        shape = shape_of(point["case"])
-        for row in point.get("plans", []):
+        rows = [row for row in point.get("plans", []) if row["status"] == "ok"]
+        best = min((row["us_per_step"] for row in rows), default=0.0)
+        for row in rows:
             plan = Plan(**{name: value for name, value in row["plan"].items() if name in names})
-            if plan.exchange == exchange and not plan.pause and row["status"] == "ok":
-                us = row["us_per_step"] / turns_of(shape, plan)
-                blocks = f"{plan.block_h} x {plan.block_n}, {plan.warps} warps"
-                found.append((f"{point['id']} {blocks}", us, counts(shape, plan)))
+            yield point, best, plan, row["us_per_step"]
+
+
+def measured(data: dict[str, Any], exchange: str = "flag", chip: str = "H200") -> list[Row]:
+    """Every plan of an exchange that was timed, with the planner's pause or none."""
+    found = []
+    _, counts = FITS[exchange]
+    for point, best, plan, us in timed(data):
+        if plan.exchange != exchange or plan.pause not in (0, pause_of(plan)):
+            continue
+        if exchange == "cluster" and plan.slots * plan.at_once > clusters_at_once(
+            CHIPS[chip], plan.cluster
+        ):
+            # Some wait until others are done.
+            continue
+        shape = shape_of(point["case"])
+        step = us / turns_of(shape, plan) / paused_part(plan)
+        blocks = f"{plan.block_h} x {plan.block_n}, {plan.warps} warps"
+        found.append(Row(f"{point['id']} {blocks}", step, counts(shape, plan), best / us))
     return found
 
 
-def fitted(us: Sequence[float], counts: Sequence[tuple[float, ...]]) -> np.ndarray:
+def pauses(data: dict[str, Any]) -> Iterator[str]:
+    """A line for each recurrence whose plan was timed with several pauses."""
+    found: dict[tuple[str, Plan], dict[int, float]] = {}
+    for point, _, plan, us in timed(data):
+        if plan.exchange == "flag":
+            found.setdefault((point["id"], replace(plan, pause=0, floor_us=0.0)), {})[
+                plan.pause
+            ] = us
+    for (name, plan), times in found.items():
+        if len(times) > 2:
+            each = ", ".join(f"{pause}: {us:.2f}" for pause, us in sorted(times.items()))
+            yield f"{name:48s} {plan.units:3d} programs, {pause_of(plan)} by the rule; {each}"
+
+
+def fitted(
+    us: Sequence[float],
+    counts: Sequence[tuple[float, ...]],
+    weights: Sequence[float] | None = None,
+) -> np.ndarray:
     """The constants, none below zero, of the least squares of relative errors.
 
     By multiplicative updates (Lee and Seung, 2001), which keep signs: all numbers here are
     positive.
     """
-    shares = np.array(counts) / np.array(us)[:, None]
-    scale = shares.mean(0)
+    weight = np.ones(len(us)) if weights is None else np.array(weights)
+    shares = np.array(counts) / np.array(us)[:, None] * weight[:, None]
+    # Of what nothing counts, nothing is known.
+    scale = np.where(shares.any(0), shares.mean(0), np.inf)
     shares = shares / scale
-    wanted = shares.T @ np.ones(len(us))
+    wanted = shares.T @ weight
     gram = shares.T @ shares
     constants = np.full(shares.shape[1], 1.0 / shares.shape[1])
     for _ in range(ROUNDS):
-        constants *= wanted / (gram @ constants)
+        constants *= wanted / np.maximum(gram @ constants, 1e-30)
     return constants / scale
 
 
@@ -96,12 +151,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 1
     for exchange, rows in found.items():
         if rows:
-            _, us, counts = zip(*rows, strict=True)
-            constants = fitted(us, counts)
+            _, us, counts, weights = zip(*rows, strict=True)
+            constants = fitted(us, counts, weights)
             print(FITS[exchange][0], "=", tuple(float(f"{value:.4f}") for value in constants))
-            for name, taken, count in rows:
+            for name, taken, count, _ in rows:
                 part = constants @ count / taken
                 print(f"{name:52s} {taken:6.2f} us a turn's step, {part:.2f} of it")
+    for line in pauses(data):
+        print(line)
     return 0
 
 

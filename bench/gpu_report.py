@@ -329,8 +329,6 @@ def machine_line(data: Data) -> str:
 
 def markdown(data: Data) -> str:
     state = "finished" if data.get("finished") else "not finished"
-    rows = timed(data)
-    slow = slower(data)
     every = of(data, "correctness") + of(data, "timing") + of(data, "tuning")
     every += beside_timing(data)
     starts = [text for part in data.values() if isinstance(part, dict)
@@ -339,12 +337,27 @@ def markdown(data: Data) -> str:
         f"# A run on a GPU ({state}, {number(data.get('seconds'), 0)} s)\n",
         machine_line(data) + "\n",
         *(f"A child process did not start:\n\n```\n{text[-2000:]}\n```\n" for text in starts),
-        "## Goals\n",
-        goals(data),
-        "## Correctness\n",
-        correctness(data),
-        "## What failed\n",
-        failure_list(every),
+    ]
+    # Of a run of some parts what belongs to them.
+    if "timing" in data:
+        parts += ["## Goals\n", goals(data)]
+    if "correctness" in data:
+        parts += ["## Correctness\n", correctness(data)]
+    parts += ["## What failed\n", failure_list(every)]
+    if "timing" in data:
+        parts += _times(data)
+    if "tuning" in data:
+        parts += [
+            "## Plans of single recurrences\n",
+            "One kernel alone, its buffers' allocation and filling included; fastest first.\n",
+            tuning(data),
+        ]
+    return "\n".join([*parts, "## Not reached\n", not_reached(data)])
+
+
+def _times(data: Data) -> list[str]:
+    rows, slow = timed(data), slower(data)
+    return [
         "## Time: torch.nn's over ours, geometric means\n",
         "Device time by events, of cuDNN as torch.nn calls it by default, in turn with ours on "
         "`auto` and with the kernels asked for by name; wall time includes the launches, host time "
@@ -368,13 +381,7 @@ def markdown(data: Data) -> str:
         "## Few steps\n",
         "Where launches cost more than the device does.\n",
         cases_beside(data, "short"),
-        "## Plans of single recurrences\n",
-        "One kernel alone, its buffers' allocation and filling included; fastest first.\n",
-        tuning(data),
-        "## Not reached\n",
-        not_reached(data),
     ]
-    return "\n".join(parts)
 
 
 def summary(data: Data) -> str:

@@ -184,7 +184,7 @@ def summary(notes: Tensor) -> dict[str, float]:
 
 
 def plans_of(point: TuningPoint, device: torch.device) -> list[Plan]:
-    """The planner's choice with every pause, and the best plan of a cluster; forward alone.
+    """The planner's choice, with a flag every pause; and forward the best plan of a cluster.
 
     None that waits several times a step: of those waits only the last would be noted.
     """

@@ -25,7 +25,7 @@ from triton_rnn.kernels.plan import (  # noqa: E402
     turns_of,
 )
 
-KEPT = ROOT / "bench" / "results" / "gpu.json"
+KEPT = ROOT / "bench" / "results" / "gpu-plans.json"
 
 
 def test_the_constants_of_times_that_are_such_sums_are_found():
@@ -37,21 +37,21 @@ def test_the_constants_of_times_that_are_such_sums_are_found():
 
 
 def test_the_planners_constants_describe_the_kept_results():
-    """To a sixth of most times; one shape, an RNN of many units, is far better than its model."""
+    """To a sixth of most times; of plans that nobody chooses some are far off."""
     rows = gpu_fit.measured(json.loads(KEPT.read_text()))
     assert len(rows) >= 30
     errors = []
-    for name, us, counts in rows:
+    for name, us, counts, weight in rows:
         model = sum(constant * count for constant, count in zip(_HELD_US, counts, strict=True))
         errors.append(abs(model / us - 1))
-        assert errors[-1] < 0.5, name
+        assert errors[-1] < 0.5 or weight < 0.7, name
     assert statistics.median(errors) < 1 / 6
 
 
 def test_plans_of_clusters_are_fitted_by_their_own_counts(capsys, tmp_path):
     shape = Shape("forward", 4, 128, 1, 16, 2, 1, 16)
     plans = list(plan_module._plans(shape, CHIPS["H200"], "cluster"))
-    constants = np.array([0.4, 0.03, 2.0])
+    constants = np.array([0.1, 0.03, 1.5, 0.2, 0.0])
     rows = [
         {
             "plan": asdict(plan),
@@ -74,7 +74,11 @@ def test_the_command_prints_constants_and_how_well_they_do(capsys, tmp_path):
     assert gpu_fit.main([os.fspath(KEPT)]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].startswith("_HELD_US = (") and lines[0].count(",") == len(_HELD_US) - 1
-    assert len(lines) == 1 + len(gpu_fit.measured(json.loads(KEPT.read_text())))
+    fitted = [line for line in lines if line.endswith(" of it")]
+    data = json.loads(KEPT.read_text())
+    assert len(fitted) == sum(len(gpu_fit.measured(data, name)) for name in gpu_fit.FITS)
+    # And every recurrence whose plan was tried with several pauses.
+    assert len(lines) - len(fitted) - 2 == len(list(gpu_fit.pauses(data))) > 5
     empty = tmp_path / "gpu.json"
     empty.write_text("{}")
     assert gpu_fit.main([os.fspath(empty)]) == 1

@@ -27,7 +27,7 @@ def data():
 def test_the_rules_lose_nowhere_and_forgo_little(data):
     """Of the kept run's cases: a change to the planner's model or to a rule is seen here."""
     cases = gpu_rules.judged(data)
-    assert len(cases) >= 100
+    assert len(cases) >= 97
     taken = [case for case in cases if not case.reason]
     assert 0 < len(taken) < len(cases)
     # What is off by a hundredth is the clock's.
