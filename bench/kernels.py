@@ -324,6 +324,8 @@ def examine(kernel: Kernel) -> Row:
         # itself takes.
         if binary.metadata.shared > weights >= 32 * 1024:
             problems.append("W_hh is not in registers")
+    if constants.get("EXCHANGE") == "flag" and _waits_before_it_multiplies(code):
+        problems.append("warps wait for each other between what they look for and its product")
     if constants.get("EXCHANGE") == "cluster":
         problems += _of_a_cluster(constants, kernel.name == "backward", binary, loop)
     return Row(
@@ -335,6 +337,22 @@ def examine(kernel: Kernel) -> Row:
         loop,
         tuple(problems),
     )
+
+
+def _waits_before_it_multiplies(code: list[str]) -> bool:
+    """Whether a barrier stands between a look at what others send and matrix instructions.
+
+    Triton puts it where shared memory asks for it, and ptxas moves it ahead of what touches none.
+    """
+    looked = False
+    for line in map(_code, code):
+        if line.startswith("LDG.E.128.STRONG.GPU"):
+            looked = True
+        elif line.startswith("HMMA"):
+            looked = False
+        elif looked and line.startswith("BAR."):
+            return True
+    return False
 
 
 def _of_a_cluster(

@@ -117,6 +117,7 @@ def exchanging(
     splits=2,
     together=1,
     streamed=0,
+    sums=1,
 ):
     """Programs that exchange their states, which the planner never gives the interpreter.
 
@@ -142,6 +143,7 @@ def exchanging(
             splits=splits,
             together=together,
             streamed=streamed,
+            sums=sums,
             units=-(-request.hidden_size // block_h),
             slots=slots,
             at_once=min(at_once, request.directions),

@@ -183,9 +183,12 @@ def test_weights_that_are_read_again_at_every_step(
     assert all(map(torch.equal, ours.parameters(), before)), "the backward's copy is its own"
 
 
-@pytest.mark.parametrize(("splits", "together"), [(1, 1), (1, 2), (1, 8), (4, 1), (2, 2)])
-def test_no_cut_of_the_inner_dimension_loses_half_a_word(monkeypatch, splits, together):
-    exchanging(monkeypatch, *EXCHANGES["flag"], block_h=16, splits=splits, together=together)
+@pytest.mark.parametrize(
+    ("splits", "together", "sums"), [(1, 1, 1), (1, 2, 2), (1, 8, 4), (4, 1, 1), (2, 2, 2)]
+)
+def test_no_cut_of_the_inner_dimension_loses_half_a_word(monkeypatch, splits, together, sums):
+    cut = {"splits": splits, "together": together, "sums": sums}
+    exchanging(monkeypatch, *EXCHANGES["flag"], block_h=16, **cut)
     Threads(monkeypatch)
     exact, ours = exact_and_ours("gru", 5, 56, dtype=torch.float16)
     input, hx = input_and_hx("gru", ours, 3, 3, 5, batch=3)
