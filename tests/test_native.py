@@ -478,3 +478,50 @@ def test_the_sanitizers_would_see_a_store_beyond_a_row(tmp_path):
     done = sanitized(tmp_path, source)
     assert done.returncode != 0
     assert "ERROR: AddressSanitizer" in done.stderr
+
+
+def saved_by(module, input, hx=None):
+    """How many numbers a call keeps for its backward, beside what the caller has."""
+    kept = []
+
+    def pack(tensor):
+        kept.append(tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        module(input, hx)
+    callers = {
+        tensor.data_ptr() for tensor in (input, hx, *module.parameters()) if tensor is not None
+    }
+    return sum(tensor.numel() for tensor in kept if tensor.data_ptr() not in callers)
+
+
+@pytest.mark.parametrize("bidirectional", [False, True])
+def test_an_rnn_keeps_each_state_once(bidirectional):
+    """What one step has after it the next one has before it, and the first one is given."""
+    module = triton_rnn.RNN(64, 64, bidirectional=bidirectional)
+    input, hx = torch.randn(20, 3, 64), torch.randn(1 + bidirectional, 3, 64)
+    states = 20 * 3 * 64 * (1 + bidirectional)
+    with triton_rnn.use_backend("native"):
+        for given in (None, hx):
+            assert states <= saved_by(module, input, given) < 1.1 * states
+
+
+@pytest.mark.parametrize("given", [True, False], ids=["given", "zeros"])
+@pytest.mark.parametrize("bidirectional", [False, True])
+def test_what_an_rnns_sequences_begin_with_gets_into_the_gradient_of_weight_hh(
+    bidirectional, given
+):
+    """Also where they begin at different steps: packed, in the second direction."""
+    theirs, ours = twins("rnn_tanh", 5, 9, bidirectional=bidirectional)
+    input = random(7, 4, 5)
+    hx = random(1 + bidirectional, 4, 9, seed=1) if given else None
+    found = []
+    for module in (theirs, ours):
+        with triton_rnn.use_backend("native"):
+            packed = pack_padded_sequence(input, [7, 5, 5, 1])
+            output, h_n = module(packed, hx)
+        (output.data.square().sum() + h_n.sum()).backward()
+        found.append([parameter.grad for parameter in module.parameters()])
+    for expected, actual in zip(*found, strict=True):
+        torch.testing.assert_close(actual, expected)

@@ -555,8 +555,8 @@ def backward(
         request,
         array("q", batch_sizes) if batch_sizes else None,
         rows,
-        # The states before the first step are among what the forward saved.
-        (input, None, None),
+        # The states before the first step are among what the forward saved, but of these cells.
+        (input, h_0 if request.cell.name in ("rnn_tanh", "rnn_relu") else None, None),
         weights,
         (None, None, None, saved[0]),
         grads if len(grads) == 3 else (*grads, None),

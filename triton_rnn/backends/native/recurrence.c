@@ -249,8 +249,9 @@ static const int GATES[] = {1, 1, 3, 4, 4, OWN_GATES};
 /* Those with a part of W_hh. */
 static const int PRODUCTS[] = {1, 1, 3, 4, 4, OWN_PRODUCTS};
 
-/* Numbers kept per hidden unit and row for the backward. The first is h before the step, of the
-   output's size; the others are listed with cell_forward. */
+/* Numbers kept per hidden unit and row for the backward; ahead of them, of the output's size, h
+   before the step. They are listed with cell_forward. Of a plain call of RNN they are h, and so
+   what the next step has before it: there no row has it twice. */
 static const int KEPT[] = {1, 1, HAS_NORM ? 10 : 4, HAS_NORM ? 14 : 5, 6, OWN_KEPT};
 /* And of a row as a whole, at its end: normalized.h. */
 enum { SCALES = HAS_NORM ? 4 : 0 };
@@ -258,9 +259,9 @@ enum { SCALES = HAS_NORM ? 4 : 0 };
 /* What an extended call keeps behind these, of the output's size each: h before the step where the
    first is masked and GRU wants both, and h before it is clipped. */
 typedef struct {
-    i64 row, before, unclipped;
+    i64 row, first, before, unclipped;
 } Kept;
-static Kept kept_of(i64 cell, i64 hidden, i64 output, int masks, int clips);
+static Kept kept_of(i64 cell, i64 hidden, i64 output, int extended, int masks, int clips);
 
 /* Gradients of preactivations per hidden unit and row. GRU's new gate has two, since the reset gate
    stands between its input's part and its state's part; where both parts are normalized by
@@ -415,9 +416,11 @@ INLINE i64 padded(i64 count)
 {
     return (count + LANES - 1) / LANES * LANES;
 }
-static Kept kept_of(i64 cell, i64 hidden, i64 output, int masks, int clips)
+static Kept kept_of(i64 cell, i64 hidden, i64 output, int extended, int masks, int clips)
 {
-    Kept kept = {.row = padded(output) + KEPT[cell] * padded(hidden) + padded(SCALES)};
+    const int is_h_alone = !extended && !HAS_OWN && cell <= RNN_RELU;
+    Kept kept = {.first = is_h_alone ? 0 : padded(output)};
+    kept.row = kept.first + KEPT[cell] * padded(hidden) + padded(SCALES);
     if (masks && cell == GRU) {
         kept.before = kept.row;
         kept.row += padded(output);
@@ -430,8 +433,8 @@ static Kept kept_of(i64 cell, i64 hidden, i64 output, int masks, int clips)
 }
 INLINE Kept kept_by(const Call *call, const Extras *e)
 {
-    return kept_of(call->cell, call->hidden_size, call->output_size, e && e->recurrent_mask,
-                   e && e->clip_h > 0);
+    return kept_of(call->cell, call->hidden_size, call->output_size, e != NULL,
+                   e && e->recurrent_mask, e && e->clip_h > 0);
 }
 /* 1 where a mask is set, 0 where not: the first `count` of a vector. */
 INLINE vec load_mask(const uint8_t *from, i64 count)
@@ -902,7 +905,7 @@ typedef struct {
     /* What W_hh is multiplied with: `before`, or that and a mask. */
     const REAL *operand;
     REAL *saved;
-    i64 kept_row, chunk_rows;
+    i64 kept_row, kept_first, chunk_rows;
     Matrix input_weight, state_weight, projection;
     /* The unit that state_weight begins with. */
     i64 origin;
@@ -934,7 +937,9 @@ typedef struct {
     /* What x gets, rows as they are ours: call->grad_x, or what is added to it at the end. */
     REAL *grad_x;
     const REAL *saved;
-    i64 kept_row;
+    i64 kept_row, kept_first;
+    /* h before the first step, where that is zeros and no row has kept it. */
+    REAL *zeros;
     /* Where a row of what was kept has the h that GRU's update gate weighs; 0 but for masked calls. */
     i64 before_at;
     /* Of an extended call: gradients that go past the cell by a zoneout, those that the initial
@@ -1039,7 +1044,8 @@ INLINE void step_block(int cell, int R, int U, const Call *call, const Forward *
             if (call->keep)
                 UNROLL for (int k = 0; k < 6; k++)
                     if (k < KEPT[cell] || (cell == LSTM && k == 5 && is_projected))
-                        store(kept_rows + (row + r) * f->kept_row + Pp + k * Hp + at, kept[k]);
+                        store(kept_rows + (row + r) * f->kept_row + f->kept_first + k * Hp + at,
+                              kept[k]);
         }
 }
 
@@ -1265,6 +1271,7 @@ static void plan_forward(const Call *call, const Extras *e, Arena *arena, Forwar
     f->passing_ih = steps == call->steps && !(e && e->order) ? call->weights[0][0] : NULL;
     f->passing_hh = call->steps == 1 && HAS_PRODUCT ? call->weights[0][1] : NULL;
     f->kept_row = kept_by(call, e).row;
+    f->kept_first = kept_by(call, e).first;
     const i64 wide = panel_numbers(Hp / LANES * PRODUCTS[call->cell], P, step_width(call->cell));
     const i64 apart = HAS_OWN ? OWN_PRODUCTS : 1;
     const i64 projection = call->cell == LSTM_PROJECTED ? panel_numbers(Pp / LANES, H, WIDTH) : 0;
@@ -1607,7 +1614,7 @@ static void forward_direction(const Call *call, const i64 *offsets, int d, Forwa
         }
         const REAL *preact = f.preact + (row - first_row(call, offsets, ready_from)) * G * Hp;
         REAL *kept = call->keep ? f.saved + row * f.kept_row : NULL;
-        if (call->keep)
+        if (call->keep && f.kept_first)
             copy_columns(kept, f.kept_row, f.operand, Pp, rows, column, last);
         if (e)
             before_step(call, &f, rows, kept, own);
@@ -1755,7 +1762,9 @@ static void plan_backward(const Call *call, const Extras *e, i64 rows, Arena *ar
     const int is_projected = call->cell == LSTM_PROJECTED;
     const Kept kept = kept_by(call, e);
     b->kept_row = kept.row;
+    b->kept_first = kept.first;
     b->before_at = kept.before;
+    b->zeros = take(arena, (size_t)(kept.first ? 0 : Pp * number));
     b->chunk_rows = rows < STEP_ROWS ? rows : N > STEP_ROWS ? N : STEP_ROWS;
     b->grads = take(arena, (size_t)(b->chunk_rows * GRADS[call->cell] * Hp * number));
     b->dh = take(arena, (size_t)(N * Pp * number));
@@ -1798,7 +1807,7 @@ INLINE void backward_step(int cell, const Call *call, const Backward *b, i64 row
             vec kept[6], grad[4], before = {0}, dc = load(b->dc + row * Hp + unit);
             UNROLL for (int k = 0; k < 5; k++)
                 if (k < kept_count)
-                    kept[k] = load(kept_row + Pp + k * Hp + unit);
+                    kept[k] = load(kept_row + b->kept_first + k * Hp + unit);
             if (cell == GRU)
                 before = load(kept_row + b->before_at + unit);
             vec past = cell_backward(cell, relu, load(dh + row * Hp + unit), before, kept,
@@ -1880,10 +1889,10 @@ static void any_backward_step(const Call *call, const Backward *b, const Member 
     }
 }
 
-/* Some steps that follow on each other, and whose gradients are in b->grads: their first row, how
-   many there are, and whether other steps have been here before. */
+/* Some steps that follow on each other, and whose gradients are in b->grads: the first of them, its
+   first row, how many rows there are, and whether other steps have been here before. */
 typedef struct {
-    i64 first, rows;
+    i64 from, first, rows;
     int begun;
 } Steps;
 
@@ -1930,6 +1939,20 @@ static void add_sums(REAL *to, i64 units, const REAL *columns, i64 count, int be
     }
 }
 
+/* h before step t of a row of it: kept there, or as what the step before it has kept. */
+static const REAL *before_of(const Call *call, const i64 *offsets, const Backward *b, int d, i64 t,
+                             i64 n)
+{
+    if (b->kept_first)
+        return b->saved + (first_row(call, offsets, t) + n) * b->kept_row;
+    const i64 before = d ? t + 1 : t - 1;
+    if (before >= 0 && before < call->steps && n < rows_of(call, before))
+        return b->saved + (first_row(call, offsets, before) + n) * b->kept_row;
+    if (!call->h_0)
+        return b->zeros;
+    return (const REAL *)call->h_0 + (d * call->batch + n) * call->output_size;
+}
+
 /* What weights and x get from the gradients of the preactivations of some steps, before these make
    room for those of the next; weights by units, x by rows. */
 static void after_steps(const Call *call, int d, const Backward *b, const Member *me, Steps steps,
@@ -1954,16 +1977,20 @@ static void after_steps(const Call *call, int d, const Backward *b, const Member
     for (int which = 0; which < 2; which++)
         rows_of[which] = (Matrix){b->rows + (2 * me->index + which) * b->room, WIDTH * LANES,
                                   WIDTH * LANES * ROWS_AT_ONCE};
-    i64 row = 0;
+    i64 row = 0, t = steps.from;
     do { /* Once for no rows too: their gradients are zeros. */
         const i64 count = steps.rows - row < block ? steps.rows - row : block;
         const int begun = steps.begun || row;
         for (i64 i = 0; i < count && grad_weights[0]; i++)
             into_panels(row_of_x(call, offsets, b->places, steps.first + row + i), I,
                         rows_of[0].panel, (REAL *)rows_of[0].first + i * WIDTH * LANES);
-        for (i64 i = 0; i < count && grad_weights[1]; i++)
-            into_panels(kept + (row + i) * b->kept_row, P, rows_of[1].panel,
-                        (REAL *)rows_of[1].first + i * WIDTH * LANES);
+        for (i64 i = 0; i < count && grad_weights[1]; i++) {
+            const i64 at = steps.first + row + i;
+            while (at >= first_row(call, offsets, t + 1))
+                t++;
+            const REAL *from = before_of(call, offsets, b, d, t, at - first_row(call, offsets, t));
+            into_panels(from, P, rows_of[1].panel, (REAL *)rows_of[1].first + i * WIDTH * LANES);
+        }
         int there = -1;
         for (int g = 0; g < most; g++)
             for (int i = 0; i < 4; i++) {
@@ -2140,6 +2167,7 @@ static void backward_direction(const Call *call, const i64 *offsets, int d, cons
     if (me->index == 0) {
         memset(b->dh, 0, (size_t)(N * Pp) * sizeof(REAL));
         memset(b->dc, 0, (size_t)(OTHERS * N * Hp) * sizeof(REAL));
+        memset(b->zeros, 0, (size_t)(b->kept_first ? 0 : Pp) * sizeof(REAL));
         if (call->grad_h_n)
             take_states(b->dh, Pp, (const REAL *)call->grad_h_n + d * N * P, P, N, e);
         if (call->grad_c_n)
@@ -2156,6 +2184,7 @@ static void backward_direction(const Call *call, const i64 *offsets, int d, cons
         const i64 row = first_row(call, offsets, t);
         if (t < from || t >= to) {
             steps_together(call, t, !d, b->chunk_rows, &from, &to);
+            steps.from = from;
             steps.first = first_row(call, offsets, from);
             steps.rows = first_row(call, offsets, to) - steps.first;
         }
@@ -2321,13 +2350,13 @@ EXPORT i64 backward_extended(const Call *call, const Extras *extras)
    output size, and a vector at the end. */
 EXPORT i64 saved_numbers(i64 cell, i64 rows, i64 hidden, i64 output, i64 directions)
 {
-    return directions * rows * kept_of(cell, hidden, output, 0, 0).row + LANES;
+    return directions * rows * kept_of(cell, hidden, output, 0, 0, 0).row + LANES;
 }
 /* Likewise of an extended call, with a recurrent mask, with a largest |h|. */
 EXPORT i64 saved_numbers_extended(i64 cell, i64 rows, i64 hidden, i64 output, i64 directions,
                                   i64 masks, i64 clips)
 {
-    return directions * rows * kept_of(cell, hidden, output, masks != 0, clips != 0).row + LANES;
+    return directions * rows * kept_of(cell, hidden, output, 1, masks != 0, clips != 0).row + LANES;
 }
 
 /* Numbers in a vector. */
