@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 import threading
+import zlib
 from pathlib import Path
 
 import pytest
@@ -22,7 +23,7 @@ from tolerances import (
 from torch.nn.utils.rnn import pack_padded_sequence
 
 import triton_rnn
-from triton_rnn import functional
+from triton_rnn import functional, op
 from triton_rnn.backends import native
 from triton_rnn.cells import CELLS
 
@@ -58,7 +59,7 @@ class Recorder:
     def layers(self):
         """The backends of all operators of ours in all graphs."""
         return [
-            node.args[-1]
+            node.args[-2]
             for graph in self.graphs
             for node in graph
             if "triton_rnn" in str(node.target)
@@ -318,7 +319,7 @@ def test_the_operator_keeps_torchs_rules_for_operators(name, save, backend):
     input, h_0, c_0, *weights = operands(name)
     torch.library.opcheck(
         torch.ops.triton_rnn.layer.default,
-        (input, h_0, c_0, weights, name, True, save, backend),
+        (input, h_0, c_0, weights, name, True, save, backend, ""),
     )
 
 
@@ -330,7 +331,7 @@ def test_the_backwards_operator_keeps_torchs_rules_for_operators(name):
     states = CELLS[name].states
     for backend in ("native", "torchscript"):
         arguments = (input, h_0, c_0, weights)
-        results = torch.ops.triton_rnn.layer(*arguments, name, True, True, backend)
+        results = torch.ops.triton_rnn.layer(*arguments, name, True, True, backend, "")
         grads = [torch.ones_like(result) for result in results[: 1 + states]]
         torch.library.opcheck(
             torch.ops.triton_rnn.layer_backward.default,
@@ -357,7 +358,19 @@ def test_the_operator_refuses_tensors_that_do_not_fit(backend, misuse):
     MISUSES[misuse](tensors)
     input, h_0, c_0, *weights = tensors
     with pytest.raises(RuntimeError, match="triton_rnn::layer"):
-        torch.ops.triton_rnn.layer(input, h_0, c_0, weights, "gru", True, False, backend)
+        torch.ops.triton_rnn.layer(input, h_0, c_0, weights, "gru", True, False, backend, "")
+
+
+def test_a_graph_names_what_the_backends_of_this_version_save():
+    """Else one that a compiler has kept on disk would be run with what another version saves."""
+    recorder = Recorder()
+    module = triton_rnn.GRU(3, 4)
+    with triton_rnn.allow_compile():
+        torch.compile(module, backend=recorder, fullgraph=True)(torch.randn(5, 2, 3))
+    (node,) = (n for n in recorder.graphs[0] if "triton_rnn" in str(n.target))
+    assert node.args[-1] == op.LAYOUT
+    loops = Path(triton_rnn.__file__).parent / "backends" / "native" / "recurrence.c"
+    assert f"{triton_rnn.__version__}:{zlib.crc32(loops.read_bytes()):08x}" == op.LAYOUT
 
 
 # --- torch.export and ONNX.
@@ -444,8 +457,9 @@ def test_an_exported_program_refuses_no_steps_as_torch_does():
     program = torch.export.export(ours, (torch.randn(5, 2, 3),), dynamic_shapes={"input": sizes})
     layer = torch.ops.triton_rnn.layer
     weights = list(ours.parameters())
+    empty, h_0 = torch.randn(0, 2, 3), torch.zeros(1, 2, 4)
     with pytest.raises(RuntimeError, match="Expected sequence length to be larger than 0 in RNN"):
-        layer(torch.randn(0, 2, 3), torch.zeros(1, 2, 4), None, weights, "gru", True, False, "auto")
+        layer(empty, h_0, None, weights, "gru", True, False, "auto", "")
     assert program.module()(torch.randn(9, 2, 3))[0].shape == (9, 2, 4)
 
 

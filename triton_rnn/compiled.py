@@ -211,7 +211,9 @@ def forward(module: torch.nn.RNNBase, input: Any, hx: Any) -> tuple[Any, Any] | 
         if backend == "reference":
             results = list(_unrolled(CELLS[cell], x, h, c, own_weights))
         else:
-            results = op.layer(x, h, c, own_weights, cell, module.bias, needs_grad, backend)
+            results = op.layer(
+                x, h, c, own_weights, cell, module.bias, needs_grad, backend, op.LAYOUT
+            )
         x = results[0]
         finals.append(results[1 : 3 if has_c else 2])
         if module.dropout > 0 and module.training and number + 1 < layers:

@@ -7,7 +7,9 @@ The others, and "auto", which chooses when it runs, save nothing: their backward
 Eager calls do not go this way: `layer.LayerFunction` is the same thing with less around it.
 """
 
+import zlib
 from collections.abc import Sequence
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -17,6 +19,12 @@ from torch import Tensor
 from triton_rnn import dispatch
 from triton_rnn.cells import CELLS
 from triton_rnn.request import Request, weight_shapes
+from triton_rnn.version import __version__
+
+# What backends save differs between versions of this package, and a compiler that keeps graphs on
+# disk knows them by what an operator is called with: so it is called with this.
+_LOOPS = Path(__file__).parent / "backends" / "native" / "recurrence.c"
+LAYOUT = f"{__version__}:{zlib.crc32(_LOOPS.read_bytes()):08x}"
 
 # Of the backends for the CPU together.
 CPU_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -117,6 +125,7 @@ def layer(
     biased: bool,
     save: bool,
     backend: str,
+    layout: str,
 ) -> list[Tensor]:
     """One layer, all its directions, the whole sequence.
 
@@ -125,6 +134,7 @@ def layer(
         cell: its name in `CELLS`. biased: whether it has biases.
         save: whether a backward will follow.
         backend: its name; "auto" for the fastest one, chosen anew at every run.
+        layout: any text; `LAYOUT`, where the call is in a graph that may be kept.
 
     Returns:
         output, h_n[, c_n] and, if `save` and the backend can, what the backward needs.
@@ -160,6 +170,7 @@ def _(
     biased: bool,
     save: bool,
     backend: str,
+    layout: str,
 ) -> list[Tensor]:
     request = _request(input, h_0, weights, cell, biased, save)
     width = request.directions * request.output_size
@@ -228,7 +239,7 @@ def _(
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
-    input, h_0, c_0, weights, cell, biased, _, backend = inputs
+    input, h_0, c_0, weights, cell, biased, _, backend, _ = inputs
     ctx.save_for_backward(input, h_0, c_0, *weights, *output)
     ctx.cell, ctx.biased, ctx.backend = cell, biased, backend
     ctx.weights = len(weights)
@@ -247,7 +258,7 @@ def _backward(ctx: Any, grads: list[Tensor | None]) -> tuple[Any, ...]:
     )
     grad_input, grad_h_0, *rest = found
     grad_c_0 = rest.pop(0) if c_0 is not None else None
-    return grad_input, grad_h_0, grad_c_0, rest, None, None, None, None
+    return grad_input, grad_h_0, grad_c_0, rest, None, None, None, None, None
 
 
 layer.register_autograd(_backward, setup_context=_setup_context)

@@ -44,7 +44,7 @@ def test_the_operator_keeps_torchs_rules_for_operators(name):
     input, h_0, c_0, *weights = operands(name)
     torch.library.opcheck(
         torch.ops.triton_rnn.layer.default,
-        (input, h_0, c_0, weights, name, True, True, "triton"),
+        (input, h_0, c_0, weights, name, True, True, "triton", ""),
     )
 
 
