@@ -112,9 +112,13 @@ def test_a_clusters_step_has_no_fence_and_sends_its_numbers_to_all(rows):
     seen = [row for row in rows if "cluster" in row["what"]]
     assert bool(seen) == (rows[0]["chip"] in ("H200", "B200"))
     for row in seen:
-        # A number of each thread to all programs; backward eight of its sums to one each.
-        programs = int(re.search(r"(\d+) programs", row["what"]).group(1))
-        assert row["loop"]["sent"] == (programs if row["name"] == "forward" else 8), row
+        # A number of each thread to all programs; backward its sums to one each, four in each round
+        # of sixteen units for every warp.
+        size, warps, programs = map(
+            int, re.search(r"H=(\d+).* (\d+) warps.* (\d+) programs", row["what"]).groups()
+        )
+        sums = 4 * -(-size // (16 * warps))
+        assert row["loop"]["sent"] == (programs if row["name"] == "forward" else sums), row
         assert row["loop"]["barrier"] <= 4, row
         assert "fence" not in row["loop"] and "atomic" not in row["loop"], row
 

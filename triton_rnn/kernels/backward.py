@@ -253,6 +253,7 @@ def recurrence_backward(
     OWN: tl.constexpr = BLOCK_N * BLOCKS * 64
     PIECE: tl.constexpr = _piece_of_copy if STREAMED else _piece
     dtype: tl.constexpr = grad_gates_ptr.dtype.element_ty
+    AHEAD: tl.constexpr = HELD and PTX != "" and H * dtype.primitive_bitwidth % 128 == 0
 
     pid = tl.program_id(0)
     first = pid % NUM_H * BLOCK_H
@@ -362,7 +363,7 @@ def recurrence_backward(
             sent = on_top(nothing, 0, IN_REGISTERS, TOGETHER)
             sent = sent + on_top(nothing, IN_REGISTERS, GATES - IN_REGISTERS, TOGETHER)
 
-        if HELD and PTX != "":
+        if AHEAD:
             far_active, far_row = step_rows(
                 t + 4 * ahead, T, N, batch_sizes_ptr, offsets_ptr, PACKED
             )
@@ -532,7 +533,7 @@ def recurrence_backward(
             else:
                 store_blocks(grad_ptrs, blocks, now, H, 0, WIDTH, MOST, EXCHANGE)
 
-            if HELD and PTX != "":
+            if AHEAD:
                 # See `forward`.
                 taken = n < far_active
                 prefetch_sectors(
@@ -550,7 +551,7 @@ def recurrence_backward(
                 far_active, far_row = step_rows(
                     t + 4 * ahead, T, N, batch_sizes_ptr, offsets_ptr, PACKED
                 )
-            elif PTX != "":
+            elif not HELD and PTX != "":
                 far_active, far_row = step_rows(
                     t + 3 * ahead, T, N, batch_sizes_ptr, offsets_ptr, PACKED
                 )

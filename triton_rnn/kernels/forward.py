@@ -208,6 +208,8 @@ def recurrence_forward(
     STATE: tl.constexpr = BLOCK_N * BLOCKS * 64
     ROWS: tl.constexpr = (GATES if GATES < 3 else (4 if GATES < 5 else 8)) * BLOCK_H
     dtype: tl.constexpr = output_ptr.dtype.element_ty
+    # Rows that do not begin at 16 bytes are loaded in pieces, whose addresses leave no registers.
+    AHEAD: tl.constexpr = HELD and PTX != "" and H * dtype.primitive_bitwidth % 128 == 0
 
     pid = tl.program_id(0)
     first = pid % NUM_H * BLOCK_H
@@ -279,7 +281,7 @@ def recurrence_forward(
             MOST,
         )
 
-        if HELD and PTX != "":
+        if AHEAD:
             far_active, far_row = step_rows(
                 t + 4 * ahead, T, N, batch_sizes_ptr, offsets_ptr, PACKED
             )
@@ -412,7 +414,7 @@ def recurrence_forward(
             if SAVE_C:
                 cells_ptrs = cells_ptr + row * (D * H) + own
                 store_blocks(cells_ptrs, (new_c,), now, H, 0, 1, MOST, EXCHANGE)
-            if HELD and PTX != "":
+            if AHEAD:
                 # One step ahead is enough for what is in the L2 cache: long sequences are not.
                 prefetch_sectors(
                     preact_ptr + far_row * (D * ROW * H) + d * ROW * H,
@@ -428,7 +430,7 @@ def recurrence_forward(
                 far_active, far_row = step_rows(
                     t + 4 * ahead, T, N, batch_sizes_ptr, offsets_ptr, PACKED
                 )
-            elif PTX != "":
+            elif not HELD and PTX != "":
                 far_active, far_row = step_rows(
                     t + 3 * ahead, T, N, batch_sizes_ptr, offsets_ptr, PACKED
                 )
