@@ -16,7 +16,7 @@ import weakref
 import pytest
 import torch
 from tolerances import assert_same_results, flat_outputs, random, random_state, run, twins
-from torch.nn.utils.rnn import pack_padded_sequence
+from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 from torch.utils._pytree import tree_leaves
 
 import triton_rnn
@@ -78,7 +78,18 @@ def assert_same_outcome(found, expected):
             torch.testing.assert_close(found[name], value)
 
 
-@pytest.mark.parametrize("form", ["padded", "batch_first", "unbatched"])
+def _packed(x, form):
+    """A padded input (6, 3, F) in the form of a packed batch, if the form is one."""
+    if form not in ("packed", "unsorted"):
+        return x
+    lengths = [6, 4, 1] if form == "packed" else [2, 6, 4]
+    return pack_padded_sequence(x, lengths, enforce_sorted=form == "packed")
+
+
+FORMS = ["padded", "batch_first", "unbatched", "packed", "unsorted"]
+
+
+@pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("given", [False, True], ids=["zeros", "hx"])
 @pytest.mark.parametrize("layers", [1, 2, 3])
 @pytest.mark.parametrize("bidirectional", [False, True], ids=["one", "both"])
@@ -96,8 +107,8 @@ def test_a_known_call_is_torchs_and_decides_nothing(
         bias=layers != 2,
     )
     shape = (6, 5) if form == "unbatched" else (6, 3, 5)
-    batch = {"padded": 3, "batch_first": 6}.get(form)
-    inputs = [random(*shape) for _ in range(3)]
+    batch = {"unbatched": None, "batch_first": 6}.get(form, 3)
+    inputs = [_packed(random(*shape), form) for _ in range(3)]
     states = [random_state(ours, batch) if given else None for _ in range(3)]
     with torch.no_grad(), triton_rnn.use_backend("native"):
         first = ours(inputs[0], states[0])
@@ -109,7 +120,7 @@ def test_a_known_call_is_torchs_and_decides_nothing(
             assert_same_outcome(outcome(ours, input, state), outcome(theirs, input, state))
 
 
-@pytest.mark.parametrize("form", ["padded", "batch_first", "unbatched"])
+@pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("given", [False, True], ids=["zeros", "hx"])
 @pytest.mark.parametrize("kind", LAYERS)
 def test_a_known_call_trains_alike(monkeypatch, kind, given, form):
@@ -117,12 +128,14 @@ def test_a_known_call_trains_alike(monkeypatch, kind, given, form):
         kind, 5, 7, num_layers=2, bidirectional=True, batch_first=form == "batch_first"
     )
     shape = (6, 5) if form == "unbatched" else (6, 3, 5)
-    batch = {"padded": 3, "batch_first": 6}.get(form)
+    batch = {"unbatched": None, "batch_first": 6}.get(form, 3)
     with triton_rnn.use_backend("native"):
-        run(ours, random(*shape), random_state(ours, batch) if given else None)
-        decides_nothing(monkeypatch)
+        pack = functools.partial(_packed, form=form)
         input, hx = random(*shape), random_state(ours, batch) if given else None
-        assert_same_results(run(ours, input, hx), run(theirs, input, hx))
+        run(ours, input, hx, prepare=pack)
+        decides_nothing(monkeypatch)
+        found, expected = (run(module, input, hx, prepare=pack) for module in (ours, theirs))
+        assert_same_results(found, expected)
 
 
 @pytest.mark.parametrize("given", [False, True], ids=["zeros", "hx"])
@@ -176,7 +189,7 @@ class Other(triton_rnn.Recurrent, gates=2, states=2, products=1, unit_weights=1)
         return torch.tanh(c) - 0.1 * h, c
 
 
-@pytest.mark.parametrize("form", ["padded", "batch_first", "unbatched"])
+@pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("bias", [True, False], ids=["bias", "no bias"])
 @pytest.mark.parametrize("grad", [False, True], ids=["no grad", "grad"])
 @pytest.mark.parametrize("kind", [Mixed, Other, triton_rnn.IndRNN, triton_rnn.CoupledLSTM])
@@ -185,15 +198,17 @@ def test_a_known_call_of_a_users_cell_is_the_references(monkeypatch, kind, grad,
     # What is known of one cell is of no other.
     modules = [cell(5, 7, bias=bias, **options).double() for cell in (Mixed, Other, kind)]
     shape = (6, 5) if form == "unbatched" else (6, 3, 5)
-    batch = {"padded": (3,), "batch_first": (6,)}.get(form, ())
+    batch = {"unbatched": (), "batch_first": (6,)}.get(form, (3,))
 
     def arguments(module, seed):
         states = [random(4, *batch, 7, seed=seed + k) for k in range(module.cell.states)]
-        return random(*shape, seed=seed), tuple(states) if len(states) > 1 else states[0]
+        x = _packed(random(*shape, seed=seed), form)
+        return x, tuple(states) if len(states) > 1 else states[0]
 
     def results(module, seed):
         x, hx = arguments(module, seed)
-        found = tree_leaves(module(x, hx))
+        found = [value for value in tree_leaves(module(x, hx)) if value is not None]
+        found = [value for value in found if value.is_floating_point()]
         if grad:
             total = sum((value * torch.cos(value)).sum() for value in found)
             found += torch.autograd.grad(total, list(module.parameters()))
@@ -341,6 +356,95 @@ def test_a_call_that_differs_in_one_fact_is_not_taken_for_a_known_one(change, ki
         assert_same_outcome(found, expected)
         # And so it is with the call after it.
         assert_same_outcome(outcome(ours, x, hx), outcome(theirs, x, hx))
+
+
+# Packed batches -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("grad", [False, True], ids=["no grad", "grad"])
+@pytest.mark.parametrize("kind", ["rnn_tanh", "gru", "lstm"])
+def test_a_packed_call_is_known_whatever_its_lengths_if_they_are_as_many(monkeypatch, kind, grad):
+    theirs, ours = twins(kind, 5, 7, bidirectional=True)
+    # 6 steps, 4 sequences and 2 rows in a step on average, 15 to 17 in all.
+    every = [[6, 6, 2, 1], [6, 3, 3, 3], [6, 4, 4, 1], [1, 6, 6, 4]]
+    batches = [pack_padded_sequence(random(6, 4, 5), n, enforce_sorted=False) for n in every]
+    with torch.set_grad_enabled(grad):
+        ours(batches[0])
+        decides_nothing(monkeypatch)
+        for batch in batches:
+            assert_same_outcome(outcome(ours, batch), outcome(theirs, batch))
+
+
+def _changed(**fields):
+    return lambda x: PackedSequence(*{**x._asdict(), **fields}.values())
+
+
+def _changed_data(change):
+    return lambda x: PackedSequence(change(x.data), *x[1:])
+
+
+# As `CHANGES`, of a batch with the sizes 3, 2, 2, 2, 1, 1.
+PACKED_CHANGES = {
+    "nothing": lambda x: x,
+    "other lengths": lambda x: pack_padded_sequence(_dense((6, 3, 5)), [6, 3, 2]),
+    "more rows": lambda x: pack_padded_sequence(_dense((6, 3, 5)), [6, 6, 5]),
+    "more steps": lambda x: pack_padded_sequence(_dense((9, 3, 5)), [9, 4, 1]),
+    "more sequences": lambda x: pack_padded_sequence(_dense((6, 4, 5)), [6, 4, 1, 1]),
+    "one length": lambda x: pack_padded_sequence(_dense((6, 3, 5)), [6, 6, 6]),
+    "not sorted": lambda x: pack_padded_sequence(
+        _dense((6, 3, 5)), [1, 6, 4], enforce_sorted=False
+    ),
+    "sorted in a wrong order": lambda x: PackedSequence(
+        *x[:2], torch.tensor([0, 7, 1]), torch.arange(3)
+    ),
+    "padded": lambda x: _dense((6, 3, 5)),
+    "sizes that grow": _changed(batch_sizes=torch.tensor([3, 1, 2, 2, 2, 1])),
+    "too few rows": _changed_data(lambda data: data[:-1]),
+    "too many rows": _changed_data(lambda data: torch.cat([data, data])),
+    "sizes of 32 bits": _changed(batch_sizes=torch.tensor([3, 2, 2, 2, 1, 1], dtype=torch.int32)),
+    "other features": _changed_data(lambda data: torch.cat([data, data], 1)),
+    "data with gaps": _changed_data(_twisted),
+    "rows that lie apart": _changed_data(lambda data: torch.cat([data, data], 1)[:, :5]),
+    "float32": _changed_data(lambda data: data.float()),
+    "integers": _changed_data(lambda data: data.long()),
+    "a subclass": _changed_data(lambda data: data.as_subclass(Subclass)),
+    "data that need a gradient": _changed_data(lambda data: data.clone().requires_grad_()),
+}
+
+
+@pytest.mark.parametrize("grad", [False, True], ids=["no grad", "grad"])
+@pytest.mark.parametrize("kind", ["rnn_tanh", "gru", "lstm"])
+@pytest.mark.parametrize("change", PACKED_CHANGES)
+def test_a_packed_call_that_differs_is_not_taken_for_a_known_one(change, kind, grad):
+    theirs, ours = twins(kind, 5, 7)
+    x, hx = pack_padded_sequence(random(6, 3, 5), [6, 4, 1]), random_state(ours, 3)
+    with torch.set_grad_enabled(grad):
+        for _ in range(2):
+            ours(x, hx)
+            ours(x)
+        changed = PACKED_CHANGES[change](x)
+        for state in (hx, None):
+            found, expected = (outcome(module, changed, state) for module in (ours, theirs))
+            assert_same_outcome(found, expected)
+        assert_same_outcome(outcome(ours, x, hx), outcome(theirs, x, hx))
+
+
+def test_batch_sizes_with_gaps_are_read_as_they_are():
+    """Not beside torch.nn, which reads what lies between them."""
+    gru, x = triton_rnn.GRU(5, 7).double(), pack_padded_sequence(random(6, 3, 5), [6, 4, 1])
+    apart = PackedSequence(x.data, _twisted(x.batch_sizes))
+    with torch.no_grad():
+        expected = gru(x)
+        assert_same_outcome(outcome(gru, apart), flat_outputs(gru, expected))
+
+
+def test_the_wrong_cell_state_of_a_packed_call_is_refused_when_the_call_is_known():
+    lstm, x = triton_rnn.LSTM(5, 7).double(), pack_padded_sequence(random(6, 3, 5), [6, 4, 1])
+    right, wrong = random(1, 3, 7), random(1, 2, 7)
+    with torch.no_grad():
+        lstm(x, (right, right))
+        with pytest.raises(RuntimeError, match=r"Expected hidden\[1\] size"):
+            lstm(x, (right, wrong))
 
 
 # Elsewhere than on the CPU ------------------------------------------------------------------------
@@ -574,7 +678,7 @@ def test_no_memory_raises_in_a_known_call(monkeypatch):
             )
         monkeypatch.setattr(functions, "forward", parts.Function.of(failing, 1))
         decided = functional.Decided(request._replace(needs_grad=False), native, "padded", 1, 0.0)
-        native.remember(key, decided)
+        native.remember(key, decided, 10)
         with triton_rnn.use_backend("reference"), pytest.raises(MemoryError, match="layer"):
             gru(x)
 

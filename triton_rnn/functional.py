@@ -1,6 +1,7 @@
 """A recurrent module's call: layers, directions and dropout over the layer op, padded or packed."""
 
 import functools
+import math
 from collections.abc import Callable, Sequence
 from types import ModuleType
 from typing import Any, NamedTuple
@@ -417,7 +418,7 @@ def seen_before(
     return _known(module, input, hx, dispatch.requested(), kind, deciding, names)
 
 
-def remember(key: bytes | None, decided: Decided) -> None:
+def remember(key: bytes | None, decided: Decided, call: Call) -> None:
     """Spare the next call of this kind the deciding.
 
     Args:
@@ -426,14 +427,14 @@ def remember(key: bytes | None, decided: Decided) -> None:
     global _known
     native = dispatch.backend_module("native")
     if key is not None:
-        native.remember(key, decided)
+        native.remember(key, decided, math.prod(call.input.shape[:-1]))
     elif decided.backend in (native, dispatch.backend_module("triton")) or (
         decided.request.device.type != "cpu"
     ):
         _known = native.known()
 
 
-def again(decided: Decided, input: Tensor, hx: Any, weights: list[Tensor]) -> Call:
+def again(decided: Decided, input: Any, hx: Any, weights: list[Tensor]) -> Call:
     """A call of a kind that was decided about, as `prepare` and `prepare_cell` would have it."""
     h_0, c_0 = hx if isinstance(hx, (tuple, list)) else (hx, None)
     form = decided.form
@@ -444,6 +445,12 @@ def again(decided: Decided, input: Tensor, hx: Any, weights: list[Tensor]) -> Ca
         input = input.unsqueeze(1)
         h_0 = None if h_0 is None else h_0.unsqueeze(1)
         c_0 = None if c_0 is None else c_0.unsqueeze(1)
+    elif form == "packed":
+        batch_sizes, order = input.batch_sizes.tolist(), input.sorted_indices
+        input = input.data
+        if order is not None:
+            h_0 = None if h_0 is None else h_0.index_select(1, order)
+            c_0 = None if c_0 is None else c_0.index_select(1, order)
     elif form != "padded":
         batch_sizes = [decided.request.batch]
         shape = (1, *batch_sizes, decided.request.hidden_size)
@@ -482,7 +489,7 @@ def forward(module: torch.nn.RNNBase, input: Any, hx: Any) -> tuple[Any, Any] | 
         drop = module.dropout if module.training else 0.0
         form = form_of(module, input)
         decided = Decided(call.request, backend, form, module.num_layers, drop)
-        remember(seen, decided)
+        remember(seen, decided, call)
     backend = decided.backend
     run = vars(backend).get("stack", stack)
     if ranges.on():
@@ -622,7 +629,7 @@ def cell_forward(module: torch.nn.RNNCellBase, input: Any, hx: Any) -> tuple[Ten
             return None
         form = "cell" if input.dim() == 2 else "unbatched cell"
         decided = Decided(call.request, dispatch.backend_module(choice.backend), form, 1, 0.0)
-        remember(seen, decided)
+        remember(seen, decided, call)
     if ranges.on():
         with ranges.call(call.request.cell):
             h, *states = stack(call, decided.backend, 1, 0.0)

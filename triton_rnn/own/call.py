@@ -292,7 +292,7 @@ def forward(module: "Recurrent", input: Any, hx: Any) -> tuple[Any, Any]:
         form = functional.form_of(module, input)
         decided = functional.Decided(call.request, backend, form, module.num_layers, drop)
         if module.cell.states <= 2:
-            functional.remember(seen, decided)
+            functional.remember(seen, decided, call)
     with ranges.call(module.cell):
         output, h_n, *others = functional.stack(call, decided.backend, decided.layers, decided.drop)
     states = [h_n]

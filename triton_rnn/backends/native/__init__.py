@@ -475,6 +475,7 @@ _FORMS = {
     "unbatched": calls.UNBATCHED,
     "cell": calls.CELL,
     "unbatched cell": calls.UNBATCHED_CELL,
+    "packed": calls.PACKED,
 }
 
 
@@ -492,12 +493,13 @@ def _places_without_empty(request: Request, places: bytes) -> bytes:
     return bytes(sum(there[:place]) if one else _NOWHERE for place, one in enumerate(there))
 
 
-def remember(key: bytes, decided: Any) -> None:
+def remember(key: bytes, decided: Any, rows: int) -> None:
     """Have `known` tell how calls of a kind are done; it does them, if that is all in C.
 
     Args:
         key: what the call is known by.
         decided: a `functional.Decided`.
+        rows: of all its steps together; other calls of the kind have as many in a step on average.
     """
     request, layers, form = decided.request, decided.layers, _FORMS.get(decided.form)
     elsewhere = decided.backend is not sys.modules[__name__]
@@ -505,9 +507,9 @@ def remember(key: bytes, decided: Any) -> None:
     if elsewhere or form is None or request.needs_grad or drops or layers > calls.MOST_LAYERS:
         calls.learn(key, decided)
         return
-    # A cell is a layer of one step, whose rows it calls packed.
-    request = request._replace(packed=False)
-    rows = request.seq_len * request.batch
+    if form != calls.PACKED:
+        # A cell is a layer of one step, whose rows it calls packed.
+        request = request._replace(packed=False)
     width = request.directions * request.output_size
     parts = []
     for number in range(layers):

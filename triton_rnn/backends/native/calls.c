@@ -41,6 +41,7 @@ PyObject *PyList_New(Py_ssize_t size);
 int PyList_SetItem(PyObject *list, Py_ssize_t index, PyObject *item);
 PyObject *PyLong_FromLong(long number);
 PyObject *PyLong_FromLongLong(long long number);
+PyObject *PyObject_CallFunctionObjArgs(PyObject *function, ...);
 PyObject *PyObject_CallMethodObjArgs(PyObject *object, PyObject *name, ...);
 PyObject *PyObject_CallNoArgs(PyObject *function);
 PyObject *PyObject_GetAttr(PyObject *object, PyObject *name);
@@ -62,7 +63,7 @@ typedef struct {
 enum { METH_FASTCALL = 0x80 };
 
 /* DLPack's numbers for a kind of device and of dtype. */
-enum { CPU = 1, FLOATING = 2 };
+enum { CPU = 1, INTEGER = 0, FLOATING = 2 };
 typedef struct {
     void *data;
     struct {
@@ -227,14 +228,14 @@ static PyObject *call(PyObject *self, PyObject *const *arguments, Py_ssize_t cou
 enum { MOST_QUESTIONS = 8, MOST_FACTS = 384, MOST_OWNED = 256, MOST_LAYERS = 8 };
 
 /* Made once, and never given back. */
-static PyObject *tensor_type, *parameter_type, *known_calls;
+static PyObject *tensor_type, *parameter_type, *packed_type, *make_packed, *known_calls;
 static PyObject *questions[MOST_QUESTIONS], *switches[MOST_QUESTIONS], *is_grad_enabled;
 static PyObject *float32_switch;
 static Py_ssize_t question_count, switch_count;
-static PyObject *new_empty, *parameters, *requires_grad, *transpose;
+static PyObject *new_empty, *parameters, *requires_grad, *transpose, *index_select;
 
 /* How the results of a call are shaped, see `PADDED` and the others of calls.py. */
-enum { PADDED, BATCH_FIRST, UNBATCHED, CELL, UNBATCHED_CELL };
+enum { PADDED, BATCH_FIRST, UNBATCHED, PACKED, CELL, UNBATCHED_CELL };
 /* What Python says about a call: this, and then a Layer for each. Widths are those of a row of the
    output, of h and of c, 0 without c. */
 typedef struct {
@@ -245,10 +246,19 @@ typedef struct {
     char slots[16];
 } Layer;
 
+/* A PackedSequence's fields, borrowed, and where its batch sizes lie; nothing of another input. */
+typedef struct {
+    PyObject *data, *batch_sizes, *sorted, *unsorted;
+    const i64 *sizes;
+    i64 seq_len, batch;
+} Packed;
+
 /* What was seen of a call, and the references that it holds meanwhile. */
 typedef struct {
     i64 facts[MOST_FACTS];
     PyObject *owned[MOST_OWNED];
+    PyObject *input, *states[2]; /* borrowed: rows of a packed one; h_0 and c_0 where they are given */
+    Packed packed;
     int fact_count, owned_count, usual, has_grad, needs_grad;
 } Seen;
 
@@ -327,8 +337,8 @@ static void note_value(Seen *seen, PyObject *value)
     }
 }
 
-/* A tensor, as in look_at. */
-static void note_tensor(Seen *seen, PyObject *object, int dense, Tensor *tensor)
+/* A tensor, as in look_at; how long it is in the dimensions before `first` is no fact. */
+static void note_tensor(Seen *seen, PyObject *object, int dense, int first, Tensor *tensor)
 {
     i64 elements = 1;
     if (!seen->usual)
@@ -342,7 +352,8 @@ static void note_tensor(Seen *seen, PyObject *object, int dense, Tensor *tensor)
                    | (i64)tensor->dtype.lanes << 48);
     note(seen, tensor->device.type | (i64)tensor->device.number << 32);
     for (int i = 0; i < tensor->dimensions; i++) {
-        note(seen, tensor->shape[i]);
+        if (i >= first)
+            note(seen, tensor->shape[i]);
         elements *= tensor->shape[i];
     }
     if (elements == 0)
@@ -377,12 +388,52 @@ static int note_weights(Seen *seen, PyObject *module, PyObject *names, PyObject 
         if (weight == &_Py_NoneStruct) {
             note(seen, -1);
         } else if (weight) {
-            note_tensor(seen, weight, 64, &tensor);
+            note_tensor(seen, weight, 64, 0, &tensor);
             weights[found] = weight;
             pointers[found++] = (i64)(intptr_t)tensor.data;
         }
     }
     return found;
+}
+
+/* A packed batch. Facts are how many steps and sequences there are, and how many rows a step has on
+   average, which is what decisions depend on; the sizes themselves every call has its own. */
+static void note_packed(Seen *seen, PyObject *given, Tensor *input)
+{
+    Packed *packed = &seen->packed;
+    Tensor sizes = {0};
+    packed->data = own(seen, PySequence_GetItem(given, 0));
+    packed->batch_sizes = own(seen, PySequence_GetItem(given, 1));
+    packed->sorted = own(seen, PySequence_GetItem(given, 2));
+    packed->unsorted = own(seen, PySequence_GetItem(given, 3));
+    if (!seen->usual)
+        return;
+    note_tensor(seen, packed->data, 1, 1, input);
+    if (!is_a(packed->batch_sizes, tensor_type) || !look_at(packed->batch_sizes, 1, &sizes)
+        || sizes.dimensions != 1 || sizes.shape[0] == 0 || sizes.dtype.code != INTEGER
+        || sizes.dtype.bits != 64 || sizes.device.type != CPU) {
+        seen->usual = 0;
+        return;
+    }
+    const i64 *of = sizes.data, steps = sizes.shape[0];
+    i64 rows = of[0];
+    for (i64 t = 1; t < steps; t++) {
+        if (of[t] > of[t - 1])
+            seen->usual = 0;
+        rows += of[t];
+    }
+    /* Sequences of one length are done as a padded batch, and what is malformed not here. */
+    if (!seen->usual || of[steps - 1] < 1 || of[steps - 1] == of[0] || rows != input->shape[0]) {
+        seen->usual = 0;
+        return;
+    }
+    packed->sizes = of;
+    packed->seq_len = steps;
+    packed->batch = of[0];
+    note(seen, -5);
+    note(seen, steps);
+    note(seen, of[0]);
+    note(seen, rows / steps);
 }
 
 static void note_states(Seen *seen, PyObject *hx, Tensor *h_0, Tensor *c_0)
@@ -392,12 +443,14 @@ static void note_states(Seen *seen, PyObject *hx, Tensor *h_0, Tensor *c_0)
     note(seen, hx == &_Py_NoneStruct ? -2 : pair ? -3 : -4);
     if (pair && PySequence_Size(hx) == 2) {
         PyObject *h = own(seen, PySequence_GetItem(hx, 0)), *c = own(seen, PySequence_GetItem(hx, 1));
-        note_tensor(seen, h, 64, h_0);
-        note_tensor(seen, c, 64, c_0);
+        note_tensor(seen, h, 64, 0, h_0);
+        note_tensor(seen, c, 64, 0, c_0);
+        seen->states[0] = h, seen->states[1] = c;
     } else if (pair) {
         seen->usual = 0;
     } else if (hx != &_Py_NoneStruct) {
-        note_tensor(seen, hx, 64, h_0);
+        note_tensor(seen, hx, 64, 0, h_0);
+        seen->states[0] = hx;
     }
 }
 
@@ -428,7 +481,7 @@ static int is_disturbed(Seen *seen)
 }
 
 /* A new tensor of up to three dimensions, of the input's type; sizes of 0 are not there. */
-static PyObject *empty(Seen *seen, PyObject *input, i64 a, i64 b, i64 c, i64 *pointer)
+static PyObject *empty(Seen *seen, i64 a, i64 b, i64 c, i64 *pointer)
 {
     const i64 sizes[] = {a, b, c};
     PyObject *numbers[4] = {NULL};
@@ -438,7 +491,7 @@ static PyObject *empty(Seen *seen, PyObject *input, i64 a, i64 b, i64 c, i64 *po
             numbers[count++] = own(seen, PyLong_FromLongLong(sizes[i]));
     PyObject *made = NULL;
     if (seen->usual)
-        made = own(seen, PyObject_CallMethodObjArgs(input, new_empty, numbers[0], numbers[1],
+        made = own(seen, PyObject_CallMethodObjArgs(seen->input, new_empty, numbers[0], numbers[1],
                                                     numbers[2], NULL));
     Tensor tensor;
     if (!made || !look_at(made, 64, &tensor)) {
@@ -449,36 +502,70 @@ static PyObject *empty(Seen *seen, PyObject *input, i64 a, i64 b, i64 c, i64 *po
     return made;
 }
 
+/* A state (.., N, ..) with its sequences in another order; as it is, where there is no other. */
+static PyObject *in_order(Seen *seen, PyObject *state, PyObject *order)
+{
+    if (!state || !order || order == &_Py_NoneStruct)
+        return state;
+    PyObject *one = own(seen, PyLong_FromLong(1));
+    return one ? own(seen, PyObject_CallMethodObjArgs(state, index_select, one, order, NULL)) : NULL;
+}
+static void sort_state(Seen *seen, PyObject *state, Tensor *tensor)
+{
+    PyObject *sorted = in_order(seen, state, seen->packed.sorted);
+    if (sorted && sorted != state && !look_at(sorted, 64, tensor))
+        seen->usual = 0;
+}
+
+/* What a packed call returns for its output. */
+static PyObject *packed_output(Seen *seen, PyObject *rows)
+{
+    const Packed *packed = &seen->packed;
+    if (!rows)
+        return NULL;
+    PyObject *fields = own(seen, PyTuple_Pack(4, rows, packed->batch_sizes, packed->sorted,
+                                              packed->unsorted));
+    return fields ? own(seen, PyObject_CallFunctionObjArgs(make_packed, fields, NULL)) : NULL;
+}
+
 /* Does a call: its results, or nothing; then it was not done, unless there is an error set. */
-static PyObject *run(Seen *seen, PyObject *input, const char *record, const Tensor *x,
-                     const i64 *weights, const Tensor *h_0, const Tensor *c_0)
+static PyObject *run(Seen *seen, const char *record, const Tensor *x, const i64 *weights,
+                     Tensor *h_0, Tensor *c_0)
 {
     Known known;
     memcpy(&known, record, sizeof known);
     const i64 T = known.seq_len, N = known.batch, D = known.directions, bytes = x->dtype.bits / 8;
     const int is_cell = known.form >= CELL;
     const int unbatched = known.form == UNBATCHED || known.form == UNBATCHED_CELL;
+    const int is_packed = known.form == PACKED;
     /* The state of a cell is its output, and no tensor of its own. */
     const i64 state_rows = is_cell ? 0 : known.layers * D, state_batch = unbatched ? 0 : N;
     i64 outputs[MOST_LAYERS], h_n = 0, c_n = 0;
     PyObject *output = NULL, *h = NULL, *c = NULL;
+    sort_state(seen, seen->states[0], h_0);
+    sort_state(seen, seen->states[1], c_0);
     for (i64 layer = 0; layer < known.layers && seen->usual; layer++)
-        output = empty(seen, input, is_cell ? 0 : T, state_batch, known.width, &outputs[layer]);
+        output = is_packed
+                     ? empty(seen, x->shape[0], 0, known.width, &outputs[layer])
+                     : empty(seen, is_cell ? 0 : T, state_batch, known.width, &outputs[layer]);
     if (!is_cell && seen->usual)
-        h = empty(seen, input, state_rows, state_batch, known.h_width, &h_n);
+        h = empty(seen, state_rows, state_batch, known.h_width, &h_n);
     if (known.c_width && seen->usual)
-        c = empty(seen, input, state_rows, state_batch, known.c_width, &c_n);
+        c = empty(seen, state_rows, state_batch, known.c_width, &c_n);
     if (!seen->usual)
         return NULL;
 
-    i64 step = x->strides[0], row = unbatched ? step : x->strides[1];
+    /* From a step to the next, which rows of a packed batch do without, and from a row to the next. */
+    i64 step = x->strides[0], row = step;
+    if (known.form == PADDED)
+        row = x->strides[1];
     if (known.form == BATCH_FIRST)
-        step = x->strides[1], row = x->strides[0];
-    if (known.form == CELL)
-        row = step;
-    /* So that rows lie in order if they can. */
-    step = T == 1 ? N * row : step;
-    row = N == 1 ? step : row;
+        step = x->strides[1];
+    if (!is_packed) {
+        /* So that rows lie in order if they can. */
+        step = T == 1 ? N * row : step;
+        row = N == 1 ? step : row;
+    }
     i64 from = (i64)(intptr_t)x->data, failed = 0;
     void *state = PyEval_SaveThread();
     for (i64 i = 0; i < known.layers && !failed; i++) {
@@ -488,8 +575,9 @@ static PyObject *run(Seen *seen, PyObject *input, const char *record, const Tens
         const i64 h_bytes = i * D * N * known.h_width * bytes;
         const i64 c_bytes = i * D * N * known.c_width * bytes;
         memcpy(fields, layer.shared, sizeof layer.shared);
+        own_fields[0] = (i64)(intptr_t)seen->packed.sizes;
         own_fields[1] = from;
-        own_fields[2] = step;
+        own_fields[2] = is_packed ? 0 : step;
         own_fields[3] = row;
         own_fields[4] = h_0->data ? (i64)(intptr_t)h_0->data + h_bytes : 0;
         own_fields[5] = c_0->data ? (i64)(intptr_t)c_0->data + c_bytes : 0;
@@ -516,6 +604,13 @@ static PyObject *run(Seen *seen, PyObject *input, const char *record, const Tens
     if (known.form == BATCH_FIRST) {
         PyObject *zero = own(seen, PyLong_FromLong(0)), *one = own(seen, PyLong_FromLong(1));
         output = own(seen, PyObject_CallMethodObjArgs(output, transpose, zero, one, NULL));
+    }
+    if (is_packed) {
+        output = packed_output(seen, output);
+        h = in_order(seen, h, seen->packed.unsorted);
+        c = in_order(seen, c, seen->packed.unsorted);
+        if (!seen->usual)
+            return NULL;
     }
     PyObject *states = c ? own(seen, PyTuple_Pack(2, h, c)) : h;
     return output && states ? PyTuple_Pack(2, output, states) : NULL;
@@ -547,7 +642,13 @@ static int gather(Seen *seen, PyObject *const *arguments, PyObject **weights, i6
         return 0;
     seen->has_grad = is_true(has_grad);
     const int found = note_weights(seen, module, arguments[6], weights, pointers);
-    note_tensor(seen, arguments[1], 1, input);
+    seen->input = arguments[1];
+    if (is_a(arguments[1], packed_type)) {
+        note_packed(seen, arguments[1], input);
+        seen->input = seen->packed.data;
+    } else {
+        note_tensor(seen, arguments[1], 1, 0, input);
+    }
     if (seen->usual)
         note_states(seen, arguments[2], h_0, c_0);
     note_value(seen, arguments[3]);
@@ -578,6 +679,8 @@ static PyObject *known(PyObject *self, PyObject *const *arguments, Py_ssize_t co
     int found = 0;
     (void)self;
     seen.fact_count = seen.owned_count = seen.needs_grad = 0;
+    seen.states[0] = seen.states[1] = NULL;
+    memset(&seen.packed, 0, sizeof seen.packed);
     seen.usual = count == 7;
     if (seen.usual)
         found = gather(&seen, arguments, weights, pointers, &input, &h_0, &c_0);
@@ -598,7 +701,7 @@ static PyObject *known(PyObject *self, PyObject *const *arguments, Py_ssize_t co
     else if (record && PyBytes_Size(record) == 0)
         Py_IncRef(result = &_Py_FalseStruct);
     else if (record && seen.usual)
-        result = run(&seen, arguments[1], PyBytes_AsString(record), &input, pointers, &h_0, &c_0);
+        result = run(&seen, PyBytes_AsString(record), &input, pointers, &h_0, &c_0);
     while (seen.owned_count)
         Py_DecRef(seen.owned[--seen.owned_count]);
     if (!result && !PyErr_Occurred())
@@ -607,8 +710,9 @@ static PyObject *known(PyObject *self, PyObject *const *arguments, Py_ssize_t co
 }
 
 /* The functions of this file as Python's, `call` and `known`. Given are the exchange API's address;
-   the types of plain tensors; what must answer no; what answers with a fact, and what with one for
-   float32 that is not on the CPU; is_grad_enabled; and the dictionary of known calls. */
+   the types of plain tensors and of packed batches, and what makes the latter of their fields; what
+   must answer no; what answers with a fact, and what with one for float32 that is not on the CPU;
+   is_grad_enabled; and the dictionary of known calls. */
 __attribute__((visibility("default"))) PyObject *
 functions(const Exchange *given, PyObject *types, PyObject *asked, PyObject *facts,
           PyObject *float32_fact, PyObject *grad, PyObject *calls)
@@ -618,6 +722,8 @@ functions(const Exchange *given, PyObject *types, PyObject *asked, PyObject *fac
     exchange = given;
     tensor_type = PySequence_GetItem(types, 0);
     parameter_type = PySequence_GetItem(types, 1);
+    packed_type = PySequence_GetItem(types, 2);
+    make_packed = PySequence_GetItem(types, 3);
     for (question_count = 0; question_count < PySequence_Size(asked); question_count++)
         questions[question_count] = PySequence_GetItem(asked, question_count);
     for (switch_count = 0; switch_count < PySequence_Size(facts); switch_count++)
@@ -629,6 +735,7 @@ functions(const Exchange *given, PyObject *types, PyObject *asked, PyObject *fac
     parameters = PyUnicode_InternFromString("_parameters");
     requires_grad = PyUnicode_InternFromString("requires_grad");
     transpose = PyUnicode_InternFromString("transpose");
+    index_select = PyUnicode_InternFromString("index_select");
     PyObject *first = PyCFunction_NewEx(&definitions[0], NULL, NULL);
     PyObject *second = PyCFunction_NewEx(&definitions[1], NULL, NULL);
     return first && second ? PyTuple_Pack(2, first, second) : NULL;

@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import PackedSequence
 
 from triton_rnn import dispatch, health
 from triton_rnn.backends.native import build
@@ -35,7 +36,7 @@ MOST_LAYERS = 8
 _MOST_CALLS = 4096
 
 # The forms of a call, as in calls.c.
-PADDED, BATCH_FIRST, UNBATCHED, CELL, UNBATCHED_CELL = range(5)
+PADDED, BATCH_FIRST, UNBATCHED, PACKED, CELL, UNBATCHED_CELL = range(6)
 
 _calls: dict[bytes, Any] = {}
 
@@ -89,7 +90,7 @@ def looking_by(exchange: int) -> Functions | None:
     make.argtypes, make.restype = (ctypes.c_void_p, *[ctypes.py_object] * 6), ctypes.py_object
     made = make(
         exchange,
-        (Tensor, torch.nn.Parameter),
+        (Tensor, torch.nn.Parameter, PackedSequence, PackedSequence._make),
         QUESTIONS,
         (torch._C._get_mkldnn_enabled, torch.get_num_threads, health.failures),
         dispatch.float32_precision,
