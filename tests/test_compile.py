@@ -369,8 +369,12 @@ def test_a_graph_names_what_the_backends_of_this_version_save():
         torch.compile(module, backend=recorder, fullgraph=True)(torch.randn(5, 2, 3))
     (node,) = (n for n in recorder.graphs[0] if "triton_rnn" in str(n.target))
     assert node.args[-1] == op.LAYOUT
-    loops = Path(triton_rnn.__file__).parent / "backends" / "native" / "recurrence.c"
-    assert f"{triton_rnn.__version__}:{zlib.crc32(loops.read_bytes()):08x}" == op.LAYOUT
+    loops = Path(triton_rnn.__file__).parent / "backends" / "native"
+    read = b"".join(
+        file.read_bytes() for file in (loops / "recurrence.c", *sorted(loops.glob("*.h")))
+    )
+    assert b"kept_of(i64 cell" in read, "where it says what a row keeps"
+    assert f"{triton_rnn.__version__}:{zlib.crc32(read):08x}" == op.LAYOUT
 
 
 # --- torch.export and ONNX.

@@ -55,6 +55,17 @@ def test_compiles_once(source, tmp_path, monkeypatch):
     assert files(tmp_path / "cache") == [first]
 
 
+def test_a_changed_header_beside_the_source_is_compiled_anew(source):
+    header = source.with_name("answer.h")
+    header.write_text("enum { MORE = 0 };\n")
+    source.write_text(
+        f'#include "answer.h"\n{source.read_text().replace("ANSWER", "ANSWER + MORE")}'
+    )
+    assert answer(source) == 42
+    header.write_text("enum { MORE = 1 };\n")
+    assert answer(source) == 43
+
+
 def test_folder_and_file_are_the_users_alone(source, tmp_path):
     answer(source)
     folder = tmp_path / "cache"

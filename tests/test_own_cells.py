@@ -275,7 +275,7 @@ def compare_backends(kind, dtype=torch.float64, **options):
 def test_a_product_that_only_occurs_in_a_sum_with_its_input_is_folded_into_it():
     for kind, starts, kept in ((OwnLSTM, (0, 1, 2, 3), 6), (OwnGRU, (0, 1, -1), 4)):
         assert kind.cell.program.starts == starts
-        # As many as recurrence.c keeps for GRU; for LSTM one more, tanh of the cell state.
+        # As many as the C loops keep for GRU; for LSTM one more, tanh of the cell state.
         assert len(kind.cell.program.kept) == kept
         assert len(kind.cell.program.grads) == 4
     both = define(lambda i, u, s: torch.tanh(i[0] + u[0]) * i[0])

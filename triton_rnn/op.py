@@ -23,8 +23,9 @@ from triton_rnn.version import __version__
 
 # What backends save differs between versions of this package, and a compiler that keeps graphs on
 # disk knows them by what an operator is called with: so it is called with this.
-_LOOPS = Path(__file__).parent / "backends" / "native" / "recurrence.c"
-LAYOUT = f"{__version__}:{zlib.crc32(_LOOPS.read_bytes()):08x}"
+_LOOPS = Path(__file__).parent / "backends" / "native"
+_SOURCES = (_LOOPS / "recurrence.c", *sorted(_LOOPS.glob("*.h")))
+LAYOUT = f"{__version__}:{zlib.crc32(b''.join(file.read_bytes() for file in _SOURCES)):08x}"
 
 # Of the backends for the CPU together.
 CPU_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)

@@ -1,4 +1,4 @@
-"""The CPU backend: one C file, compiled by the machine's compiler at first use.
+"""The CPU backend: loops in C, compiled by the machine's compiler at first use.
 
 `recurrence.c` does one layer, all its directions, the whole sequence, in one call, forward or
 backward; here its arguments are put together, by `calls.c` where that can be. The call lets go
@@ -16,7 +16,6 @@ import sys
 import threading
 from array import array
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple
 
@@ -36,7 +35,6 @@ TAKES_NO_STATE = True
 # Which module has the `ExtendedLayer` of this backend.
 TAKES_EXTRAS = f"{__name__}.extended"
 
-_NORMALIZED = Path(__file__).with_name("normalized.h")
 # What `call` of calls.c answers where it leaves a call to `_call`; no place, among `places`.
 _UNUSUAL = 2
 _NOWHERE = 127
@@ -54,7 +52,7 @@ _KINDS = {
     "lstm_normalized": "LSTM_NORMALIZED",
 }
 
-# `struct Call` of recurrence.c, field by field; a pointer is a number of eight bytes. What all
+# `Call` of call.h, field by field; a pointer is a number of eight bytes. What all
 # calls of one request share comes first, and is packed once; what only a backward has comes last.
 _SHARED = struct.Struct("10q")
 _OWN = struct.Struct("20q")
@@ -117,8 +115,7 @@ _making = threading.Lock()
 def _made(dtype: torch.dtype, kind: str) -> Library:
     only, normalized, _ = kind.partition("_NORMALIZED")
     if normalized:
-        headers = {_NORMALIZED.name: _NORMALIZED.read_text("ascii")}
-        return Library(dtype, only, ("-DNORMALIZED",), headers)
+        return Library(dtype, only, ("-DNORMALIZED",))
     return Library(dtype, kind)
 
 

@@ -83,7 +83,7 @@ def library(
     """The library that a C file compiles to, taken from the cache if it is there.
 
     Args:
-        source: the file; it includes no other of its own but `headers`.
+        source: the file; of its own it includes headers beside it, and `headers`.
         extra: flags of the compiler.
         headers: texts of generated files that it includes, by their names.
 
@@ -147,7 +147,9 @@ def _key(
         platform.machine(),
         _processor(),
     ]
-    content = "\0".join(parts).encode() + b"\0" + source.read_bytes()
+    content = "\0".join(parts).encode()
+    for file in (source, *sorted(source.parent.glob("*.h"))):
+        content += b"\0" + file.read_bytes()
     return hashlib.sha256(content).hexdigest()[:24]
 
 

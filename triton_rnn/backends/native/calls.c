@@ -135,7 +135,7 @@ static int pointer_of(PyObject *object, i64 *pointer)
     return 1;
 }
 
-/* What `struct Call` of recurrence.c holds, in its order. */
+/* What `Call` of call.h holds, in its order. */
 enum { SEQ_LEN = 1, BATCH = 2, SHARED = 10, OWN = 23, BACKWARD = 17 };
 enum { MOST_WEIGHTS = 10, MEMORY = 1, UNUSUAL = 2 };
 

@@ -15,7 +15,7 @@ from triton_rnn.backends import native, reference
 from triton_rnn.extras import Extras
 from triton_rnn.request import Request
 
-# `struct Extras` of recurrence.c, field by field.
+# `Extras` of call.h, field by field.
 _EXTRAS = struct.Struct("11q4d")
 
 

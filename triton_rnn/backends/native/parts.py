@@ -32,7 +32,7 @@ class Function(NamedTuple):
         return cls(function, ctypes.cast(function, ctypes.c_void_p).value or 0)
 
 
-# What -DPART of recurrence.c names: a forward, a backward, both for calls with Extras.
+# What -DPART of call.h names: a forward, a backward, both for calls with Extras.
 _PARTS = ("FORWARD", "BACKWARD", "EXTENDED")
 
 
