@@ -63,7 +63,8 @@ TOLERANCES = {
 #   poison: the same bits with all unwritten memory full of NaN.
 #   graph: captured in a CUDA graph and replayed on other numbers.
 #   nonfinite: NaN and infinity in the input come out as torch gives them.
-CHECKS = ("numbers", "repeat", "poison", "graph", "nonfinite")
+#   devices: on all GPUs of the machine, one by one and at the same time; not where there is one.
+CHECKS = ("numbers", "repeat", "poison", "graph", "nonfinite", "devices")
 
 
 @dataclass(frozen=True)
@@ -221,7 +222,14 @@ def _specials() -> list[CheckCase]:
         replace(case, variant="streaming", dtype="float32", directions=2),
         replace(case, cell="gru", variant="stepwise", hidden=100),
     ]
-    return _in_turn(repeat, poison, graph, nonfinite)
+    case = CheckCase("devices", "lstm", "float16", "", 500, 17, 20)
+    devices = [
+        replace(case, hidden=512),
+        replace(case, cell="gru", dtype="bfloat16", variant="cluster", hidden=128, form="packed"),
+        replace(case, dtype="float32_tf32", directions=2, layers=2),
+        replace(case, cell="rnn_tanh", variant="stepwise", hidden=100),
+    ]
+    return _in_turn(repeat, poison, graph, nonfinite, devices)
 
 
 def _in_turn(*lists: list[CheckCase]) -> list[CheckCase]:
@@ -310,6 +318,7 @@ def rehearsal_cases() -> list[CheckCase]:
         replace(case, check="poison", form="packed_unsorted"),
         replace(case, check="nonfinite", dtype="float32", form="padded", batch=5),
         replace(case, check="graph"),
+        replace(case, check="devices", dtype="float32", variant=""),
         replace(case, cell="peephole", variant="stepwise"),
         replace(case, cell="ind_rnn", variant="", dtype="float32", directions=2),
     ]

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import time
 import zlib
+from collections import Counter
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -418,12 +421,63 @@ def check_nonfinite(bench: Bench) -> Result:
     return result
 
 
+def check_devices(bench: Bench) -> Result:
+    """On every GPU, while another one is current: right, the same bits, one by one and together.
+
+    Together means launched in turn before anything is waited for, and then by a thread for each.
+    """
+    case, is_gpu = bench.case, bench.device.type == "cuda"
+    devices = [torch.device("cuda", number) for number in range(torch.cuda.device_count())]
+    if is_gpu and len(devices) < 2:
+        return {"status": "skipped", "error": "there is one GPU"}
+    if not is_gpu:
+        # A rehearsal.
+        devices = [bench.device] * 2
+    modules = [copy.deepcopy(bench.ours).to(device) for device in devices]
+    given = [
+        Data(bench.given.input.to(device), tuple(s.to(device) for s in bench.given.states))
+        for device in devices
+    ]
+
+    def call(number: int) -> Tensors:
+        return our_results(case, modules[number], given[number])
+
+    expected = exact_results(case, bench.exact, bench.given)
+    numbers = range(len(devices))
+    with torch.cuda.device(bench.device) if is_gpu else contextlib.nullcontext():
+        every = [call(number) for number in numbers]
+        rounds = [call(number) for _ in range(REPEATS // 10 if is_gpu else 1) for number in numbers]
+        if is_gpu:
+            # Triton's interpreter is of one thread.
+            with ThreadPoolExecutor(len(devices)) as pool:
+                rounds += pool.map(call, [*numbers] * (REPEATS // 10))
+    for device in devices:
+        gpu_inside.raise_failed_wait(device)
+    home = [{name: value.to(bench.device) for name, value in one.items()} for one in every]
+    found = errors(home[0], expected)
+    for one in home[1:]:
+        for name, (norm, peak) in errors(one, expected).items():
+            found[name] = [max(found[name][0], norm), max(found[name][1], peak)]
+    differ = sorted(
+        name
+        for number, one in enumerate(rounds)
+        for name, value in one.items()
+        if not torch.equal(_bits(value), _bits(every[number % len(devices)][name]))
+    )
+    result = verdict(case, found, devices=len(devices))
+    if differ:
+        said = f"other bits beside other GPUs: {dict(Counter(differ))}"
+        result.update(status="wrong", error=f"{said}; {result['error']}")
+    return result
+
+
 CHECKS: dict[str, Callable[[Bench], Result]] = {
     "numbers": check_numbers,
     "repeat": check_repeat,
     "poison": check_poison,
     "graph": check_graph,
     "nonfinite": check_nonfinite,
+    "devices": check_devices,
 }
 
 

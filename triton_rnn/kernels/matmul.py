@@ -11,7 +11,7 @@ from triton_rnn.kernels.metadata import matmul_metadata
 
 
 @triton.jit
-def _tile(pid, M, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP: tl.constexpr):
+def tile_of(pid, M, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP: tl.constexpr):
     """The block of the result that a program computes.
 
     Programs walk down GROUP blocks of rows before they turn to the next columns, so that those
@@ -72,7 +72,7 @@ def matmul(
     """
     pid = tl.program_id(0)
     tiles = tl.cdiv(M, BLOCK_M) * tl.cdiv(N, BLOCK_N)
-    block_m, block_n = _tile(pid % tiles, M, N, BLOCK_M, BLOCK_N, 8)
+    block_m, block_n = tile_of(pid % tiles, M, N, BLOCK_M, BLOCK_N, 8)
     # Directions and parts of K are the slowest: programs that run together share A and B.
     part = pid // tiles % SPLITS
     m = block_m.to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
