@@ -2,14 +2,14 @@
 
     python -m bench.gpu_fit bench/results/gpu-plans.json
 
-Of every plan with W_hh in registers of several programs it takes what a step took and what the
-planner counts for one (`plan.held_counts`, of a cluster's `plan.cluster_counts`), and finds the
-constants, none below zero, whose sums are off by the least part of the measured times. The nearer a
-plan is to the best of its recurrence the more it counts. It prints the constants for
-`plan._HELD_US` and `plan._CLUSTER_US`, and how well they do.
+Of every plan with W_hh in registers of several programs it takes what a step took and what
+`kernels/step_time.py` counts for one (`held_counts`, of a cluster's `cluster_counts`), and finds
+the constants, none below zero, whose sums are off by the least part of the measured times. The
+nearer a plan is to the best of its recurrence the more it counts. It prints the constants for
+`HELD_US` and `CLUSTER_US`, and how well they do.
 
-Pauses are no part of the sums (`plan.paused_part`): of one recurrence's best plan with several ones
-it prints each by itself, for `plan.pause_of` to be judged by.
+Pauses are no part of the sums (`paused_part`): of one recurrence's best plan with several ones it
+prints each by itself, for `pause_of` to be judged by.
 """
 
 from __future__ import annotations
@@ -27,25 +27,18 @@ import numpy as np
 from bench.gpu_grid import ITEMSIZE
 from triton_rnn.backends.triton import launch
 from triton_rnn.cells import CELLS
-from triton_rnn.kernels.plan import (
-    CHIPS,
-    Plan,
-    Shape,
-    cluster_counts,
-    clusters_at_once,
-    held_counts,
-    pause_of,
-    paused_part,
-    turns_of,
-)
+from triton_rnn.kernels.chips import CHIPS
+from triton_rnn.kernels.plan import Plan, Shape, turns_of
+from triton_rnn.kernels.planner import clusters_at_once
+from triton_rnn.kernels.step_time import cluster_counts, held_counts, pause_of, paused_part
 
 ROUNDS = 20_000
 
 # By how programs exchange: the planner's constants, and what it multiplies with them.
 Counts = Callable[[Shape, Plan], tuple[float, ...]]
 FITS: dict[str, tuple[str, Counts]] = {
-    "flag": ("_HELD_US", held_counts),
-    "cluster": ("_CLUSTER_US", cluster_counts),
+    "flag": ("HELD_US", held_counts),
+    "cluster": ("CLUSTER_US", cluster_counts),
 }
 
 

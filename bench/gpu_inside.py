@@ -16,7 +16,8 @@ from bench.gpu_grid import TuningPoint
 from triton_rnn import dispatch, functional, health
 from triton_rnn.backends.native import calls
 from triton_rnn.cells import CELLS
-from triton_rnn.kernels import plan as planner
+from triton_rnn.kernels import planner
+from triton_rnn.kernels.chips import INTERPRETER
 from triton_rnn.kernels.plan import Plan
 from triton_rnn.own import call as own
 from triton_rnn.request import Request
@@ -247,7 +248,7 @@ def every_plan(request: Request, kernel: str) -> list[Plan]:
     from triton_rnn.backends.triton import launch
 
     chip = launch.chip_of(request.device)
-    if chip == planner.INTERPRETER:
+    if chip == INTERPRETER:
         return []
     shape = launch.shape_of(
         launch.kernel_cell(request.cell),

@@ -26,7 +26,7 @@ from bench.gpu_grid import TimingCase
 from bench.turns import geometric_mean
 from triton_rnn.backends.triton import launch, rules
 from triton_rnn.cells import CELLS
-from triton_rnn.kernels.plan import CHIPS
+from triton_rnn.kernels.chips import CHIPS
 from triton_rnn.request import Request
 
 # A choice that is off by less may be the measurement's.

@@ -33,10 +33,12 @@ from bench.beyond_cells import LOOPS
 from triton_rnn.backends.triton import launch, products
 from triton_rnn.kernels.backward import recurrence_backward
 from triton_rnn.kernels.cells import KERNEL_CELLS, KernelCell
+from triton_rnn.kernels.chips import CHIPS, Chip
 from triton_rnn.kernels.compiler import NARROW_PRODUCTS_APART
 from triton_rnn.kernels.forward import recurrence_forward
 from triton_rnn.kernels.matmul import matmul
-from triton_rnn.kernels.plan import CHIPS, Chip, Plan, plan
+from triton_rnn.kernels.plan import Plan
+from triton_rnn.kernels.planner import plan
 
 # One chip for each architecture that the gate speaks of, as this Triton compiles for them.
 TARGETS = ("A100", "H200", "B200", "MI300X")

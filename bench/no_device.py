@@ -21,7 +21,7 @@ from triton_rnn import dispatch
 from triton_rnn.backends import triton as backend
 from triton_rnn.backends.native import calls
 from triton_rnn.backends.triton import launch, products
-from triton_rnn.kernels.plan import CHIPS, Chip
+from triton_rnn.kernels.chips import CHIPS, Chip
 
 # No machine has so many devices, so nothing that is compiled for a real one is found, or replaced.
 DEVICE = 99

@@ -16,14 +16,10 @@ ROOT = Path(__file__).parent.parent
 sys.path.append(os.fspath(ROOT))
 
 from bench import gpu_fit, gpu_grid  # noqa: E402  (needs the path)
-from triton_rnn.kernels import plan as plan_module  # noqa: E402
-from triton_rnn.kernels.plan import (  # noqa: E402
-    _HELD_US,
-    CHIPS,
-    Shape,
-    cluster_counts,
-    turns_of,
-)
+from triton_rnn.kernels import planner  # noqa: E402
+from triton_rnn.kernels.chips import CHIPS  # noqa: E402
+from triton_rnn.kernels.plan import Shape, turns_of  # noqa: E402
+from triton_rnn.kernels.step_time import HELD_US, cluster_counts  # noqa: E402
 
 KEPT = ROOT / "bench" / "results" / "gpu-plans.json"
 
@@ -42,7 +38,7 @@ def test_the_planners_constants_describe_the_kept_results():
     assert len(rows) >= 30
     errors = []
     for name, us, counts, weight in rows:
-        model = sum(constant * count for constant, count in zip(_HELD_US, counts, strict=True))
+        model = sum(constant * count for constant, count in zip(HELD_US, counts, strict=True))
         errors.append(abs(model / us - 1))
         assert errors[-1] < 0.5 or weight < 0.7, name
     assert statistics.median(errors) < 1 / 6
@@ -50,7 +46,7 @@ def test_the_planners_constants_describe_the_kept_results():
 
 def test_plans_of_clusters_are_fitted_by_their_own_counts(capsys, tmp_path):
     shape = Shape("forward", 4, 128, 1, 16, 2, 1, 16)
-    plans = list(plan_module._plans(shape, CHIPS["H200"], "cluster"))
+    plans = list(planner._plans(shape, CHIPS["H200"], "cluster"))
     constants = np.array([0.1, 0.03, 1.5, 0.2, 0.0])
     rows = [
         {
@@ -66,14 +62,14 @@ def test_plans_of_clusters_are_fitted_by_their_own_counts(capsys, tmp_path):
     path.write_text(json.dumps({"tuning": {"results": results}}))
     assert gpu_fit.main([os.fspath(path)]) == 0
     first, *others = capsys.readouterr().out.splitlines()
-    assert first.startswith("_CLUSTER_US = (") and len(others) == len(plans) > 2
+    assert first.startswith("CLUSTER_US = (") and len(others) == len(plans) > 2
     assert all(line.endswith(("1.00 of it", "0.99 of it", "1.01 of it")) for line in others)
 
 
 def test_the_command_prints_constants_and_how_well_they_do(capsys, tmp_path):
     assert gpu_fit.main([os.fspath(KEPT)]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0].startswith("_HELD_US = (") and lines[0].count(",") == len(_HELD_US) - 1
+    assert lines[0].startswith("HELD_US = (") and lines[0].count(",") == len(HELD_US) - 1
     fitted = [line for line in lines if line.endswith(" of it")]
     data = json.loads(KEPT.read_text())
     assert len(fitted) == sum(len(gpu_fit.measured(data, name)) for name in gpu_fit.FITS)

@@ -147,7 +147,7 @@ import json, torch
 import triton_rnn
 from bench import kernels
 from triton_rnn.backends.triton import own
-from triton_rnn.kernels.plan import CHIPS
+from triton_rnn.kernels.chips import CHIPS
 
 def like_rnn(name, step):
     kind = type(name, (triton_rnn.Recurrent,), {"step": staticmethod(step)}, gates=1)

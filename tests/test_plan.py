@@ -7,21 +7,10 @@ from dataclasses import FrozenInstanceError, replace
 
 import pytest
 
-from triton_rnn.kernels.plan import (
-    CHIPS,
-    INTERPRETER,
-    Plan,
-    Shape,
-    _plan,
-    clusters_at_once,
-    held_counts,
-    pause_of,
-    paused_part,
-    plan,
-    room_bytes,
-    rows_of,
-    turns_of,
-)
+from triton_rnn.kernels.chips import CHIPS, INTERPRETER
+from triton_rnn.kernels.plan import Plan, Shape, room_bytes, rows_of, turns_of
+from triton_rnn.kernels.planner import _plan, clusters_at_once, plan
+from triton_rnn.kernels.step_time import held_counts, pause_of, paused_part
 
 SIZES = (1, 20, 100, 128, 256, 650, 1024, 1536, 3000)
 BATCHES = (1, 17, 256)

@@ -10,7 +10,7 @@ import torch
 pytest.importorskip("triton", reason="the products belong to the kernels, which need triton")
 
 from triton_rnn.backends.triton import cublas, products
-from triton_rnn.kernels.plan import CHIPS
+from triton_rnn.kernels.chips import CHIPS
 
 LARGE = products._CUBLAS_PRODUCTS
 

@@ -27,7 +27,9 @@ from tolerances import LAYERS, TOLERANCES, assert_close, assert_same_bits
 import triton_rnn
 from triton_rnn.backends.triton import launch
 from triton_rnn.kernels import pieces
-from triton_rnn.kernels.plan import INTERPRETER, Shape, plan
+from triton_rnn.kernels.chips import INTERPRETER
+from triton_rnn.kernels.plan import Shape
+from triton_rnn.kernels.planner import plan
 
 SCHEDULES = {
     "in_turn": InTurn,

@@ -7,7 +7,9 @@ import triton_rnn
 from triton_rnn import dispatch, health
 from triton_rnn.backends.triton import check, launch, rules
 from triton_rnn.cells import CELLS
-from triton_rnn.kernels.plan import CHIPS, Shape, plan
+from triton_rnn.kernels.chips import CHIPS
+from triton_rnn.kernels.plan import Shape
+from triton_rnn.kernels.planner import plan
 from triton_rnn.request import Request
 
 CPU = torch.device("cpu")

@@ -7,7 +7,7 @@ import torch
 from tolerances import TOLERANCES, assert_close, random
 
 from triton_rnn.backends.triton import products
-from triton_rnn.kernels.plan import INTERPRETER
+from triton_rnn.kernels.chips import INTERPRETER
 
 DTYPES = (torch.float32, torch.float16)
 

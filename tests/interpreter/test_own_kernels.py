@@ -14,7 +14,8 @@ from torch.nn.utils.rnn import PackedSequence
 import triton_rnn
 from triton_rnn import dispatch
 from triton_rnn.backends.triton import check, launch, own, rules
-from triton_rnn.kernels.plan import CHIPS, plan
+from triton_rnn.kernels.chips import CHIPS
+from triton_rnn.kernels.planner import plan
 from triton_rnn.request import Request
 
 CPU = torch.device("cpu")

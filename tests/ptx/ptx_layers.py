@@ -21,7 +21,7 @@ from triton.compiler import ASTSource
 from bench.no_device import no_device
 from triton_rnn.backends import triton as backend
 from triton_rnn.backends.triton import launch, launcher, products
-from triton_rnn.kernels.plan import CHIPS
+from triton_rnn.kernels.chips import CHIPS
 
 # A wait looks so often before it gives up: few times, for the machine is slow, and many, for it is
 # not fair. (A multiple of 1024, see `pieces.look_again`.)

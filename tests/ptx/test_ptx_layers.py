@@ -26,7 +26,9 @@ from bench import gpu_steps
 from triton_rnn import health
 from triton_rnn.backends.triton import launch
 from triton_rnn.backends.triton.launcher import Launcher
-from triton_rnn.kernels.plan import CHIPS, Shape, plan
+from triton_rnn.kernels.chips import CHIPS
+from triton_rnn.kernels.plan import Shape
+from triton_rnn.kernels.planner import plan
 
 F16, BF16, F32 = torch.float16, torch.bfloat16, torch.float32
 

@@ -17,9 +17,11 @@ from triton_rnn.backends.triton.launcher import Launcher
 from triton_rnn.cells import Cell, OwnCell
 from triton_rnn.kernels.backward import recurrence_backward
 from triton_rnn.kernels.cells import KERNEL_CELLS, KernelCell
+from triton_rnn.kernels.chips import CHIPS, INTERPRETER, Chip
 from triton_rnn.kernels.compiler import NARROW_PRODUCTS_APART
 from triton_rnn.kernels.forward import recurrence_forward
-from triton_rnn.kernels.plan import CHIPS, INTERPRETER, Chip, Plan, Shape, plan, room_bytes
+from triton_rnn.kernels.plan import Plan, Shape, room_bytes
+from triton_rnn.kernels.planner import plan
 from triton_rnn.request import Request
 
 # A wait looks so often before it gives up: seconds, where a step takes microseconds.

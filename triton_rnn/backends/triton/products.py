@@ -20,8 +20,8 @@ from torch import Tensor
 from triton_rnn.backends.triton import cublas
 from triton_rnn.backends.triton.launch import OPTIONS, chip_of, nothing, pair, precision
 from triton_rnn.backends.triton.launcher import Launcher
+from triton_rnn.kernels.chips import INTERPRETER, Chip
 from triton_rnn.kernels.matmul import matmul
-from triton_rnn.kernels.plan import INTERPRETER, Chip
 
 
 @dataclass(frozen=True)

@@ -27,7 +27,7 @@ _PERSISTENT_US = {"forward": (1.7, 0.03), "backward": (4.0, 0.05)}
 _PERSISTENT_CALL_US, _CALL_US = (90.0, 950.0), (140.0, 1250.0)
 # Beside a recurrence stand products over all steps, at so many operations per microsecond in 1e6
 # (bfloat16); those of float32 without TF32 are our own, and slow. A tie goes to cuDNN.
-_PRODUCT_MFLOPS, _FLOAT32_TRAINING, _MARGIN = 500.0, 1.5, 1.1
+_PRODUCT_MFLOPS, _TF32X3_TRAINING, _MARGIN = 500.0, 1.5, 1.1
 
 
 def _small_hidden(request: Request) -> int:
@@ -99,7 +99,7 @@ def slower_than_torch(request: Request) -> str | None:
     ours += request.dtype.itemsize * request.batch * rows * numbers / 1e6 / _PRODUCT_MFLOPS
     ours *= _MARGIN
     if training and launch.precision(request.dtype, "cuda") == "tf32x3":
-        ours *= _FLOAT32_TRAINING
+        ours *= _TF32X3_TRAINING
     # Of few steps the host decides.
     call = max(_CALL_US[training], request.seq_len * ours)
     if cudnn_is_persistent(request):
