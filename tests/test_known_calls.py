@@ -80,13 +80,11 @@ def assert_same_outcome(found, expected):
 
 def _packed(x, form):
     """A padded input (6, 3, F) in the form of a packed batch, if the form is one."""
-    if form not in ("packed", "unsorted"):
-        return x
-    lengths = [6, 4, 1] if form == "packed" else [2, 6, 4]
-    return pack_padded_sequence(x, lengths, enforce_sorted=form == "packed")
+    lengths = {"packed": [6, 4, 1], "unsorted": [2, 6, 4], "one length": [6, 6, 6]}.get(form)
+    return x if lengths is None else pack_padded_sequence(x, lengths, enforce_sorted=form != "unsorted")
 
 
-FORMS = ["padded", "batch_first", "unbatched", "packed", "unsorted"]
+FORMS = ["padded", "batch_first", "unbatched", "packed", "unsorted", "one length"]
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -359,6 +357,20 @@ def test_a_call_that_differs_in_one_fact_is_not_taken_for_a_known_one(change, ki
 
 
 # Packed batches -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("grad", [False, True], ids=["no grad", "grad"])
+@pytest.mark.parametrize("kind", ["rnn_tanh", "gru", "lstm"])
+@pytest.mark.parametrize("lengths", [[4], [4, 4, 4]], ids=str)
+def test_rows_of_sequences_of_one_length_may_lie_apart(monkeypatch, lengths, kind, grad):
+    theirs, ours = twins(kind, 5, 7)
+    packed = pack_padded_sequence(random(4, len(lengths), 5), lengths)
+    with torch.set_grad_enabled(grad):
+        ours(packed)
+        decides_nothing(monkeypatch)
+        apart = PackedSequence(torch.cat([packed.data, packed.data], 1)[:, 2:7], *packed[1:])
+        for batch in (packed, apart):
+            assert_same_outcome(outcome(ours, batch), outcome(theirs, batch))
 
 
 @pytest.mark.parametrize("grad", [False, True], ids=["no grad", "grad"])

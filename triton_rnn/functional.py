@@ -446,8 +446,12 @@ def again(decided: Decided, input: Any, hx: Any, weights: list[Tensor]) -> Call:
         h_0 = None if h_0 is None else h_0.unsqueeze(1)
         c_0 = None if c_0 is None else c_0.unsqueeze(1)
     elif form == "packed":
-        batch_sizes, order = input.batch_sizes.tolist(), input.sorted_indices
-        input = input.data
+        sizes, order, input = input.batch_sizes, input.sorted_indices, input.data
+        if decided.request.packed:
+            batch_sizes = sizes.tolist()
+        else:
+            # Sequences of one length.
+            input = input.reshape(decided.request.seq_len, decided.request.batch, -1)
         if order is not None:
             h_0 = None if h_0 is None else h_0.index_select(1, order)
             c_0 = None if c_0 is None else c_0.index_select(1, order)

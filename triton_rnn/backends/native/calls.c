@@ -246,11 +246,11 @@ typedef struct {
     char slots[16];
 } Layer;
 
-/* A PackedSequence's fields, borrowed, and where its batch sizes lie; nothing of another input. */
+/* A PackedSequence's fields, borrowed, and where its batch sizes lie: NULL where all are one, which is
+   as good as a padded batch. Nothing of another input. */
 typedef struct {
     PyObject *data, *batch_sizes, *sorted, *unsorted;
     const i64 *sizes;
-    i64 seq_len, batch;
 } Packed;
 
 /* What was seen of a call, and the references that it holds meanwhile. */
@@ -422,14 +422,11 @@ static void note_packed(Seen *seen, PyObject *given, Tensor *input)
             seen->usual = 0;
         rows += of[t];
     }
-    /* Sequences of one length are done as a padded batch, and what is malformed not here. */
-    if (!seen->usual || of[steps - 1] < 1 || of[steps - 1] == of[0] || rows != input->shape[0]) {
+    if (!seen->usual || of[steps - 1] < 1 || rows != input->shape[0]) {
         seen->usual = 0;
         return;
     }
-    packed->sizes = of;
-    packed->seq_len = steps;
-    packed->batch = of[0];
+    packed->sizes = of[steps - 1] == of[0] ? NULL : of;
     note(seen, -5);
     note(seen, steps);
     note(seen, of[0]);
@@ -555,17 +552,15 @@ static PyObject *run(Seen *seen, const char *record, const Tensor *x, const i64 
     if (!seen->usual)
         return NULL;
 
-    /* From a step to the next, which rows of a packed batch do without, and from a row to the next. */
+    /* From a step to the next, which rows with batch sizes do without, and from a row to the next. */
     i64 step = x->strides[0], row = step;
     if (known.form == PADDED)
         row = x->strides[1];
     if (known.form == BATCH_FIRST)
         step = x->strides[1];
-    if (!is_packed) {
-        /* So that rows lie in order if they can. */
-        step = T == 1 ? N * row : step;
-        row = N == 1 ? step : row;
-    }
+    /* So that rows lie in order if they can. */
+    step = T == 1 || is_packed ? N * row : step;
+    row = N == 1 && !is_packed ? step : row;
     i64 from = (i64)(intptr_t)x->data, failed = 0;
     void *state = PyEval_SaveThread();
     for (i64 i = 0; i < known.layers && !failed; i++) {
@@ -577,7 +572,7 @@ static PyObject *run(Seen *seen, const char *record, const Tensor *x, const i64 
         memcpy(fields, layer.shared, sizeof layer.shared);
         own_fields[0] = (i64)(intptr_t)seen->packed.sizes;
         own_fields[1] = from;
-        own_fields[2] = is_packed ? 0 : step;
+        own_fields[2] = seen->packed.sizes ? 0 : step;
         own_fields[3] = row;
         own_fields[4] = h_0->data ? (i64)(intptr_t)h_0->data + h_bytes : 0;
         own_fields[5] = c_0->data ? (i64)(intptr_t)c_0->data + c_bytes : 0;
