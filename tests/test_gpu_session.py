@@ -596,7 +596,7 @@ def test_the_checks_run_through_on_the_interpreter(tmp_path):
         skipped = wanted.variant == "cooperative" or wanted.check == "graph"
         assert results[wanted.id]["status"] == ("skipped" if skipped else "ok"), wanted.id
         assert skipped or results[wanted.id]["plan"]
-    assert "10 right, 0 not, 2 without a plan, 0 not reached" in ended.stdout
+    assert "11 right, 0 not, 2 without a plan, 0 not reached" in ended.stdout
 
 
 TIMES = """

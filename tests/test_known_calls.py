@@ -81,7 +81,9 @@ def assert_same_outcome(found, expected):
 def _packed(x, form):
     """A padded input (6, 3, F) in the form of a packed batch, if the form is one."""
     lengths = {"packed": [6, 4, 1], "unsorted": [2, 6, 4], "one length": [6, 6, 6]}.get(form)
-    return x if lengths is None else pack_padded_sequence(x, lengths, enforce_sorted=form != "unsorted")
+    if lengths is None:
+        return x
+    return pack_padded_sequence(x, lengths, enforce_sorted=form != "unsorted")
 
 
 FORMS = ["padded", "batch_first", "unbatched", "packed", "unsorted", "one length"]

@@ -18,10 +18,7 @@ from bench.turns import geometric_mean  # noqa: E402
 README = (ROOT / "README.md").read_text()
 # As it reads, wherever its lines end.
 READ = " ".join(README.split())
-KEPT = {
-    name: (ROOT / "bench" / "results" / f"{name}.md").read_text()
-    for name in ("cpu", "small")
-}
+KEPT = {name: (ROOT / "bench" / "results" / f"{name}.md").read_text() for name in ("cpu", "small")}
 
 
 @pytest.mark.parametrize(("name", "count"), [("cpu", 7), ("small", 6)])
