@@ -93,7 +93,8 @@ def pytest_configure(config: pytest.Config) -> None:
     narrowed += [
         f"{name} {value}"
         for name in ("--case", "--threads", "--device")
-        if (value := config.getoption(name))
+        # Without a GPU the CPU's cases are all that there are.
+        if (value := config.getoption(name)) and (value != "cpu" or torch.cuda.is_available())
     ]
     quick = config.getoption("--quick")
     grid = config.getoption("--grid")
