@@ -313,3 +313,28 @@ def test_the_onednn_switch_takes_effect_between_calls():
     with torch.backends.mkldnn.flags(enabled=False):
         assert _backend(lstm, input) == "torchscript"
     assert _backend(lstm, input) == "aten"
+
+
+@pytest.mark.parametrize(
+    ("place", "name", "value"),
+    [
+        (torch.backends.cudnn.rnn, "fp32_precision", "ieee"),
+        (torch.backends.cuda.matmul, "fp32_precision", "tf32"),
+        (torch, "are_deterministic_algorithms_enabled", lambda: True),
+    ],
+)
+def test_a_choice_for_float32_on_a_gpu_is_made_anew_when_a_switch_is_turned(
+    monkeypatch, place, name, value
+):
+    """All three decide who makes its products, and so what was tried out."""
+    asked = []
+    monkeypatch.setattr(dispatch, "_choose", lambda *facts: asked.append(facts))
+    on_gpu = Request(
+        LSTM, torch.device("cuda", 0), torch.float32, 5, 2, 3, 4, 4, 1, True, False, True
+    )
+    for request in (on_gpu, on_gpu._replace(dtype=torch.float16)):
+        dispatch.choose(request, "auto")
+    monkeypatch.setattr(place, name, value)
+    for request in (on_gpu, on_gpu._replace(dtype=torch.float16)):
+        dispatch.choose(request, "auto")
+    assert asked[0] != asked[2] and asked[1] == asked[3]

@@ -530,12 +530,26 @@ def test_the_c_loops_are_not_given_what_is_elsewhere(elsewhere, monkeypatch):
     assert len(asked) == 2, "forward and backward"
 
 
-def test_the_switch_of_float32_is_a_fact_of_calls_elsewhere_alone(elsewhere, monkeypatch):
+SWITCHES = {
+    "of recurrent layers": (torch.backends.cudnn.rnn, "fp32_precision", ("ieee", "tf32")),
+    "of cuBLAS": (torch.backends.cuda.matmul, "fp32_precision", ("ieee", "tf32")),
+    "for determinism": (
+        torch,
+        "are_deterministic_algorithms_enabled",
+        (lambda: False, lambda: True),
+    ),
+}
+
+
+@pytest.mark.parametrize("switch", SWITCHES)
+def test_the_switches_of_float32_are_facts_of_calls_elsewhere_alone(elsewhere, monkeypatch, switch):
+    place, name, values = SWITCHES[switch]
+
     def differs(dtype):
         module, x = triton_rnn.GRU(3, 5, dtype=dtype), random(4, 2, 3, dtype=dtype)
         keys = []
-        for switch in ("ieee", "tf32"):
-            monkeypatch.setattr(torch.backends.cudnn.rnn, "fp32_precision", switch)
+        for value in values:
+            monkeypatch.setattr(place, name, value)
             keys.append(key_of(module, x))
         return keys[0] != keys[1]
 

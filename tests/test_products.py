@@ -149,7 +149,7 @@ def test_torch_without_cuda_has_no_cublas():
 def test_gradients_of_float32_are_cublas_where_its_switch_alone_forbids_tf32(
     with_gemm, switches, monkeypatch
 ):
-    monkeypatch.setattr(products, "_is_for_cublas_in_tf32", lambda tensor: True)
+    monkeypatch.setattr(products, "is_for_cublas_in_tf32", lambda device, dtype: True)
     monkeypatch.setattr(products, "_launch", None)
     switches("tf32", "ieee")
     grad = torch.randn(9, 2, 12)
@@ -164,15 +164,14 @@ def test_gradients_of_float32_are_cublas_where_its_switch_alone_forbids_tf32(
 
 
 def test_only_where_recurrent_layers_allow_it_are_products_tf32(switches):
-    like = SimpleNamespace(device=CUDA, dtype=torch.float32)
     switches("ieee", "tf32")
-    assert not products._is_for_cublas_in_tf32(like)
+    assert not products.is_for_cublas_in_tf32(CUDA, torch.float32)
     switches("tf32", "ieee")
-    assert products._is_for_cublas_in_tf32(like)
-    assert not products._is_for_cublas_in_tf32(SimpleNamespace(device=CUDA, dtype=torch.bfloat16))
-    assert not products._is_for_cublas_in_tf32(torch.zeros(1))
+    assert products.is_for_cublas_in_tf32(CUDA, torch.float32)
+    assert not products.is_for_cublas_in_tf32(CUDA, torch.bfloat16)
+    assert not products.is_for_cublas_in_tf32(torch.device("cpu"), torch.float32)
     torch.use_deterministic_algorithms(True)
     try:
-        assert not products._is_for_cublas_in_tf32(like)
+        assert not products.is_for_cublas_in_tf32(CUDA, torch.float32)
     finally:
         torch.use_deterministic_algorithms(False)

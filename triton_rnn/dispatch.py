@@ -157,6 +157,12 @@ def float32_precision() -> str:
     return precision
 
 
+def float32_switches() -> str:
+    """All of torch's switches by which products of float32 are made on a GPU, in a short text."""
+    others = torch.backends.cuda.matmul.fp32_precision
+    return f"{float32_precision()} {others} {torch.are_deterministic_algorithms_enabled():d}"
+
+
 def choose(request: Request, wanted: str) -> Choice:
     """The backend for a request.
 
@@ -164,10 +170,10 @@ def choose(request: Request, wanted: str) -> Choice:
         BackendError: if `wanted` names a backend that cannot serve the request.
     """
     # What may change between two calls: torch's switches, and a backend that has failed.
-    precision = ""
+    switches = ""
     if request.dtype == torch.float32 and (request.device.type == "cuda" or wanted == "triton"):
-        precision = float32_precision()
-    return _choose(request, wanted, _onednn_enabled(), precision, health.failures())
+        switches = float32_switches()
+    return _choose(request, wanted, _onednn_enabled(), switches, health.failures())
 
 
 @functools.lru_cache(maxsize=4096)
@@ -175,7 +181,7 @@ def _choose(
     request: Request,
     wanted: str,
     onednn_enabled: bool,
-    precision: str,
+    switches: str,
     failures: int,
 ) -> Choice:
     check_name(wanted)

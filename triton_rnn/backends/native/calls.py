@@ -93,7 +93,7 @@ def looking_by(exchange: int) -> Functions | None:
         (Tensor, torch.nn.Parameter, PackedSequence, PackedSequence._make),
         QUESTIONS,
         (torch._C._get_mkldnn_enabled, torch.get_num_threads, health.failures),
-        dispatch.float32_precision,
+        dispatch.float32_switches,
         torch.is_grad_enabled,
         _calls,
     )

@@ -71,8 +71,9 @@ def first_use(request: Request, plans: dict[str, Plan]) -> str | None:
         # What the kernels are compiled for: neither the batch nor how many programs run.
         short._replace(batch=0),
         launch.precision(request.dtype, launch.chip_of(request.device).backend),
-        # Else the kernels make the products too.
+        # Who makes the products.
         products.cublas_agrees(request.device, request.dtype),
+        products.is_for_cublas_in_tf32(request.device, request.dtype),
         *(replace(plan, slots=0, floor_us=0.0) for plan in plans.values()),
     )
     if kind not in _tried:

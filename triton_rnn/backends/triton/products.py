@@ -225,16 +225,15 @@ def cublas_agrees(device: torch.device, dtype: torch.dtype) -> bool:
     return ours == (matmul.fp32_precision == "tf32")
 
 
-def _is_for_cublas_in_tf32(tensor: Tensor) -> bool:
+def is_for_cublas_in_tf32(device: torch.device, dtype: torch.dtype) -> bool:
     """Whether gradients of float32 are asked of cuBLAS in TF32.
 
     Not where algorithms must be deterministic: torch's own products raise there, or are told by the
     environment how to be, which is torch's to know.
     """
-    device = tensor.device
     return (
         device.type == "cuda"
-        and precision(tensor.dtype, chip_of(device).backend) == "tf32"
+        and precision(dtype, chip_of(device).backend) == "tf32"
         and not torch.are_deterministic_algorithms_enabled()
     )
 
@@ -271,7 +270,7 @@ def grad_input(grad_preact: Tensor, weight_ih: Sequence[Tensor]) -> Tensor:
         result = grad_preact[:, 0] @ weight_ih[0]
         return result if directions == 1 else result.addmm_(grad_preact[:, 1], weight_ih[1])
     size = weight_ih[0].size(1)
-    if _is_for_cublas_in_tf32(grad_preact):
+    if is_for_cublas_in_tf32(grad_preact.device, grad_preact.dtype):
         result = grad_preact.new_empty(rows, size)
         parts = enumerate(weight_ih)
         if all(cublas.multiply(grad_preact[:, d], weight, result, d > 0) for d, weight in parts):
@@ -301,7 +300,7 @@ def grad_weight(grad: Tensor, operand: Tensor) -> Tensor:
         return grad.t() @ operand
     rows, columns = grad.shape
     size = operand.size(1)
-    if _is_for_cublas_in_tf32(grad):
+    if is_for_cublas_in_tf32(grad.device, grad.dtype):
         # H200, 32768 rows, 2048 x 512: 284 us for the kernel's 1040, whose products of TF32 would
         # have both operands turned.
         result = grad.new_empty(columns, size)
