@@ -93,9 +93,11 @@ def pytest_configure(config: pytest.Config) -> None:
     narrowed += [
         f"{name} {value}"
         for name in ("--case", "--threads", "--device")
-        # Without a GPU the CPU's cases are all that there are.
-        if (value := config.getoption(name)) and (value != "cpu" or torch.cuda.is_available())
+        if (value := config.getoption(name))
     ]
+    if not torch.cuda.is_available() and "--device cpu" in narrowed:
+        # The CPU's cases are all that there are.
+        narrowed.remove("--device cpu")
     quick = config.getoption("--quick")
     grid = config.getoption("--grid")
     title = " ".join(

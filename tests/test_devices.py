@@ -81,8 +81,9 @@ def gpus(monkeypatch):
             monkeypatch.setattr(place, name, value)
         with FakeTensorMode():
             yield found
-    for cached in (launch.nothing, launch._zeros):
-        cached.cache_clear() if hasattr(cached, "cache_clear") else cached.clear()
+    # Tensors that are on no GPU must not be met again.
+    launch.nothing.cache_clear()
+    launch._zeros.clear()
 
 
 def run(cell, device, given, directions=2):

@@ -423,6 +423,7 @@ def remember(key: bytes | None, decided: Decided, call: Call) -> None:
 
     Args:
         key: what the call is known by, if that was asked and can be said.
+        call: one of the kind.
     """
     global _known
     native = dispatch.backend_module("native")

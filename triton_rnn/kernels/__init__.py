@@ -8,7 +8,8 @@
 - `forward`, `backward`: the recurrence, one kernel each, written over the cell.
 - `steps`, `product`: what both are made of.
 - `matmul`: the products that do not depend on time.
-- `plan`: which variant, which blocks, how many programs (plain Python, no triton).
+- `chips`, `plan`, `step_time`, `planner`: the devices; which variant, which blocks, how many
+  programs; how long a step of that takes; the search for the best (plain Python, no triton).
 
 Layouts, with R = T * N rows, or the sum of the lengths of a packed batch, in time-major order:
 

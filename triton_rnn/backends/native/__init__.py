@@ -52,8 +52,8 @@ _KINDS = {
     "lstm_normalized": "LSTM_NORMALIZED",
 }
 
-# `Call` of call.h, field by field; a pointer is a number of eight bytes. What all
-# calls of one request share comes first, and is packed once; what only a backward has comes last.
+# `Call` of call.h, field by field; a pointer is a number of eight bytes. What all calls of one
+# request share comes first, and is packed once; what only a backward has comes last.
 _SHARED = struct.Struct("10q")
 _OWN = struct.Struct("20q")
 _TEAM = struct.Struct("3q")
@@ -114,9 +114,7 @@ _making = threading.Lock()
 @functools.cache
 def _made(dtype: torch.dtype, kind: str) -> Library:
     only, normalized, _ = kind.partition("_NORMALIZED")
-    if normalized:
-        return Library(dtype, only, ("-DNORMALIZED",))
-    return Library(dtype, kind)
+    return Library(dtype, only, ("-DNORMALIZED",) if normalized else ())
 
 
 def library(dtype: torch.dtype, cell: str) -> Library | str:

@@ -246,8 +246,8 @@ typedef struct {
     char slots[16];
 } Layer;
 
-/* A PackedSequence's fields, borrowed, and where its batch sizes lie: NULL where all are one, which is
-   as good as a padded batch. Nothing of another input. */
+/* A PackedSequence's fields, borrowed, and where its batch sizes lie: NULL where they are all equal,
+   which is as good as a padded batch. Nothing of another input. */
 typedef struct {
     PyObject *data, *batch_sizes, *sorted, *unsorted;
     const i64 *sizes;
