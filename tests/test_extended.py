@@ -36,6 +36,13 @@ def capable(request):
         yield request.param
 
 
+@pytest.fixture(params=["native", "torchscript", "aten", "reference"])
+def any_backend(request):
+    """One that takes extras, or is given a packed batch of episodes instead."""
+    with triton_rnn.use_backend(request.param):
+        yield request.param
+
+
 def pair(kind, layers=1, bidirectional=False, batch_first=False, **options):
     """(torch's module, ours with options and the same weights, an input, a state)."""
     theirs, ours = twins(
@@ -89,7 +96,7 @@ def assert_same(actual, expected):
 
 @pytest.mark.parametrize(("layers", "bidirectional", "batch_first"), FORMS)
 @pytest.mark.parametrize("kind", LAYERS)
-def test_lengths_give_what_packing_gives(capable, kind, layers, bidirectional, batch_first):
+def test_lengths_give_what_packing_gives(any_backend, kind, layers, bidirectional, batch_first):
     theirs, ours, input, hx = pair(kind, layers, bidirectional, batch_first)
 
     def packed(input, hx):
@@ -102,7 +109,7 @@ def test_lengths_give_what_packing_gives(capable, kind, layers, bidirectional, b
 
 
 @pytest.mark.parametrize("kind", LAYERS)
-def test_a_sequence_of_no_steps_keeps_its_state(capable, kind):
+def test_a_sequence_of_no_steps_keeps_its_state(any_backend, kind):
     _, ours, input, hx = pair(kind, 2, True)
     output, states = ours(input, hx, lengths=torch.tensor([2, 0, 0, 6]))
     assert not output[:, 1:3].any()
@@ -111,7 +118,7 @@ def test_a_sequence_of_no_steps_keeps_its_state(capable, kind):
 
 
 @pytest.mark.parametrize("kind", ["gru", "lstm"])
-def test_the_order_of_a_batch_does_not_matter(capable, kind):
+def test_the_order_of_a_batch_does_not_matter(any_backend, kind):
     _, ours, input, _ = pair(kind, 1, True)
     order = torch.tensor([2, 0, 3, 1])
     straight = ours(input, lengths=LENGTHS)
@@ -120,13 +127,13 @@ def test_the_order_of_a_batch_does_not_matter(capable, kind):
         assert_close(one[:, order], other)
 
 
-def test_what_lies_beyond_the_ends_has_no_part_in_anything(capable):
+def test_what_lies_beyond_the_ends_has_no_part_in_anything(any_backend):
     _, ours, input, hx = pair("lstm", 2, True)
     poisoned = input.clone()
     for n, length in enumerate(LENGTHS):
         poisoned[length:, n] = float("nan")
     expected = outcome(ours, lambda x, h: ours(x, h, lengths=LENGTHS), input, hx)
-    if capable == "native":
+    if any_backend != "reference":
         found = outcome(ours, lambda x, h: ours(x, h, lengths=LENGTHS), poisoned, hx)
         assert_same_bits(found, expected)
     else:
@@ -186,7 +193,7 @@ def by_episodes(theirs, mask, reset_to, lengths):
 @pytest.mark.parametrize("reset_to", ["zeros", "initial"])
 @pytest.mark.parametrize("kind", LAYERS)
 def test_resets_give_what_each_episode_gives_by_itself(
-    capable, kind, reset_to, bidirectional, lengths
+    any_backend, kind, reset_to, bidirectional, lengths
 ):
     theirs, ours, input, hx = pair(kind, 1, bidirectional)
     mask = random(STEPS, BATCH, seed=4) > 0.5
@@ -292,6 +299,78 @@ def test_everything_at_once_is_one_on_both_backends(kind, layers, bidirectional,
     assert_same(*found)
 
 
+@pytest.mark.parametrize("backend", ["torchscript", "aten"])
+@pytest.mark.parametrize(("layers", "bidirectional", "batch_first"), FORMS)
+@pytest.mark.parametrize("kind", LAYERS)
+def test_what_is_done_around_the_loops_is_one_with_what_they_do(
+    backend, kind, layers, bidirectional, batch_first
+):
+    """The same masks, too, of the batch as it was given."""
+    options = {"input_dropout": 0.3, "weight_dropout": 0.2, "dropout": 0.4 * (layers > 1)}
+    _, ours, input, hx = pair(kind, layers, bidirectional, batch_first, **options)
+    mask = random(*input.shape[:2], seed=4) > 0.5
+    more = {"lengths": torch.tensor([3, 0, 6, 2]), "reset_mask": mask, "reset_to": "initial"}
+    if "lstm" not in kind:
+        more["all_states"] = True
+    found = []
+    for name in ("native", backend):
+        torch.manual_seed(6)
+        with triton_rnn.use_backend(name):
+            found.append(outcome(ours, lambda x, h: ours(x, h, **more), input, hx))
+    assert_same(*found)
+
+
+@pytest.mark.parametrize("backend", ["torchscript", "aten"])
+@pytest.mark.parametrize("form", ["packed", "unbatched", "alone", "without a state"])
+def test_other_forms_of_a_call_are_done_around_the_loops_too(backend, form):
+    _, ours, input, _ = pair("gru", 2, True, input_dropout=0.3, weight_dropout=0.2)
+    more = {"reset_mask": torch.tensor([[0, 1, 0, 0, 0, 1]]).t().bool()}
+    if form == "packed":
+        input, more = pack_padded_sequence(input, LENGTHS, enforce_sorted=False), {}
+    elif form == "unbatched":
+        input, more = input[:, 0], {"reset_mask": more["reset_mask"][:, 0]}
+    elif form == "alone":
+        input = input[:, :1]
+    else:
+        more = {"reset_mask": more["reset_mask"].expand(STEPS, BATCH), "reset_to": "initial"}
+    found = []
+    for name in ("native", backend):
+        torch.manual_seed(6)
+        with triton_rnn.use_backend(name):
+            found.append(tensors_of(ours(input, **more)))
+    for one, other in zip(*found, strict=True):
+        assert_close(one, other, tolerance=1e-12)
+
+
+def test_a_batch_without_a_step_is_all_zeros_and_the_states_it_was_given(any_backend):
+    _, ours, input, hx = pair("lstm", 2, True)
+    output, states = ours(input, hx, lengths=torch.zeros(BATCH, dtype=torch.int64))
+    assert output.shape == (STEPS, BATCH, 2 * HIDDEN)
+    assert not output.any()
+    assert all(map(torch.equal, states, hx))
+
+
+def test_episodes_run_side_by_side_where_loops_do_not_know_of_resets(monkeypatch):
+    """As long as the longest one, with the same results in either layout of memory."""
+    _, ours, input, hx = pair("gru", batch_first=True)
+    mask = torch.zeros(BATCH, STEPS, dtype=torch.bool)
+    mask[:, 2::2] = True
+    given = []
+    choose = extended.dispatch.choose
+    monkeypatch.setattr(
+        extended.dispatch, "choose", lambda *args: given.append(args[0]) or choose(*args)
+    )
+    with triton_rnn.use_backend("torchscript"):
+        one = ours(input, hx, reset_mask=mask)
+        other = ours(input.transpose(0, 1).contiguous().transpose(0, 1), hx, reset_mask=mask)
+        told = triton_rnn.explain(ours, input, hx, reset_mask=mask)
+    assert [(each.seq_len, each.batch, each.packed) for each in given] == [(2, 12, True)] * 3
+    assert all(map(torch.equal, one, other))
+    assert told.backend == "torchscript"
+    assert told.request.extras == ("reset_mask",)
+    assert "12 episodes side by side, the longest of 2 steps" in str(told)
+
+
 @pytest.mark.parametrize("kind", ["gru", "lstm", "lstm_proj"])
 def test_a_packed_batch_takes_options(kind):
     _, ours, input, hx = pair(kind, 2, True, **EVERYTHING)
@@ -384,12 +463,18 @@ def test_arguments_that_do_not_fit_are_refused(case):
 
 @pytest.mark.parametrize("backend_name", ["torchscript", "aten"])
 def test_a_backend_that_cannot_is_refused_with_the_reason(backend_name):
-    _, ours, input, _ = pair("gru")
+    _, ours, input, _ = pair("gru", zoneout=0.1)
     with (
         triton_rnn.use_backend(backend_name),
-        pytest.raises(triton_rnn.BackendError, match="know nothing of lengths"),
+        pytest.raises(triton_rnn.BackendError, match="know nothing of zoneout"),
     ):
         ours(input, lengths=LENGTHS)
+    _, ours, input, _ = pair("lstm")
+    with (
+        triton_rnn.use_backend(backend_name),
+        pytest.raises(triton_rnn.BackendError, match="know nothing of all_states"),
+    ):
+        ours(input, all_states=True)
 
 
 def test_autocast_is_refused_with_the_reason():

@@ -91,12 +91,14 @@ def explain(
     if isinstance(module, torch.nn.RNNBase) and (more or getattr(module, "_options", None)):
         prepared = extended.prepare(module, input, hx, lengths, reset_mask, reset_to, all_states)
         if prepared is not None:
-            return _extended(prepared.call, module.num_layers)
+            return _extended(prepared, module.num_layers)
     if isinstance(module, torch.nn.RNNBase) and getattr(module, "_normalized", False):
         call = normalized.prepare(module, input, hx)
         if call is None:
             return _left_to_torch(_MALFORMED)
-        return _extended(call, module.num_layers)
+        taken = extended.choose(call.request)
+        lines = tuple(_plan(call, taken.backend, module.num_layers))
+        return Explanation(taken.backend, taken.reasons, lines, call.request)
     wanted = dispatch.requested()
     recomputed = getattr(module, "_recompute", False)
     if recomputed and torch.is_grad_enabled():
@@ -131,11 +133,15 @@ def explain(
     return Explanation(choice.backend, choice.reasons, tuple(plan), call.request)
 
 
-def _extended(call: functional.Call, layers: int) -> Explanation:
+def _extended(prepared: extended.Prepared, layers: int) -> Explanation:
     """Of a call with more than torch.nn's can do."""
-    taken = extended.choose(call.request)
-    lines = tuple(_plan(call, taken.backend, layers))
-    return Explanation(taken.backend, taken.reasons, lines, call.request)
+    choice, call, episodes = extended.route(prepared.call, prepared.extras)
+    plan = []
+    if episodes is not None:
+        sizes = episodes.batch_sizes
+        plan.append(f"{sizes[0]} episodes side by side, the longest of {len(sizes)} steps")
+    plan += _plan(call, choice.backend, layers)
+    return Explanation(choice.backend, choice.reasons, tuple(plan), prepared.call.request)
 
 
 def _plan(call: functional.Call, backend: str, layers: int) -> list[str]:

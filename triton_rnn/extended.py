@@ -16,6 +16,7 @@ from torch.nn.functional import dropout
 from torch.nn.utils.rnn import PackedSequence
 
 from triton_rnn import compiled, dispatch, functional, obstacles
+from triton_rnn.episodes import Episodes, episodes_of
 from triton_rnn.extras import Extras
 from triton_rnn.layer import layer
 from triton_rnn.options import OFF, Options
@@ -25,6 +26,10 @@ from triton_rnn.request import Request
 # Any, as a module's mode says which of their forwards it has.
 _TORCHS: dict[str, Any] = {"RNN_TANH": torch.nn.RNN, "RNN_RELU": torch.nn.RNN}
 _TORCHS |= {"GRU": torch.nn.GRU, "LSTM": torch.nn.LSTM}
+
+# What can be done around the loops of a backend that know nothing of it: by packing, and by what
+# the loops are given for an input and for weights. So can all states of a cell without c.
+_AROUND = ("lengths", "reset_mask", "input_dropout", "weight_dropout")
 
 
 class AllStates(NamedTuple):
@@ -129,7 +134,7 @@ def _names_of(options: Options, drawn: _Drawn) -> tuple[str, ...]:
 
 
 def choose(request: Request) -> dispatch.Choice:
-    """The backend that runs an extended call here and now, and why each other one does not.
+    """The backend that knows all extras of a request here and now, and why each other one does not.
 
     Raises:
         BackendError: if the one that was asked for cannot, or none can.
@@ -148,6 +153,71 @@ def choose(request: Request) -> dispatch.Choice:
     return dispatch.Choice("reference", others)
 
 
+class Route(NamedTuple):
+    """How a call with more than torch.nn's is done.
+
+    Attributes:
+        choice: by which backend.
+        call: as the backend sees it.
+        episodes: of which the call is a packed batch; None if its sequences are as they were.
+    """
+
+    choice: dispatch.Choice
+    call: functional.Call
+    episodes: Episodes | None
+
+
+def route(call: functional.Call, extras: Extras) -> Route:
+    """The backend of a call, and the call in the form that it takes.
+
+    Where no loops but the plain ones know the call's extras, those of any other backend do what
+    they know, and the rest is done around them, if it can be.
+
+    Raises:
+        BackendError: if the backend that was asked for cannot run the call, or none can.
+    """
+    request, wanted = call.request, dispatch.requested()
+    own_extras = request.extras
+    if request.cell.states == 1:
+        own_extras = tuple(name for name in own_extras if name != "all_states")
+    inside = tuple(name for name in own_extras if name not in _AROUND)
+    knows = wanted != "auto" and hasattr(dispatch.backend_module(wanted), "TAKES_EXTRAS")
+    if knows or obstacles.obstacle() is not None:
+        return Route(choose(request), call, None)
+    if inside:
+        return Route(choose(request._replace(extras=inside)), call, None)
+    if wanted == "auto":
+        choice = choose(request)
+        if choice.backend != "reference":
+            return Route(choice, call, None)
+    episodes = None
+    plain = call._replace(request=request._replace(extras=()))
+    if extras.lengths is not None or extras.reset_mask is not None:
+        episodes = episodes_of(request.seq_len, request.batch, extras, request.device)
+        if episodes is None:
+            with dispatch.use_backend("reference"):
+                return Route(choose(request), call, None)
+        plain = _by_episodes(plain, episodes)
+    choice = dispatch.choose(plain.request, wanted)
+    if choice.backend == "reference":
+        return Route(choice, call, None)
+    return Route(choice, plain, episodes)
+
+
+def _by_episodes(call: functional.Call, episodes: Episodes) -> functional.Call:
+    """A padded call as one with a packed batch, which has no lengths and resets."""
+    request, x, _, h_0, c_0, weights = call
+    directions, sizes = request.directions, episodes.batch_sizes
+    return functional.Call(
+        request._replace(seq_len=len(sizes), batch=sizes[0], packed=True),
+        episodes.take(x),
+        sizes,
+        None if h_0 is None else episodes.take_states(h_0, directions),
+        None if c_0 is None else episodes.take_states(c_0, directions),
+        weights,
+    )
+
+
 def refuse_malformed(module: Any, input: Any, hx: Any, names: Sequence[str]) -> NoReturn:
     """Raise what is wrong with a call that cannot be taken apart.
 
@@ -161,12 +231,24 @@ def refuse_malformed(module: Any, input: Any, hx: Any, names: Sequence[str]) -> 
     )
 
 
-def _locked(x: Tensor, p: float, request: Request, batch_sizes: Sequence[int]) -> Tensor:
+def _locked(
+    x: Tensor, p: float, batch: int, batch_sizes: Sequence[int], episodes: Episodes | None
+) -> Tensor:
     """The input of a layer under one dropout mask for all steps of a sequence."""
-    mask = dropout(x.new_ones(request.batch, x.size(-1)), p, True)
-    if batch_sizes:
+    mask = dropout(x.new_ones(batch, x.size(-1)), p, True)
+    if episodes is not None:
+        mask = episodes.take_locked(mask)
+    elif batch_sizes:
         mask = mask[torch.cat([torch.arange(size) for size in batch_sizes]).to(x.device)]
     return x * mask
+
+
+def _between_layers(x: Tensor, p: float, episodes: Episodes | None) -> Tensor:
+    """Dropout of a layer's output, drawn for the batch as it was given."""
+    if episodes is None:
+        return dropout(x, p, True)
+    ones = x.new_ones(episodes.steps, episodes.batch, x.size(-1))
+    return x * episodes.take(dropout(ones, p, True))
 
 
 def _zoneout(x: Tensor, size: int, p: float, training: bool) -> Tensor | float:
@@ -176,12 +258,19 @@ def _zoneout(x: Tensor, size: int, p: float, training: bool) -> Tensor | float:
 
 
 def _stack(
-    call: functional.Call, name: str, layers: int, drop: float, drawn: _Drawn, extras: Extras
+    route: Route, batch: int, layers: int, drop: float, drawn: _Drawn, extras: Extras
 ) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
-    """Run all layers: final states, every layer's output, every layer's cells; time-major."""
-    request, x, batch_sizes, h_0, c_0, weights = call
-    home = importlib.import_module(dispatch.backend_module(name).TAKES_EXTRAS)
-    walk = home.walk(request, batch_sizes, extras)
+    """Run all layers: final states, every layer's output, every layer's cells; time-major.
+
+    Args:
+        batch: N, for which masks are drawn, however the call is done.
+    """
+    choice, (request, x, batch_sizes, h_0, c_0, weights), episodes = route
+    backend: Any = dispatch.backend_module(choice.backend)
+    home = walk = None
+    if hasattr(backend, "TAKES_EXTRAS"):
+        home = importlib.import_module(backend.TAKES_EXTRAS)
+        walk = home.walk(request, batch_sizes, extras)
     directions, count = request.directions, len(weights) // layers
     per_direction = count // directions
     finals: list[Sequence[Tensor]] = []
@@ -192,39 +281,43 @@ def _stack(
         if number == 1:
             request = request._replace(input_size=directions * request.output_size)
         if drawn.input_dropout[number]:
-            x = _locked(x, drawn.input_dropout[number], request, batch_sizes)
+            x = _locked(x, drawn.input_dropout[number], batch, batch_sizes, episodes)
         own = weights[number * count : (number + 1) * count]
         if drawn.weight_dropout:
             for at in range(1, count, per_direction):
                 own[at] = dropout(own[at], drawn.weight_dropout, True)
-        mask = None
-        if drawn.recurrent_dropout:
-            ones = x.new_ones(directions, request.batch, request.output_size)
-            mask = dropout(ones, drawn.recurrent_dropout, True)
-        zoneouts: list[Tensor | float] = [
-            _zoneout(x, directions * size, p, drawn.training)
-            for size, p in zip(
-                (request.output_size, request.hidden_size), drawn.zoneout, strict=False
-            )
-        ]
-        backend = home.ExtendedLayer(
-            extras._replace(
-                recurrent_mask=mask,
-                zoneout_h=zoneouts[0],
-                zoneout_c=zoneouts[1] if len(zoneouts) == 2 else 0.0,
-            ),
-            walk,
-        )
         rows = slice(number * directions, (number + 1) * directions)
         h = None if h_0 is None else h_0[rows]
         c = None if c_0 is None else c_0[rows]
-        x, *states = layer(backend, request, batch_sizes, x, h, c, own)
+        if home is None:
+            one = functional.Call(request, x, batch_sizes, h, c, own)
+            x, *states = vars(backend).get("stack", functional.stack)(one, backend, 1, 0.0)
+        else:
+            mask = None
+            if drawn.recurrent_dropout:
+                ones = x.new_ones(directions, batch, request.output_size)
+                mask = dropout(ones, drawn.recurrent_dropout, True)
+            zoneouts: list[Tensor | float] = [
+                _zoneout(x, directions * size, p, drawn.training)
+                for size, p in zip(
+                    (request.output_size, request.hidden_size), drawn.zoneout, strict=False
+                )
+            ]
+            knowing = home.ExtendedLayer(
+                extras._replace(
+                    recurrent_mask=mask,
+                    zoneout_h=zoneouts[0],
+                    zoneout_c=zoneouts[1] if len(zoneouts) == 2 else 0.0,
+                ),
+                walk,
+            )
+            x, *states = layer(knowing, request, batch_sizes, x, h, c, own)
         if extras.all_cells:
             cells.append(states.pop())
         outputs.append(x)
         finals.append(states)
         if drop > 0 and number + 1 < layers:
-            x = dropout(x, drop, True)
+            x = _between_layers(x, drop, episodes)
     states = [each[0] if layers == 1 else torch.cat(each) for each in zip(*finals, strict=True)]
     return states, outputs, cells
 
@@ -341,10 +434,17 @@ def forward(
         return _plain(module, input, hx)
     call, extras, drawn = prepared
     packed = isinstance(input, PackedSequence)
-    name = choose(call.request).backend
     drop = module.dropout if module.training else 0.0
     with ranges.call(call.request.cell):
-        states, outputs, cells = _stack(call, name, module.num_layers, drop, drawn, extras)
+        taken = route(call, extras)
+        batch, episodes = call.request.batch, taken.episodes
+        states, outputs, cells = _stack(taken, batch, module.num_layers, drop, drawn, extras)
+        if episodes is not None:
+            outputs = [episodes.put(output) for output in outputs[0 if all_states else -1 :]]
+            states = [
+                episodes.put_states(state, initial, call.request.directions)
+                for state, initial in zip(states, (call.h_0, call.c_0), strict=False)
+            ]
 
     def shown(steps: Tensor) -> Any:
         if packed:

@@ -1,0 +1,134 @@
+"""Lengths and resets as a packed batch: every episode a sequence of its own, the longest first.
+
+So backends whose loops know packed batches, and nothing of lengths and resets, run such calls too.
+Episodes that follow one another in time run side by side, and the loop over time is as long as the
+longest of them, not as the sequences.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from triton_rnn.extras import Extras
+
+
+class Episodes(NamedTuple):
+    """The episodes of a padded batch of N sequences over T steps, E of them, of R steps in all.
+
+    Attributes:
+        steps, batch: T, N.
+        batch_sizes: of every step of the packed batch, how many episodes it is for.
+        rows: (R,) int64, for each row of the packed batch that of the padded one, t * N + n.
+        sequences: (E,) int64, whose each episode is.
+        begins: (2, E) bool, which episodes begin with the states that the call is given, going
+            forward and in reverse; the others begin with zeros.
+        ends: (2, N) int64, in which episode a sequence's last state is, in either direction.
+        empty: (N,) bool, which sequences have no step and keep their states.
+        has_empty: whether there are any.
+    """
+
+    steps: int
+    batch: int
+    batch_sizes: list[int]
+    rows: Tensor
+    sequences: Tensor
+    begins: Tensor
+    ends: Tensor
+    empty: Tensor
+    has_empty: bool
+
+    def take(self, padded: Tensor) -> Tensor:
+        """(T, N, C) as the rows of the packed batch, (R, C)."""
+        rows = self.rows
+        if not padded.is_contiguous():
+            # As a batch-first input lies in memory, which then need not be turned first.
+            padded = padded.transpose(0, 1)
+            rows = rows % self.batch * self.steps + rows // self.batch
+        return padded.reshape(-1, padded.size(-1)).index_select(0, rows)
+
+    def put(self, packed: Tensor) -> Tensor:
+        """(R, C) as a padded batch, (T, N, C), zeros where no sequence is."""
+        padded = packed.new_zeros((self.steps * self.batch, packed.size(-1)))
+        return padded.index_copy_(0, self.rows, packed).view(self.steps, self.batch, -1)
+
+    def take_locked(self, locked: Tensor) -> Tensor:
+        """(N, C), what is one for all steps of a sequence, for each row: (R, C)."""
+        return locked.index_select(0, self.rows % self.batch)
+
+    def take_states(self, states: Tensor, directions: int) -> Tensor:
+        """States (L * D, N, H) that each episode begins with, (L * D, E, H)."""
+        # Indexed, not selected: the gradients of the episodes of a sequence are added up in order.
+        every = states[:, self.sequences]
+        begins = self.begins[:directions].repeat(len(states) // directions, 1)
+        return torch.where(begins.unsqueeze(-1), every, every.new_zeros(()))
+
+    def put_states(self, states: Tensor, initial: Tensor | None, directions: int) -> Tensor:
+        """States (L * D, E, H) after the episodes as those after the sequences, (L * D, N, H)."""
+        ends = self.ends[:directions].repeat(len(states) // directions, 1)
+        numbers = torch.arange(len(states), device=states.device).unsqueeze(1)
+        last = states[numbers, ends]
+        if not self.has_empty:
+            return last
+        kept = last.new_zeros(()) if initial is None else initial
+        return torch.where(self.empty.unsqueeze(-1), kept, last)
+
+
+def episodes_of(steps: int, batch: int, extras: Extras, device: torch.device) -> Episodes | None:
+    """The episodes of a padded batch with lengths, resets or both; None if there is no step at all.
+
+    A mask on a GPU is waited for: how many episodes there are decides what is launched.
+    """
+    lengths = torch.full((batch,), steps) if extras.lengths is None else extras.lengths
+    inside = torch.arange(steps).unsqueeze(1) < lengths
+    marked = torch.zeros_like(inside)
+    if extras.reset_mask is not None:
+        marked = inside & extras.reset_mask.cpu()
+    starts = marked.clone()
+    starts[0] = inside[0]
+    # Sequence by sequence, and in each by time.
+    sequences, firsts = starts.t().nonzero().unbind(1)
+    count = len(sequences)
+    if not count:
+        return None
+    is_last = torch.ones(count, dtype=torch.bool)
+    is_last[:-1] = sequences[1:] != sequences[:-1]
+    own = torch.where(is_last, lengths[sequences], firsts.roll(-1)) - firsts
+    own, order = own.sort(descending=True, stable=True)
+    place = torch.empty_like(order)
+    place[order] = torch.arange(count)
+
+    ends = torch.zeros((2, batch), dtype=torch.int64)
+    is_first = firsts == 0
+    for ends_of_direction, which in zip(ends, (is_last, is_first), strict=True):
+        ends_of_direction[sequences[which]] = place[which]
+    begins = torch.ones((2, count), dtype=torch.bool)
+    if not extras.reset_to_initial:
+        begins = torch.stack((is_first & ~marked[0, sequences], is_last))
+    sequences, firsts, begins = sequences[order], firsts[order], begins[:, order]
+
+    longest = int(own[0])
+    sizes = count - own.bincount(minlength=longest + 1).cumsum(0)[:longest]
+    in_step = torch.arange(int(own.sum())) - (sizes.cumsum(0) - sizes).repeat_interleave(sizes)
+    step = torch.arange(longest).repeat_interleave(sizes)
+    rows = (firsts[in_step] + step) * batch + sequences[in_step]
+    empty = lengths == 0
+
+    parts = (rows, sequences, begins.long(), ends, empty.long())
+    # One copy for all.
+    together = torch.cat([part.flatten() for part in parts])
+    if device.type == "cuda":
+        # From pinned memory it does not wait for what the device is busy with.
+        together = together.pin_memory()
+    moved = together.to(device, non_blocking=True).split([part.numel() for part in parts])
+    return Episodes(
+        steps,
+        batch,
+        sizes.tolist(),
+        moved[0],
+        moved[1],
+        moved[2].view(2, count).bool(),
+        moved[3].view(2, batch),
+        moved[4].bool(),
+        bool(empty.any()),
+    )
