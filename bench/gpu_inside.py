@@ -327,7 +327,7 @@ def recurrence(point: TuningPoint, device: torch.device) -> Callable[[bool], lis
             if fresh:
                 gates.copy_(preact)
             output = gates.new_empty(rows, directions * size)
-            _, h_n, _ = launch.forward(request, output, gates, w_hh, vectors, state, c_0, None)
+            _, h_n, *_ = launch.forward(request, output, gates, w_hh, vectors, state, c_0, None)
             return [output, h_n]
 
         return forward

@@ -55,6 +55,26 @@ class OwnCell(Cell):
     number: int = field(default_factory=itertools.count().__next__)
 
 
+@dataclass(frozen=True, eq=False)
+class RegularizedCell(Cell):
+    """One of torch's cells that is given more at a step (`own.regularized`); in no table.
+
+    For kernels that are generated from a pointwise step. Its layer has the weights of the plain
+    one's; `gates` and `states` are the plain one's too.
+
+    Attributes:
+        plain: the cell that it is without.
+        program: what it computes; None if that is what the plain one does.
+        locked: whether h is multiplied by a mask of each sequence before W_hh multiplies it.
+        shows_c: whether c after every step is a result.
+    """
+
+    plain: Cell | None = None
+    program: Program | None = None
+    locked: bool = False
+    shows_c: bool = False
+
+
 RNN_TANH = Cell("rnn_tanh", gates=1)
 RNN_RELU = Cell("rnn_relu", gates=1)
 GRU = Cell("gru", gates=3)

@@ -135,7 +135,7 @@ def explain(
 
 def _extended(prepared: extended.Prepared, layers: int) -> Explanation:
     """Of a call with more than torch.nn's can do."""
-    choice, call, episodes = extended.route(prepared.call, prepared.extras)
+    choice, call, episodes = extended.route(prepared)
     plan = []
     if episodes is not None:
         sizes = episodes.batch_sizes

@@ -16,6 +16,7 @@ from torch.nn.functional import dropout
 from torch.nn.utils.rnn import PackedSequence
 
 from triton_rnn import compiled, dispatch, functional, obstacles
+from triton_rnn.cells import RegularizedCell
 from triton_rnn.episodes import Episodes, episodes_of
 from triton_rnn.extras import Extras
 from triton_rnn.layer import layer
@@ -30,6 +31,7 @@ _TORCHS |= {"GRU": torch.nn.GRU, "LSTM": torch.nn.LSTM}
 # What can be done around the loops of a backend that know nothing of it: by packing, and by what
 # the loops are given for an input and for weights. So can all states of a cell without c.
 _AROUND = ("lengths", "reset_mask", "input_dropout", "weight_dropout")
+_NO_STEPS = "there is no step to run"
 
 
 class AllStates(NamedTuple):
@@ -167,41 +169,84 @@ class Route(NamedTuple):
     episodes: Episodes | None
 
 
-def route(call: functional.Call, extras: Extras) -> Route:
+def route(prepared: "Prepared") -> Route:
     """The backend of a call, and the call in the form that it takes.
 
     Where no loops but the plain ones know the call's extras, those of any other backend do what
-    they know, and the rest is done around them, if it can be.
+    they know, and the rest is done around them, if it can be. What cannot makes another cell, for
+    which the Triton kernels are generated.
 
     Raises:
         BackendError: if the backend that was asked for cannot run the call, or none can.
     """
+    call, extras, _ = prepared
     request, wanted = call.request, dispatch.requested()
-    own_extras = request.extras
-    if request.cell.states == 1:
-        own_extras = tuple(name for name in own_extras if name != "all_states")
-    inside = tuple(name for name in own_extras if name not in _AROUND)
     knows = wanted != "auto" and hasattr(dispatch.backend_module(wanted), "TAKES_EXTRAS")
     if knows or obstacles.obstacle() is not None:
         return Route(choose(request), call, None)
-    if inside:
-        return Route(choose(request._replace(extras=inside)), call, None)
+    inside = tuple(name for name in request.extras if name not in _AROUND)
+    if request.cell.states == 1:
+        inside = tuple(name for name in inside if name != "all_states")
     if wanted == "auto":
-        choice = choose(request)
-        if choice.backend != "reference":
-            return Route(choice, call, None)
-    episodes = None
+        best = choose(request)
+        if best.backend != "reference":
+            return Route(best, call, None)
+    elif inside and wanted != "triton":
+        # Which says why not.
+        return Route(choose(request._replace(extras=inside)), call, None)
     plain = call._replace(request=request._replace(extras=()))
+    if inside:
+        reason = _not_on_kernels(request, inside)
+        if reason is None:
+            plain = plain._replace(request=_regularized(prepared))
+        elif wanted == "auto":
+            return Route(best, call, None)
+        else:
+            raise dispatch.BackendError(f"backend {wanted!r} cannot run this call: {reason}")
+    episodes = None
     if extras.lengths is not None or extras.reset_mask is not None:
         episodes = episodes_of(request.seq_len, request.batch, extras, request.device)
         if episodes is None:
-            with dispatch.use_backend("reference"):
-                return Route(choose(request), call, None)
+            others = {name: _NO_STEPS for name in dispatch.BACKENDS if name != "reference"}
+            return Route(dispatch.Choice("reference", others), call, None)
         plain = _by_episodes(plain, episodes)
+    if inside and wanted == "auto":
+        try:
+            dispatch.choose(plain.request, "triton")
+        except dispatch.BackendError:
+            return Route(best, call, None)
+        reasons = {**best.reasons, "reference": "triton comes first"}
+        del reasons["triton"]
+        return Route(dispatch.Choice("triton", reasons), plain, episodes)
     choice = dispatch.choose(plain.request, wanted)
     if choice.backend == "reference":
         return Route(choice, call, None)
     return Route(choice, plain, episodes)
+
+
+def _not_on_kernels(request: Request, inside: Sequence[str]) -> str | None:
+    """Why the Triton kernels cannot do these extras of a request, as far as is known at once."""
+    if request.cell.projected:
+        return f"the Triton kernels know nothing of {', '.join(inside)} of a projected LSTM"
+    reason: str | None = dispatch.backend_module("triton").cannot(request)
+    return reason
+
+
+def _regularized(prepared: "Prepared") -> Request:
+    """The request of a layer of the cell that a call's extras make of its own."""
+    call, extras, drawn = prepared
+    # Expensive, and for few: tracing.
+    make = importlib.import_module("triton_rnn.own.regularized").regularized
+    parts = drawn.zoneout[: call.request.cell.states]
+    cell = make(
+        call.request.cell,
+        extras.clip_hidden,
+        extras.clip_cell,
+        tuple(None if part and drawn.training else part for part in parts),
+        bool(drawn.recurrent_dropout),
+        extras.all_cells,
+    )
+    return call.request._replace(cell=cell, extras=())
 
 
 def _by_episodes(call: functional.Call, episodes: Episodes) -> functional.Call:
@@ -251,10 +296,14 @@ def _between_layers(x: Tensor, p: float, episodes: Episodes | None) -> Tensor:
     return x * episodes.take(dropout(ones, p, True))
 
 
-def _zoneout(x: Tensor, size: int, p: float, training: bool) -> Tensor | float:
+def _zoneout(
+    x: Tensor, size: int, p: float, training: bool, episodes: Episodes | None
+) -> Tensor | float:
     if p == 0.0 or not training:
         return p
-    return torch.empty((*x.shape[:-1], size), dtype=torch.bool, device=x.device).bernoulli_(p)
+    rows = x.shape[:-1] if episodes is None else (episodes.steps, episodes.batch)
+    mask = torch.empty((*rows, size), dtype=torch.bool, device=x.device).bernoulli_(p)
+    return mask if episodes is None else episodes.take(mask)
 
 
 def _stack(
@@ -270,6 +319,10 @@ def _stack(
     home = walk = None
     if hasattr(backend, "TAKES_EXTRAS"):
         home = importlib.import_module(backend.TAKES_EXTRAS)
+    elif isinstance(request.cell, RegularizedCell):
+        home = importlib.import_module(backend.REGULARIZES)
+        extras = extras._replace(lengths=None, reset_mask=None)
+    if home is not None:
         walk = home.walk(request, batch_sizes, extras)
     directions, count = request.directions, len(weights) // layers
     per_direction = count // directions
@@ -297,8 +350,9 @@ def _stack(
             if drawn.recurrent_dropout:
                 ones = x.new_ones(directions, batch, request.output_size)
                 mask = dropout(ones, drawn.recurrent_dropout, True)
+                mask = mask if episodes is None else mask.index_select(1, episodes.sequences)
             zoneouts: list[Tensor | float] = [
-                _zoneout(x, directions * size, p, drawn.training)
+                _zoneout(x, directions * size, p, drawn.training, episodes)
                 for size, p in zip(
                     (request.output_size, request.hidden_size), drawn.zoneout, strict=False
                 )
@@ -436,11 +490,12 @@ def forward(
     packed = isinstance(input, PackedSequence)
     drop = module.dropout if module.training else 0.0
     with ranges.call(call.request.cell):
-        taken = route(call, extras)
+        taken = route(prepared)
         batch, episodes = call.request.batch, taken.episodes
         states, outputs, cells = _stack(taken, batch, module.num_layers, drop, drawn, extras)
         if episodes is not None:
             outputs = [episodes.put(output) for output in outputs[0 if all_states else -1 :]]
+            cells = [episodes.put(every_c) for every_c in cells]
             states = [
                 episodes.put_states(state, initial, call.request.directions)
                 for state, initial in zip(states, (call.h_0, call.c_0), strict=False)

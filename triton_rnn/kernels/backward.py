@@ -181,6 +181,8 @@ def recurrence_backward(
     w_hh_1_ptr,
     units_0_ptr,
     units_1_ptr,
+    locked_ptr,
+    grad_cells_ptr,
     grad_h_in_ptr,
     grad_c_in_ptr,
     grad_h_out_ptr,
@@ -219,6 +221,8 @@ def recurrence_backward(
     PAUSE: tl.constexpr,
     SUMS: tl.constexpr,
     HAS_C: tl.constexpr,
+    GRAD_C: tl.constexpr,
+    LOCKED: tl.constexpr,
     PACKED: tl.constexpr,
     PRECISION: tl.constexpr,
     PTX: tl.constexpr,
@@ -233,6 +237,8 @@ def recurrence_backward(
         grad_gates_ptr: written. units_0_ptr, units_1_ptr: (UNITS, H) of either direction.
         w_hh_0_ptr, w_hh_1_ptr: with STREAMED W_hh^T, (H, P * H), the products in the order of
             `grad_gates`.
+        locked_ptr: with LOCKED as in `recurrence_forward`. grad_cells_ptr: with GRAD_C the gradient
+            of every step's c, (R, D * H).
         grad_h_in_ptr, grad_c_in_ptr, grad_h_out_ptr, grad_c_out_ptr: the gradients of the states
             before and after these steps.
         FACTORS, CELL: the cell's `factors` and `backward`. WIDTH: blocks in a row of `grad_gates`.
@@ -327,6 +333,12 @@ def recurrence_backward(
         if HELD and GATES:
             # From here on all of a step has the layout of the product.
             dh += zeros
+        if LOCKED:
+            factor = tl.load(locked_ptr + first_state + state_offsets, mask=inside, other=0.0).to(
+                tl.float32
+            )
+            if HELD:
+                factor += zeros
         dc = dh
         if HAS_C:
             dc = tl.load(grad_c_in_ptr + first_state + state_offsets, mask=inside, other=0.0).to(
@@ -398,15 +410,20 @@ def recurrence_backward(
             factors = FACTORS(apart(saved, SAVED, MOST), state, before, units, PTX)
 
             if HELD:
+                came = dh
+                if LOCKED:
+                    came = tl.zeros_like(dh)
                 for k in tl.static_range(len(weights)):
-                    dh = tl.dot(weights[k], sent[k], dh, input_precision=PRECISION)
+                    came = tl.dot(weights[k], sent[k], came, input_precision=PRECISION)
+                dh = dh + came * factor if LOCKED else came
             elif NEAR:
                 # Nobody sends anything for units, or sequences, that there are not.
                 looks = tl.where(inside, polls, 0)
                 came = sum_when_sent(
                     room + here + own_place, looks, error_ptr, s + 1, NUM_H, 4 * BLOCK_H * BLOCK_N
                 )
-                dh += tl.where(inside & (columns < after_active), came, 0.0)
+                came = tl.where(inside & (columns < after_active), came, 0.0)
+                dh += came * factor if LOCKED else came
             elif EXCHANGE == "flag":
                 sources = ()
                 looks = ()
@@ -444,7 +461,8 @@ def recurrence_backward(
                 )
                 # Rows that took no part in the step before this one send nothing.
                 came = tl.reshape(parts_added(product, BLOCK_H), (BLOCK_N, BLOCK_H))
-                dh += tl.where((columns < after_active), came, 0.0)
+                came = tl.where((columns < after_active), came, 0.0)
+                dh += came * factor if LOCKED else came
             else:
                 if EXCHANGE == "barrier":
                     complete = wait_for_arrivals(counter_ptr, expected, polls * alive)
@@ -455,7 +473,7 @@ def recurrence_backward(
                     + after_row * (D * WIDTH * H)
                     + (n * (D * WIDTH * H) + d * WIDTH * H)
                 )
-                dh += exchanged_product(
+                came = exchanged_product(
                     weights,
                     w_hh_ptr,
                     first,
@@ -475,6 +493,7 @@ def recurrence_backward(
                     ON_CHIP,
                     PRECISION,
                 )
+                dh += came * factor if LOCKED else came
 
             if not HELD:
                 # Behind what the others send, and long since in the L2 cache: see `forward`.
@@ -486,6 +505,10 @@ def recurrence_backward(
 
             now = inside & (columns < active)
             whole_dh = dh + grad_output
+            if GRAD_C:
+                dc += tl.load(grad_cells_ptr + row * (D * H) + own, mask=now, other=0.0).to(
+                    tl.float32
+                )
             blocks, direct_dh, before_dc = CELL(factors, whole_dh, dc, units, PTX)
             if HELD:
                 grads = ()

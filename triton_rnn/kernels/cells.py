@@ -126,7 +126,7 @@ class KernelCell:
 
     Attributes:
         forward, factors, backward: the three functions above.
-        inputs: G, the parts of the input's preactivations.
+        inputs: the parts of the input's preactivations, and behind them the masks.
         products: P, the parts of W_hh h.
         saved: the blocks that `forward` saves.
         width: WIDTH, the blocks that `backward` returns: first those of the products, last, but
@@ -138,6 +138,9 @@ class KernelCell:
         units: how many unit weights there are.
         has_c: whether the state is (h, c).
         keeps_c: whether the backward reads c, not h, at every step.
+        masks: inputs, the last, that no weight makes: ones and zeros of every step.
+        locked: whether h is multiplied by numbers of each sequence before W_hh multiplies it.
+        shows_c: whether c after every step is a result.
     """
 
     forward: Any
@@ -153,6 +156,14 @@ class KernelCell:
     units: int = 0
     has_c: bool = False
     keeps_c: bool = False
+    masks: int = 0
+    locked: bool = False
+    shows_c: bool = False
+
+    @property
+    def preacts(self) -> int:
+        """G, the parts of the input's preactivations."""
+        return self.inputs - self.masks
 
     @functools.cached_property
     def biases(self) -> int:

@@ -127,6 +127,8 @@ def recurrence_forward(
     h_0_ptr,
     output_ptr,
     cells_ptr,
+    locked_ptr,
+    shown_ptr,
     h_in_ptr,
     c_in_ptr,
     h_out_ptr,
@@ -166,6 +168,7 @@ def recurrence_forward(
     PACKED: tl.constexpr,
     SAVED: tl.constexpr,
     SAVE_C: tl.constexpr,
+    LOCKED: tl.constexpr,
     PRECISION: tl.constexpr,
     PTX: tl.constexpr,
 ):
@@ -178,6 +181,8 @@ def recurrence_forward(
         vectors_0_ptr, vectors_1_ptr: (VECTORS - ABSENT, H).
         h_0_ptr: h before a sequence's first step, in the dtype of `output`.
         cells_ptr: written with SAVE_C.
+        locked_ptr: (D, N, H), with LOCKED what h is multiplied by before W_hh multiplies it. Then
+            `output` and h_0 are these products, and h itself goes to shown_ptr, (R, D * H).
         h_in_ptr, c_in_ptr, h_out_ptr, c_out_ptr: the states before `begin` and after the last step.
         batch_sizes_ptr, offsets_ptr: (T,) int32, int64; read if PACKED.
         counters_ptr: (slots * AT_ONCE,) int32 zeros; of the interpreter with EXCHANGE "cluster" the
@@ -261,6 +266,12 @@ def recurrence_forward(
         if HELD and GATES:
             # From here on all of a step has the layout of the product.
             h += zeros
+        if LOCKED:
+            factor = tl.load(locked_ptr + first_state + state_offsets, mask=inside, other=0.0).to(
+                tl.float32
+            )
+            if HELD:
+                factor += zeros
         c = h
         if HAS_C:
             c = tl.load(c_in_ptr + first_state + state_offsets, mask=inside, other=0.0).to(
@@ -287,7 +298,8 @@ def recurrence_forward(
             )
         if NEAR:
             own_place = place_in_room(rows, columns - tile * BLOCK_N, BLOCKS, BLOCK_K)
-            send_to_all(rooms, here + own_place, h, inside, dtype)
+            first_sent = h * factor if LOCKED else h
+            send_to_all(rooms, here + own_place, first_sent, inside, dtype)
 
         for s in range(begin, end):
             t += ahead
@@ -303,7 +315,7 @@ def recurrence_forward(
             if HELD:
                 # One step before it is needed, so that memory has a step's time to answer.
                 next_x = load_blocks(next_x_ptrs, next_inside, H, INPUTS, MOST)
-                h_block = h.to(dtype)
+                h_block = (h * factor if LOCKED else h).to(dtype)
                 a = ()
                 for g in tl.static_range(GATES):
                     a = a + (tl.dot(weights[g], h_block, input_precision=PRECISION),)
@@ -395,14 +407,17 @@ def recurrence_forward(
             if NEAR:
                 here = STATE - here
                 kept = tl.where(now, new_h, h)
+                if LOCKED:
+                    kept *= factor
                 send_to_all(rooms, here + own_place, kept, inside & (s + 1 < end), dtype)
             output_ptrs = output_ptr + row * (D * H) + own
+            if EXCHANGE == "barrier":
+                new_h = tl.where(alive, new_h, float("nan"))
+            sent_h = new_h * factor if LOCKED else new_h
             if EXCHANGE == "flag":
-                send(output_ptrs, new_h, now)
+                send(output_ptrs, sent_h, now)
             else:
-                if EXCHANGE == "barrier":
-                    new_h = tl.where(alive, new_h, float("nan"))
-                store_blocks(output_ptrs, (new_h,), now, H, 0, 1, MOST, EXCHANGE)
+                store_blocks(output_ptrs, (sent_h,), now, H, 0, 1, MOST, EXCHANGE)
             if EXCHANGE == "barrier":
                 # What a program that gave up has stored is nothing to wait for.
                 if alive:
@@ -411,6 +426,9 @@ def recurrence_forward(
             if SAVED:
                 saved_ptrs = gates_ptr + row * (D * ROW * H) + own_gates
                 store_blocks(saved_ptrs, saved, now, H, 0, SAVED, MOST, EXCHANGE)
+            if LOCKED:
+                shown_ptrs = shown_ptr + row * (D * H) + own
+                store_blocks(shown_ptrs, (new_h,), now, H, 0, 1, MOST, EXCHANGE)
             if SAVE_C:
                 cells_ptrs = cells_ptr + row * (D * H) + own
                 store_blocks(cells_ptrs, (new_c,), now, H, 0, 1, MOST, EXCHANGE)

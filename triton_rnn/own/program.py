@@ -11,6 +11,7 @@ class Program(NamedTuple):
 
     Attributes:
         gates, products, states, unit_weights: G and how many there are of each other.
+        masks: inputs behind those of the gates that have no gradient.
         leaves: the nodes of kind "input", "hidden", "state", "unit" by (kind, number), those that
             the step uses; "grad" are the gradients of the next states.
         starts: for each product the gate whose input's part it is added to before the step sees
@@ -28,6 +29,7 @@ class Program(NamedTuple):
     products: int
     states: int
     unit_weights: int
+    masks: int
     leaves: dict[tuple[str, int], Node]
     starts: tuple[int, ...]
     results: tuple[Node, ...]
@@ -113,8 +115,9 @@ def derive(
     products: int,
     states: int,
     unit_weights: int,
+    masks: int = 0,
 ) -> Program:
-    """The program of traced expressions (`trace.trace`)."""
+    """The program of traced expressions (`trace.trace`), whose last inputs may be masks."""
     graph, results, starts = _fold(graph, results, products)
     grads_of_results = [graph.leaf("grad", number) for number in range(states)]
     found = differentiate(graph, results, grads_of_results)
@@ -144,6 +147,7 @@ def derive(
         products,
         states,
         unit_weights,
+        masks,
         leaves,
         starts,
         tuple(results),

@@ -19,6 +19,9 @@ from torch import Tensor
 from triton_rnn.cells import OwnCell
 from triton_rnn.request import Request
 
+# Which module has the `ExtendedLayer` of a `RegularizedCell`.
+REGULARIZES = f"{__name__}.extended"
+
 # For states that are not given nothing is made: see `launch.zeros`.
 TAKES_NO_STATE = True
 

@@ -4,7 +4,7 @@ import ctypes
 import functools
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -14,7 +14,7 @@ from torch import Tensor
 from triton_rnn import dispatch, health
 from triton_rnn.backends.triton import own
 from triton_rnn.backends.triton.launcher import Launcher
-from triton_rnn.cells import Cell, OwnCell
+from triton_rnn.cells import Cell, OwnCell, RegularizedCell
 from triton_rnn.kernels.backward import recurrence_backward
 from triton_rnn.kernels.cells import KERNEL_CELLS, KernelCell
 from triton_rnn.kernels.chips import CHIPS, INTERPRETER, Chip
@@ -39,7 +39,16 @@ def kernel_cell(cell: Cell) -> KernelCell:
     """The cell of the recurrence; a projected LSTM is a plain one with W_hh W_hr for W_hh."""
     if isinstance(cell, OwnCell):
         return own.kernel_cell(cell)
+    if isinstance(cell, RegularizedCell):
+        return _regularized(cell)
     return KERNEL_CELLS["lstm" if cell.projected else cell.name]
+
+
+@functools.cache
+def _regularized(cell: RegularizedCell) -> KernelCell:
+    assert cell.plain is not None
+    found = KERNEL_CELLS[cell.plain.name] if cell.program is None else own.kernel_cell(cell)
+    return replace(found, locked=cell.locked, shows_c=cell.shows_c)
 
 
 @functools.cache
@@ -155,7 +164,8 @@ def forward_constants(
         "VECTORS": cell.biases + cell.units,
         "ABSENT": 0 if biased else cell.biases,
         "SAVED": cell.saved if save else 0,
-        "SAVE_C": save and cell.keeps_c,
+        "SAVE_C": cell.shows_c or (save and cell.keeps_c),
+        "LOCKED": cell.locked,
     }
 
 
@@ -173,6 +183,8 @@ def backward_constants(
         "SAVED": cell.saved,
         "ROW": cell.row,
         "UNITS": cell.units,
+        "GRAD_C": cell.shows_c,
+        "LOCKED": cell.locked,
     }
 
 
@@ -521,28 +533,38 @@ def forward(
     h_0: Tensor | None,
     c_0: Tensor | None,
     packing: Packing | None,
-) -> tuple[Tensor | None, Tensor, Tensor | None]:
-    """Launch `recurrence_forward`: cells (R, D, H) or None, h_n, c_n or None.
+    locked: Tensor | None = None,
+) -> tuple[Tensor | None, Tensor, Tensor | None, Tensor]:
+    """Launch `recurrence_forward`: cells (R, D, H) or None, h_n, c_n or None, and what is sent.
+
+    That is what W_hh has multiplied, of the shape of the output: the output itself, but for a cell
+    that is locked.
 
     Args:
         output: (R, D * H) in any shape, contiguous; written.
         gates: (R, D, ROW * H), replaced by what a backward needs if one is to follow.
         w_hh: (P * H, H) of each direction. vectors: what `unit_vectors` loads, of each, or None.
-        h_0, c_0: (D, N, H), or None for zeros.
+        h_0, c_0: (D, N, H), or None for zeros. locked: (D, N, H), of a cell that is.
     """
     found = ready(request, "forward")
     cell, missing = found.cell, found.missing
+    sent, first_sent, shown = output, h_0, missing
+    if cell.locked:
+        assert locked is not None
+        sent, shown = torch.empty_like(output), output
+        first_sent = None if h_0 is None else h_0 * locked
     if found.plan.exchange == "flag":
-        _unwritten(output)
+        _unwritten(sent)
         # It is read as what the others write is.
-        h_0 = None if h_0 is None else _in_pieces(h_0)
+        first_sent = None if first_sent is None else _in_pieces(first_sent)
     if found.plan.exchange in ("flag", "cluster"):
         w_hh = [_in_pieces(tensor) for tensor in w_hh]
     h_n = gates.new_empty(found.states)
     c_n = gates.new_empty(found.states) if cell.has_c else None
     cells = None
-    if request.needs_grad and cell.keeps_c:
-        cells = gates.new_empty((gates.size(0), request.directions, request.hidden_size))
+    if cell.shows_c or (request.needs_grad and cell.keeps_c):
+        shape = (gates.size(0), request.directions, request.hidden_size)
+        cells = gates.new_empty(output.shape if cell.shows_c else shape)
     nought = missing
     if h_0 is None or (c_0 is None and cell.has_c):
         nought = zeros(request.device, request.dtype, h_n.numel())
@@ -555,14 +577,16 @@ def forward(
             w_hh[0],
             w_hh[-1],
             *pair(vectors, missing),
-            h_0,
-            output,
+            nought if first_sent is None else first_sent,
+            sent,
             missing if cells is None else cells,
+            missing if locked is None else locked,
+            shown,
         ),
         (h_0, nought if c_0 is None else c_0, h_n, missing if c_n is None else c_n),
         packing,
     )
-    return cells, h_n, c_n
+    return cells, h_n, c_n, sent
 
 
 def backward(
@@ -576,6 +600,8 @@ def backward(
     grad_h_n: Tensor | None,
     grad_c_n: Tensor | None,
     packing: Packing | None,
+    locked: Tensor | None = None,
+    grad_cells: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Launch `recurrence_backward`: grad_gates (R, D, WIDTH * H), grad_h_0, grad_c_0 or None.
 
@@ -583,6 +609,7 @@ def backward(
         gates: what forward saved. states: cells, or output.
         initial: c_0 or h_0; grad_h_n, grad_c_n: as they. None for zeros.
         units: the unit weights (U, H) of each direction, or None.
+        locked: as of `forward`. grad_cells: (R, D * H), of a cell that shows c.
     """
     found = ready(request, "backward")
     cell, missing = found.cell, found.missing
@@ -612,6 +639,8 @@ def backward(
             w_hh[0],
             w_hh[-1],
             *pair(units, missing),
+            missing if locked is None else locked,
+            missing if grad_cells is None else grad_cells,
         ),
         (
             nought if grad_h_n is None else grad_h_n,

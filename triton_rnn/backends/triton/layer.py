@@ -32,6 +32,21 @@ class Weights(NamedTuple):
     units: Sequence[Tensor | None]
 
 
+class Given(NamedTuple):
+    """What the steps of a `RegularizedCell` are given beside its weights.
+
+    Attributes:
+        locked: (D, N, H), what h is multiplied by before W_hh multiplies it.
+        masks: (R, D * H) bool each, in any shape: what of h, and of c, stays as it was.
+    """
+
+    locked: Tensor | None = None
+    masks: Sequence[Tensor] = ()
+
+
+_NOTHING_GIVEN = Given()
+
+
 def _by_direction(request: Request, weights: Sequence[Tensor]) -> Weights:
     count = len(weights) // request.directions
     # Each is itself if it is so already.
@@ -67,12 +82,12 @@ def _folded(
     found: list[Tensor | None] = []
     for bias in bias_hh:
         assert bias is not None
-        parts = [bias.new_zeros(size)] * cell.inputs
+        parts = [bias.new_zeros(size)] * cell.preacts
         for product, start in enumerate(cell.starts):
             if start >= 0:
                 parts[start] = bias[product * size : (product + 1) * size]
         found.append(torch.cat(parts))
-    return found, cell.inputs * size
+    return found, cell.preacts * size
 
 
 def _vectors(
@@ -178,8 +193,9 @@ def forward(
     h_0: Tensor | None,
     c_0: Tensor | None,
     weights: Sequence[Tensor],
+    given: Given = _NOTHING_GIVEN,
 ) -> tuple[tuple[Tensor, ...], list[Tensor]]:
-    """See the package's `forward`."""
+    """See the package's `forward`. If the cell shows c, c after every step is the last result."""
     device = request.device
     with _on(device):
         launch.raise_failed_wait(device)
@@ -195,8 +211,14 @@ def forward(
         gates = input.new_empty((rows, directions, row * hidden_size))
         # What a GRU's reset gate multiplies has its bias inside, the others' are added up here.
         folded, fold = _folded(cell, own.bias_hh)
+        first_mask = (row - cell.masks) * hidden_size
+        preacts = gates[:, :, first_mask - cell.preacts * hidden_size : first_mask]
         with ranges.phase(request.cell, "projection", "both"):
-            products.project(input, own.weight_ih, own.bias_ih, folded, fold, gates)
+            products.project(input, own.weight_ih, own.bias_ih, folded, fold, preacts)
+        if given.masks:
+            blocks = gates[:, :, first_mask:].view(rows, directions, cell.masks, hidden_size)
+            for number, mask in enumerate(given.masks):
+                blocks[:, :, number] = mask.view(rows, directions, hidden_size)
         initial = h_0
         if request.cell.projected:
             initial = None
@@ -207,7 +229,7 @@ def forward(
         # Results are no views: autograd would forbid to change them in place.
         output = input.new_empty((*leading, directions * hidden_size))
         with ranges.phase(request.cell, "recurrence", "both"):
-            cells, h_n, c_n = launch.forward(
+            cells, h_n, c_n, sent = launch.forward(
                 request,
                 output,
                 gates,
@@ -216,11 +238,13 @@ def forward(
                 initial,
                 c_0,
                 packing,
+                given.locked,
             )
         saved = [output]
         if request.needs_grad:
             saved += [gates] if cell.saves else []
-            saved += [] if cells is None else [cells]
+            saved += [cells] if cells is not None and cell.keeps_c else []
+            saved += [sent] if cell.locked else []
         if request.cell.projected:
             states = output.view(rows, directions, hidden_size)
             output = input.new_empty((*leading, directions * request.output_size))
@@ -229,7 +253,8 @@ def forward(
                 parts[:, d] = states[:, d] @ weight.t()
             last = [_last_rows(request, rows, d, packing) for d in range(directions)]
             h_n = torch.stack([parts[last[d], d] for d in range(directions)])
-        return (output, h_n) if c_n is None else (output, h_n, c_n), saved
+        results = (output, h_n, c_n, cells if cell.shows_c else None)
+        return tuple(result for result in results if result is not None), saved
 
 
 def backward(
@@ -242,8 +267,9 @@ def backward(
     saved: Sequence[Tensor],
     grads: Sequence[Tensor | None],
     needs: Sequence[bool],
+    given: Given = _NOTHING_GIVEN,
 ) -> list[Tensor | None]:
-    """See the package's `backward`."""
+    """See the package's `backward`. If the cell shows c, the last of `grads` is that of all c."""
     with _on(request.device):
         packing = launch.packing_of(batch_sizes, request.device) if batch_sizes else None
         cell = launch.kernel_cell(request.cell)
@@ -251,6 +277,11 @@ def backward(
         directions, hidden_size = request.directions, request.hidden_size
         output, *rest = saved
         output = output.view(-1, directions * hidden_size)
+        sent = rest.pop().view(output.shape) if cell.locked else output
+        grad_cells = None
+        if cell.shows_c:
+            *grads, grad_cells = grads
+            grad_cells = torch.zeros_like(output) if grad_cells is None else grad_cells.contiguous()
         gates = rest[0] if cell.saves else output
         # A gradient that was not given is zeros, and so is an initial state.
         h_0, c_0, grad_output, grad_h_n, grad_c_n = (
@@ -281,14 +312,16 @@ def backward(
                 grad_h_n,
                 grad_c_n,
                 packing,
+                given.locked,
+                grad_cells,
             )
         with ranges.phase(request.cell, "backward.weights", "both"):
             return _after_the_loop(
                 request,
                 input,
-                h_0,
+                h_0 if h_0 is None or given.locked is None else h_0 * given.locked,
                 own,
-                output,
+                sent,
                 grad_gates,
                 (grad_h_0, grad_c_0),
                 grad_projected,
@@ -309,13 +342,17 @@ def _after_the_loop(
     needs: Sequence[bool],
     packing: Packing | None,
 ) -> list[Tensor | None]:
-    """The gradients that need no recurrence: of the input, the weights and the biases."""
+    """The gradients that need no recurrence: of the input, the weights and the biases.
+
+    Args:
+        h_0, output: what W_hh multiplied.
+    """
     cell = launch.kernel_cell(request.cell)
     grad_h_0, grad_c_0 = grad_states
     directions, hidden_size = request.directions, request.hidden_size
     count = (len(needs) - 3) // directions
     end = (cell.width - cell.units) * hidden_size
-    grad_preact = grad_gates[:, :, end - cell.inputs * hidden_size : end]
+    grad_preact = grad_gates[:, :, end - cell.preacts * hidden_size : end]
     turned = cell.turn * hidden_size
     results: list[Tensor | None] = [
         products.grad_input(grad_preact, own.weight_ih) if needs[0] else None
@@ -344,7 +381,7 @@ def _after_the_loop(
         else:
             found.append(None)
         if request.biased:
-            found.append(sums[d, end - cell.inputs * hidden_size : end] if wanted[2] else None)
+            found.append(sums[d, end - cell.preacts * hidden_size : end] if wanted[2] else None)
             total = None
             if wanted[3]:
                 total = sums[d, : cell.products * hidden_size]

@@ -1,4 +1,4 @@
-"""A user's cell in the Triton kernels: the three functions of a `KernelCell`, as generated text.
+"""A traced cell in the Triton kernels: the three functions of a `KernelCell`, as generated text.
 
 Forward is the traced step. The derived backward is cut in two: what no gradient enters goes to
 `factors`, which the kernel computes a step ahead, and the rest to `backward`, which stands between
@@ -14,7 +14,7 @@ from typing import Any
 import triton
 import triton.language as tl
 
-from triton_rnn.cells import OwnCell
+from triton_rnn.cells import OwnCell, RegularizedCell
 from triton_rnn.kernels import functions
 from triton_rnn.kernels.cells import KernelCell
 from triton_rnn.own.expression import Graph, Node, in_triton, reachable
@@ -142,8 +142,8 @@ class _Text:
 
     def forward(self) -> str:
         texts, lines = {("state", 0): "h", ("state", 1): "c"}, []
-        for gate in range(self.program.gates):
-            texts["input", gate] = f"x[{gate}]"
+        for number in range(self.program.gates + self.program.masks):
+            texts["input", number] = f"x[{number}]"
         for number in range(self.program.unit_weights):
             texts["unit", number] = f"v[{self.biases + number}]"
         bias = 0
@@ -215,8 +215,8 @@ def _compiled(text: str) -> dict[str, Any]:
 
 
 @functools.cache
-def kernel_cell(cell: OwnCell) -> KernelCell:
-    """A user's cell as the kernels see it; made once."""
+def kernel_cell(cell: OwnCell | RegularizedCell) -> KernelCell:
+    """A traced cell as the kernels see it; made once."""
     program = cell.program
     assert program is not None
     text = _Text(program)
@@ -225,7 +225,7 @@ def kernel_cell(cell: OwnCell) -> KernelCell:
         made["own_forward"],
         made["own_factors"],
         made["own_backward"],
-        inputs=program.gates,
+        inputs=program.gates + program.masks,
         products=program.products,
         saved=len(text.kept),
         width=len(text.blocks),
@@ -234,4 +234,5 @@ def kernel_cell(cell: OwnCell) -> KernelCell:
         turn=text.turn,
         units=program.unit_weights,
         has_c=program.states == 2,
+        masks=program.masks,
     )

@@ -164,28 +164,29 @@ def project(
     bias_ih: Sequence[Tensor | None],
     bias_hh: Sequence[Tensor | None],
     fold: int,
-    gates: Tensor,
+    preacts: Tensor,
 ) -> None:
-    """Write the input's preactivations into the last G * H columns of gates (R, D, WIDTH * H).
+    """Write the input's preactivations, (R, D, G * H), of which each row of a direction is dense.
 
     Args:
         input: (T, N, I) or (R, I), any strides.
         weight_ih: (G * H, I) of each direction. bias_ih, bias_hh: (G * H,) or None.
         fold: so many elements of bias_hh are added here.
     """
-    rows, directions, width = gates.shape
-    columns, size = weight_ih[0].shape
-    if _is_for_cublas(input, rows * columns * size, directions == 1 and width == columns):
-        _by_cublas(input, weight_ih[0], bias_ih[0], bias_hh[0], fold, gates.view(rows, columns))
+    rows, directions, columns = preacts.shape
+    size = weight_ih[0].size(1)
+    if _is_for_cublas(input, rows * columns * size, directions == 1 and preacts.is_contiguous()):
+        _by_cublas(input, weight_ih[0], bias_ih[0], bias_hh[0], fold, preacts.view(rows, columns))
         return
     inner, outer_stride, inner_stride = _rows_of(input)
+    row, direction, _ = preacts.stride()
     _launch(
         input,
         weight_ih,
-        gates if width == columns else gates[:, :, width - columns :],
+        preacts,
         (rows, columns, size),
         inner,
-        (outer_stride, inner_stride, input.stride(-1), 0, 1, size, 0, directions * width, width, 0),
+        (outer_stride, inner_stride, input.stride(-1), 0, 1, size, 0, row, direction, 0),
         directions,
         bias=bias_ih,
         folded=bias_hh,
