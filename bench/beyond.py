@@ -35,9 +35,20 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--threads", type=int, metavar="N", help="torch.set_num_threads(N)")
     parser.add_argument("--quick", action="store_true", help="short budgets")
     parser.add_argument(
+        "--device", choices=("cpu", "cuda"), default="cpu", help="wall time, waited for on a GPU"
+    )
+    parser.add_argument(
         "--memory", action="store_true", help="peak memory too, in processes of their own"
     )
     parser.add_argument("--save", type=Path, metavar="FILE.md", help="write the table too")
+
+
+def _waited_for(step: Callable[[], object]) -> Callable[[], object]:
+    def whole() -> None:
+        step()
+        torch.cuda.synchronize()
+
+    return whole
 
 
 def _row(name: str, rounds: Rounds) -> tuple[str, ...]:
@@ -69,22 +80,30 @@ def run(options: argparse.Namespace) -> int:
         if options.threads < 1:
             raise CommandError(f"--threads {options.threads}: a number above 0")
         torch.set_num_threads(options.threads)
+    on_gpu = options.device == "cuda"
+    if on_gpu and not torch.cuda.is_available():
+        raise CommandError("--device cuda: torch sees no GPU")
+    if on_gpu and options.memory:
+        raise CommandError("--memory is the process's: for the CPU alone")
     torch.manual_seed(0)
     budget = QUICK_BUDGET if options.quick else Budget()
     rows = []
-    for source in SOURCES:
-        for name, ours, theirs in source():
-            if options.case not in name:
-                continue
-            print(name, file=sys.stderr)
-            ours()
-            theirs()
-            row = _row(name, measure({"ours": Step(ours), "theirs": Step(theirs)}, budget))
-            rows.append(row + (_peaks(name) if options.memory else ()))
+    with torch.device(options.device):
+        pairs = [pair for source in SOURCES for pair in source() if options.case in pair[0]]
+    for name, *both in pairs:
+        print(name, file=sys.stderr)
+        sides = [_waited_for(step) if on_gpu else step for step in both]
+        for step in sides:
+            step()
+        steps = {side: Step(step) for side, step in zip(("ours", "theirs"), sides, strict=True)}
+        row = _row(name, measure(steps, budget))
+        rows.append(row + (_peaks(name) if options.memory else ()))
     if not rows:
         raise CommandError(f"--case {options.case}: there is none")
     header = HEADER + (MEMORY_HEADER if options.memory else ())
     threads = f"{torch.get_num_threads()} threads"
+    if on_gpu:
+        threads = torch.cuda.get_device_name()
     show(threads, header, rows)
     if path is not None:
         write(path, to_markdown("Beyond torch.nn", header, rows, threads))

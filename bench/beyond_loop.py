@@ -106,7 +106,7 @@ def _regularized(kind: str, cell: torch.nn.Module, x: Tensor) -> Tensor:
 
 def pairs(batch: int = 8) -> Iterator[Pair]:
     """A training step (forward, backward to input and weights) of each case, T=100 H=128."""
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator(torch.get_default_device()).manual_seed(0)
     x = torch.randn(STEPS, batch, SIZE, generator=generator).requires_grad_()
     lengths = torch.randint(STEPS // 4, STEPS + 1, (batch,), generator=generator)
     resets = torch.rand(STEPS, batch, generator=generator) < 0.05

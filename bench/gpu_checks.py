@@ -20,11 +20,20 @@ CELLS: dict[str, tuple[str, dict[str, Any]]] = {
 # Users' cells (`gpu_inside.OWN`), held against their plain loops; the last has no product, and so
 # no variants.
 OWN_CELLS = ("peephole", "mgu", "ind_rnn")
+# torch's with a module's options on, held against the plain loops with the same masks.
+OPTIONS = {"recurrent_dropout": 0.4, "zoneout": 0.3, "clip_hidden": 0.9, "weight_dropout": 0.1}
+EXTENDED_CELLS: dict[str, tuple[str, dict[str, Any]]] = {
+    "rnn_options": ("RNN", OPTIONS),
+    "gru_options": ("GRU", OPTIONS),
+    "lstm_options": ("LSTM", {**OPTIONS, "clip_cell": 1.5}),
+}
 # float32 with TF32 products, as torch's default is, and without.
 DTYPES = ("float16", "bfloat16", "float32_tf32", "float32")
 # TRITON_RNN_VARIANT, and after a plus what the plan's exchange is replaced by.
 VARIANTS = ("resident", "cooperative", "cluster", "cooperative+barrier", "streaming", "stepwise")
 FORMS = ("padded", "packed", "batch_first", "packed_unsorted", "strided", "unbatched")
+# Another one: padded with lengths and resets, all states shown.
+EPISODES = "episodes"
 
 
 @dataclass(frozen=True)
@@ -276,6 +285,25 @@ def _own() -> list[CheckCase]:
     ]
 
 
+def _extended() -> list[CheckCase]:
+    """Options, lengths and resets: their kernels are generated, or multiply what they send."""
+    case = CheckCase("numbers", "lstm_options", "float16", "", 256, 17, 9, EPISODES, directions=2)
+    return [
+        case,
+        replace(case, cell="gru_options", dtype="bfloat16", variant="cooperative", hidden=500),
+        replace(case, cell="lstm", dtype="float32_tf32", layers=2, hidden=100),
+        replace(case, variant="cluster", hidden=128, form="padded"),
+        replace(case, cell="rnn_options", variant="resident", hidden=64, form="packed"),
+        replace(case, cell="gru_options", variant="streaming", dtype="float32", hidden=320),
+        replace(case, variant="cooperative+barrier", dtype="bfloat16", hidden=320),
+        replace(case, cell="gru_options", variant="stepwise", hidden=63, hx=False),
+        replace(case, hidden=768, batch=70, training=False),
+        replace(case, check="repeat", cell="gru_options", hidden=512, steps=64),
+        replace(case, check="repeat", form="padded", variant="cluster", directions=1, steps=64),
+        replace(case, check="poison", hidden=500),
+    ]
+
+
 def _crowds() -> list[CheckCase]:
     """So many sequences that resident programs take more than eight at once, or come in waves."""
     case = CheckCase("numbers", "lstm", "float16", "resident", 64, 2500, 7, training=False)
@@ -291,7 +319,7 @@ def check_cases() -> list[CheckCase]:
     """All checks, the most informative first, the same at every call.
 
     1. A covering of all pairs of axis values, with the special checks let in between, one for two,
-    and users' cells and crowds after the first few; 2. every cell, dtype and variant once.
+    and users' cells, options and crowds after the first few; 2. every cell, dtype and variant once.
     """
     pairs = [CheckCase("numbers", **values) for values in covering(AXES, SEED, _allowed)]
     specials = _specials()
@@ -299,7 +327,8 @@ def check_cases() -> list[CheckCase]:
     for number in range(0, max(len(pairs), 2 * len(specials)), 2):
         mixed += pairs[number : number + 2]
         mixed += specials[number // 2 : number // 2 + 1]
-    return _once([*mixed[:24], *_own(), *_crowds(), *mixed[24:], *_products()])
+    added = [*_own(), *_extended(), *_crowds()]
+    return _once([*mixed[:24], *added, *mixed[24:], *_products()])
 
 
 def rehearsal_cases() -> list[CheckCase]:
@@ -321,6 +350,10 @@ def rehearsal_cases() -> list[CheckCase]:
         replace(case, check="devices", dtype="float32", variant=""),
         replace(case, cell="peephole", variant="stepwise"),
         replace(case, cell="ind_rnn", variant="", dtype="float32", directions=2),
+        replace(case, cell="lstm_options", dtype="float32", form=EPISODES, layers=2),
+        replace(case, cell="gru_options", variant="stepwise"),
+        replace(case, cell="rnn_options", form=EPISODES, training=False),
+        replace(case, check="repeat", cell="lstm", form=EPISODES),
     ]
 
 

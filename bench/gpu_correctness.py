@@ -18,7 +18,7 @@ from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 
 import triton_rnn
 from bench import gpu_inside
-from bench.gpu_checks import CELLS, CheckCase
+from bench.gpu_checks import CELLS, EPISODES, EXTENDED_CELLS, CheckCase
 from bench.gpu_workers import Result
 
 # A repeated call ends after so many times or seconds.
@@ -51,10 +51,11 @@ class Data:
 def modules(case: CheckCase, device: torch.device) -> tuple[Module, Module, Module]:
     """The same weights thrice: ours, torch.nn's in the same dtype, torch.nn's in float64.
 
-    In the place of torch.nn's stands the plain loop of a user's cell.
+    In the place of torch.nn's stands the plain loop of what torch.nn does not have.
     """
     own = gpu_inside.OWN.get(case.cell)
-    name, options = CELLS.get(case.cell, ("", {}))
+    name, options = {**CELLS, **EXTENDED_CELLS}.get(case.cell, ("", {}))
+    torchs = triton_rnn if is_extended(case) else torch.nn
     if case.proj_size:
         options = {**options, "proj_size": case.proj_size}
     dtype = getattr(torch, case.dtype.split("_")[0])
@@ -81,12 +82,28 @@ def modules(case: CheckCase, device: torch.device) -> tuple[Module, Module, Modu
                 if key.startswith("bias_ih"):
                     parameter[::2] += RELU_BIAS
                     parameter[1::2] -= RELU_BIAS
-    found = [ours, build(torch.nn, dtype), build(torch.nn, torch.float64)]
+    found = [ours, build(torchs, dtype), build(torchs, torch.float64)]
     for module in found[1:]:
         module.load_state_dict(ours.state_dict())
     for module in found:
         module.requires_grad_(case.training)
     return found[0], found[1], found[2]
+
+
+def is_extended(case: CheckCase) -> bool:
+    """Whether torch.nn has no such call."""
+    return case.cell in EXTENDED_CELLS or case.form == EPISODES
+
+
+def more_of(case: CheckCase, device: torch.device) -> dict[str, Any]:
+    """What the call is given by keyword: lengths, none for one sequence, and resets."""
+    if case.form != EPISODES:
+        return {}
+    lengths = torch.tensor(case.lengths())
+    lengths[0] = 0
+    generator = torch.Generator().manual_seed(case.batch)
+    starts = torch.rand(case.steps, case.batch, generator=generator) < 0.2
+    return {"lengths": lengths, "reset_mask": starts.to(device), "all_states": True}
 
 
 def random(shape: tuple[int, ...], seed: int, device: torch.device) -> Tensor:
@@ -133,11 +150,20 @@ def hx_of(states: tuple[Tensor, ...]) -> Any:
 
 def run(case: CheckCase, module: Module, given: Data) -> Tensors:
     """All outputs and, in training, all gradients of a call, by name."""
-    output, state = module(prepared(case, given.input), hx_of(given.states))
+    more: dict[str, Any] = {}
+    if is_extended(case):
+        more = more_of(case, given.input.device)
+        # Every call draws the same masks.
+        torch.manual_seed(3)
+    with gpu_inside.masks_of_every_dtype():
+        output, state, *shown = module(prepared(case, given.input), hx_of(given.states), **more)
     if isinstance(output, PackedSequence):
         output = output.data
     states = state if isinstance(state, tuple) else (state,)
     outputs = dict(zip(("output", "h_n", "c_n"), (output, *states), strict=False))
+    if shown:
+        every = (*shown[0].outputs[:-1], *shown[0].cells)
+        outputs |= {f"shown {number}": value for number, value in enumerate(every)}
     results = {name: value.detach() for name, value in outputs.items()}
     if not case.training:
         return results
@@ -491,7 +517,10 @@ def check(case: CheckCase, device: torch.device) -> Result:
     given = data(case, device)
     with gpu_inside.forced(case.variant):
         leaves = leaves_of(case, given)
-        plans = gpu_inside.plans_of(ours, prepared(case, leaves.input), hx_of(leaves.states))
+        more = more_of(case, device)
+        plans = gpu_inside.plans_of(
+            ours, prepared(case, leaves.input), hx_of(leaves.states), **more
+        )
         if any(plan is None for plan in plans):
             return {"status": "skipped", "error": "no plan of this variant fits"}
         result = CHECKS[case.check](Bench(case, device, ours, twin, exact, given))

@@ -13,7 +13,7 @@ import torch
 import triton_rnn
 from bench.beyond_cells import MinimalGatedUnit, PeepholeLSTM
 from bench.gpu_grid import TuningPoint
-from triton_rnn import dispatch, functional, health
+from triton_rnn import dispatch, extended, functional, health
 from triton_rnn.backends.native import calls
 from triton_rnn.cells import CELLS
 from triton_rnn.kernels import planner
@@ -105,10 +105,33 @@ def raise_failed_wait(device: torch.device) -> None:
     launch.raise_failed_wait(device)
 
 
-def requests_of(module: Any, input: Any, hx: Any = None) -> list[Request]:
+@contextlib.contextmanager
+def masks_of_every_dtype() -> Iterator[None]:
+    """Within, the masks of dropout are the same whatever they multiply; torch draws others."""
+    torchs = extended.dropout
+
+    def dropout(x: torch.Tensor, p: float, training: bool) -> torch.Tensor:
+        return x * torchs(torch.ones_like(x, dtype=torch.float32), p, training).to(x.dtype)
+
+    extended.dropout = dropout
+    try:
+        yield
+    finally:
+        extended.dropout = torchs
+
+
+def requests_of(module: Any, input: Any, hx: Any = None, **more: Any) -> list[Request]:
     """What every layer of a call asks of a backend."""
     prepare = own.prepare if isinstance(module, triton_rnn.Recurrent) else functional.prepare
-    call = prepare(module, input, hx)
+    more = {"lengths": None, "reset_mask": None, "reset_to": "zeros", "all_states": False} | more
+    beyond = None
+    if isinstance(module, torch.nn.RNNBase):
+        beyond = extended.prepare(module, input, hx, **more)
+    if beyond is not None:
+        with dispatch.use_backend("triton"):
+            call: functional.Call | None = extended.route(beyond).call
+    else:
+        call = prepare(module, input, hx)
     if call is None:
         raise ValueError("the call is malformed or out of the ordinary")
     first = call.request
@@ -116,13 +139,13 @@ def requests_of(module: Any, input: Any, hx: Any = None) -> list[Request]:
     return [first, *[deeper] * (module.num_layers - 1)]
 
 
-def plans_of(module: Any, input: Any, hx: Any = None) -> list[Plan | None]:
+def plans_of(module: Any, input: Any, hx: Any = None, **more: Any) -> list[Plan | None]:
     """The plan of every kernel of every layer of a call; None where nothing fits."""
     from triton_rnn.backends.triton import launch
 
     return [
         launch.plan_of(request, kernel)
-        for request in requests_of(module, input, hx)
+        for request in requests_of(module, input, hx, **more)
         for kernel in (("forward", "backward") if request.needs_grad else ("forward",))
     ]
 

@@ -31,6 +31,7 @@ from triton.compiler import ASTSource
 
 from bench.beyond_cells import LOOPS
 from triton_rnn.backends.triton import launch, products
+from triton_rnn.cells import GRU, LSTM, RNN_TANH, Cell
 from triton_rnn.kernels.backward import recurrence_backward
 from triton_rnn.kernels.cells import KERNEL_CELLS, KernelCell
 from triton_rnn.kernels.chips import CHIPS, Chip
@@ -39,6 +40,7 @@ from triton_rnn.kernels.forward import recurrence_forward
 from triton_rnn.kernels.matmul import matmul
 from triton_rnn.kernels.plan import Plan
 from triton_rnn.kernels.planner import plan
+from triton_rnn.own.regularized import regularized
 
 # One chip for each architecture that the gate speaks of, as this Triton compiles for them.
 TARGETS = ("A100", "H200", "B200", "MI300X")
@@ -47,8 +49,15 @@ COMPILED_FOR = {
     "B200": replace(CHIPS["B200"], narrow_apart=NARROW_PRODUCTS_APART),
 }
 CELLS = ("rnn_tanh", "gru", "lstm")
-# Users' cells, of which the kernels are generated.
-OWN_CELLS = {kind.__name__: kind.cell for kind in LOOPS}
+# Of which the kernels are generated: users' cells, and torch's with a module's options.
+OWN_CELLS: dict[str, Cell] = {kind.__name__: kind.cell for kind in LOOPS}
+REGULARIZED_CELLS: dict[str, Cell] = {
+    "LSTM locked": regularized(LSTM, 0.0, 0.0, (0.0, 0.0), locked=True, shows_c=False),
+    "LSTM, all options": regularized(LSTM, 1.0, 2.0, (None, None), locked=True, shows_c=True),
+    "GRU, all options": regularized(GRU, 1.0, 0.0, (None,), locked=True, shows_c=False),
+    "RNN zoneout": regularized(RNN_TANH, 0.0, 0.0, (None,), locked=False, shows_c=False),
+}
+_MADE_CELLS = {**OWN_CELLS, **REGULARIZED_CELLS}
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 # Powers of two, multiples of 64 and of 16, and others.
 HIDDEN_SIZES = (1, 20, 64, 100, 128, 192, 256, 384, 512, 650, 768, 1000, 1024, 1500, 1536, 2048)
@@ -124,8 +133,8 @@ def recurrences(
 
 
 def cell_of(name: str) -> KernelCell:
-    """A cell of torch's, or a user's, as the kernels see it."""
-    return launch.kernel_cell(OWN_CELLS[name]) if name in OWN_CELLS else KERNEL_CELLS[name]
+    """A cell of torch's, or one of those above, as the kernels see it."""
+    return launch.kernel_cell(_MADE_CELLS[name]) if name in _MADE_CELLS else KERNEL_CELLS[name]
 
 
 def _recurrence(
@@ -532,7 +541,7 @@ def kernels(arguments: argparse.Namespace) -> list[Kernel]:
         chip = COMPILED_FOR[name]
         found += matmuls(chip)
         if arguments.all:
-            found += recurrences(chip, (*CELLS, *OWN_CELLS))
+            found += recurrences(chip, (*CELLS, *_MADE_CELLS))
         else:
             sizes: dict[str, Any] = {"hidden_sizes": (128, 768), "batches": (16,)}
             sizes |= {"directions": (2,), "variants": (None,)}
@@ -543,7 +552,7 @@ def kernels(arguments: argparse.Namespace) -> list[Kernel]:
             # So many hidden units that a part of W_hh is read again.
             large = {**sizes, "hidden_sizes": (1536,)}
             found += recurrences(chip, ("lstm",), (torch.float16, torch.float32), **large)
-            found += recurrences(chip, OWN_CELLS, (torch.float16,), **sizes)
+            found += recurrences(chip, _MADE_CELLS, (torch.float16,), **sizes)
     return [
         kernel for kernel in found if re.search(arguments.match, f"{kernel.name} {kernel.what}")
     ]

@@ -49,3 +49,12 @@ def test_the_command_prints_and_writes_a_table(tmp_path, capsys):
 def test_a_case_that_is_not_there_is_said(capsys):
     assert main(["beyond", "--case", "nothing"]) != 0
     assert "--case nothing: there is none" in capsys.readouterr().err
+
+
+def test_what_a_device_cannot_do_is_said(monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert main(["beyond", "--device", "cuda"]) != 0
+    assert "torch sees no GPU" in capsys.readouterr().err
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert main(["beyond", "--device", "cuda", "--memory"]) != 0
+    assert "for the CPU alone" in capsys.readouterr().err

@@ -36,11 +36,14 @@ asked += kernels.recurrences(
 asked += kernels.recurrences(
     chip, ("lstm",), (torch.float16,), (128,), (16,), (1,), ("cluster",)
 )
-# Users' cells: the most numbers of a step, products that are no inputs, no product.
+# Users' cells: the most numbers of a step, products that are no inputs, no product. And torch's
+# with all that a module's options can be.
 for cell, dtype, sizes in (
     ("PeepholeLSTM", torch.float16, [(64, 16, 1), (2048, 16, 1)]),
     ("MinimalGatedUnit", torch.float32, [(512, 64, 1)]),
     ("IndRNN", torch.float16, [(512, 16, 2)]),
+    ("LSTM, all options", torch.float16, [(64, 16, 1), (512, 16, 1)]),
+    ("GRU, all options", torch.bfloat16, [(512, 64, 2)]),
 ):
     for hidden_size, batch, directions in sizes:
         asked += kernels.recurrences(
@@ -151,7 +154,7 @@ from triton_rnn.kernels.chips import CHIPS
 
 def like_rnn(name, step):
     kind = type(name, (triton_rnn.Recurrent,), {"step": staticmethod(step)}, gates=1)
-    kernels.OWN_CELLS[name] = kind.cell
+    kernels._MADE_CELLS[name] = kind.cell
     return own.kernel_cell(kind.cell)
 
 made = {

@@ -18,7 +18,10 @@ from triton_rnn import functional  # noqa: E402
 from triton_rnn.backends import native  # noqa: E402
 from triton_rnn.backends import triton as backend  # noqa: E402
 from triton_rnn.backends.triton import launch, launcher  # noqa: E402
-from triton_rnn.cells import CELLS, OwnCell  # noqa: E402
+from triton_rnn.backends.triton.extended import ExtendedLayer  # noqa: E402
+from triton_rnn.cells import CELLS, OwnCell, RegularizedCell  # noqa: E402
+from triton_rnn.extras import Extras  # noqa: E402
+from triton_rnn.own.regularized import regularized  # noqa: E402
 from triton_rnn.request import Request  # noqa: E402
 
 
@@ -93,18 +96,28 @@ def run(request, sizes=None, input=None):
     c_0 = None
     if cell.states == 2:
         c_0 = torch.zeros(request.directions, request.batch, size, dtype=dtype)
-    results, saved = backend.forward(request, input, sizes, h_0, c_0, weights)
+    runs = backend
+    if isinstance(cell, RegularizedCell):
+        every = torch.zeros(*input.shape[:-1], request.directions * size, dtype=torch.bool)
+        masks = [every if part is None else part for part in cell.zoneout]
+        runs = ExtendedLayer(Extras(None, None, False, h_0 if cell.locked else None, *masks), None)
+    results, saved = runs.forward(request, input, sizes, h_0, c_0, weights)
     if not request.needs_grad:
         return
     grads = [results[0].flatten(0, -2), *(None for _ in results[1:])]
     needs = [True] * 3 + [weight.numel() > 0 for weight in weights]
-    backend.backward(request, input, sizes, h_0, c_0, weights, saved, grads, needs)
+    runs.backward(request, input, sizes, h_0, c_0, weights, saved, grads, needs)
 
 
 OWN = {
     kind.__name__: kind.cell for kind in (PeepholeLSTM, MinimalGatedUnit, Uneven, triton_rnn.IndRNN)
 }
-EVERY_CELL = {**CELLS, **OWN}
+REGULARIZED = {
+    "lstm_locked": regularized(CELLS["lstm"], 0.0, 0.0, (0.0, 0.0), locked=True, shows_c=False),
+    "lstm_all": regularized(CELLS["lstm"], 1.0, 2.0, (None, None), locked=True, shows_c=True),
+    "gru_zoneout": regularized(CELLS["gru"], 0.0, 0.0, (None,), locked=False, shows_c=False),
+}
+EVERY_CELL = {**CELLS, **OWN, **REGULARIZED}
 
 
 @pytest.mark.parametrize("packed", [False, True], ids=["padded", "packed"])
@@ -173,7 +186,7 @@ def test_programs_of_a_cluster_are_one_to_the_driver(launches, monkeypatch, dire
         hooks.remove(hook)
     (_, (x, *_), arguments, metadata, watched) = launches[-1]
     assert (x, metadata, watched) == (5 * directions, "metadata", True)
-    assert arguments[16:19] == (5, 33, 0), "steps, sequences, first direction"
+    assert arguments[18:21] == (5, 33, 0), "steps, sequences, first direction"
 
 
 @pytest.mark.parametrize("layout", ["batch first", "every second", "reversed"])
@@ -307,14 +320,14 @@ def test_numbers_are_those_of_each_launch(launches):
     """The steps of a stepwise plan are launches of one launcher."""
     request = request_of(CELLS["lstm"], torch.float32, needs_grad=False)
     launcher_of = launch.ready(request, "forward").launcher
-    tensors = [torch.zeros(64) for _ in range(15)]
+    tensors = [torch.zeros(64) for _ in range(17)]
     error = torch.zeros(2, dtype=torch.int64)
     for step in (3, 4, 5):
         numbers = (9, 3, 0, step, step + 1, 1, 100)
         launcher_of(request.device, 6, tensors, (error, *numbers))
         *_, arguments, _, _ = launches[-1]
-        assert arguments[16:23] == numbers
-        assert arguments[15] is error
+        assert arguments[18:25] == numbers
+        assert arguments[17] is error
 
 
 def test_the_command_that_times_it_prints_and_writes_a_table(tmp_path, capsys):

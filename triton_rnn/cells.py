@@ -65,12 +65,17 @@ class RegularizedCell(Cell):
     Attributes:
         plain: the cell that it is without.
         program: what it computes; None if that is what the plain one does.
+        clip_hidden, clip_cell: the largest absolute values of h and of c, 0.0 for any.
+        zoneout: of each state the part that stays as it was, or None if a mask says what.
         locked: whether h is multiplied by a mask of each sequence before W_hh multiplies it.
         shows_c: whether c after every step is a result.
     """
 
     plain: Cell | None = None
     program: Program | None = None
+    clip_hidden: float = 0.0
+    clip_cell: float = 0.0
+    zoneout: tuple[float | None, ...] = ()
     locked: bool = False
     shows_c: bool = False
 

@@ -10,6 +10,7 @@ from triton_rnn.cells import CELLS
 from triton_rnn.kernels.chips import CHIPS
 from triton_rnn.kernels.plan import Shape
 from triton_rnn.kernels.planner import plan
+from triton_rnn.own.regularized import regularized
 from triton_rnn.request import Request
 
 CPU = torch.device("cpu")
@@ -31,6 +32,20 @@ def nothing_tried(monkeypatch):
 @pytest.mark.parametrize("name", list(CELLS))
 def test_right_kernels_pass_far_below_the_limit(name, packed):
     assert check.compare(request(name, packed=packed)) < 1e-5
+
+
+REGULARIZED = {
+    "locked": regularized(CELLS["lstm"], 0.0, 0.0, (0.0, 0.0), locked=True, shows_c=False),
+    "everything": regularized(CELLS["lstm"], 0.3, 0.2, (None, 0.4), locked=True, shows_c=True),
+    "zoneout": regularized(CELLS["gru"], 0.0, 0.0, (None,), locked=False, shows_c=False),
+    "clipped": regularized(CELLS["rnn_relu"], 0.3, 0.0, (0.2,), locked=True, shows_c=False),
+}
+
+
+@pytest.mark.parametrize("packed", [False, True], ids=["padded", "packed"])
+@pytest.mark.parametrize("name", REGULARIZED)
+def test_cells_that_are_given_more_are_tried_out_with_it(name, packed):
+    assert check.compare(request(cell=REGULARIZED[name], packed=packed)) < 1e-5
 
 
 def test_a_slip_in_a_kernel_is_over_the_limit_and_takes_the_backend_out_of_use(monkeypatch):

@@ -23,7 +23,7 @@ from tolerances import TOLERANCES, assert_close, assert_same_bits, random, run
 
 import triton_rnn
 from bench import gpu_steps
-from triton_rnn import health
+from triton_rnn import extended, health
 from triton_rnn.backends.triton import launch
 from triton_rnn.backends.triton.launcher import Launcher
 from triton_rnn.kernels.chips import CHIPS
@@ -193,6 +193,37 @@ def test_a_users_cell_is_its_own_loop():
         grads = {name: p.grad for name, p in module.named_parameters()}
         found.append({"output": output.detach(), "grad of input": x.grad, **grads})
     assert len(seen.executed) >= 3
+    assert_near(found[1], found[0], TOLERANCES[F16])
+
+
+@pytest.mark.parametrize("variant", ["cluster", "cooperative", "streaming", "resident"])
+def test_a_modules_options_lengths_and_resets_are_those_of_the_plain_loop(monkeypatch, variant):
+    torchs = extended.dropout
+
+    def dropout(x, p, training):
+        # torch draws other numbers for other dtypes.
+        return x * torchs(torch.ones_like(x, dtype=torch.float64), p, training).to(x.dtype)
+
+    monkeypatch.setattr(extended, "dropout", dropout)
+    options = {"recurrent_dropout": 0.4, "zoneout": (0.3, 0.2), "clip_cell": 0.5}
+    ours = triton_rnn.LSTM(8, 32, bidirectional=True, dtype=F16, **options)
+    exact = triton_rnn.LSTM(8, 32, bidirectional=True, dtype=torch.float64, **options)
+    exact.load_state_dict(ours.state_dict())
+    starts = torch.zeros(4, 5, dtype=torch.bool)
+    starts[2, ::2] = True
+    lengths, input = torch.tensor([4, 3, 0, 4, 1]), random(4, 5, 8, dtype=F16)
+    found = []
+    for module, x in ((exact, input.double()), (ours, input)):
+        with on_machine("H200", variant=variant, seed=4) as seen:
+            x = x.clone().requires_grad_()
+            torch.manual_seed(7)
+            with triton_rnn.use_backend("triton" if module is ours else "reference"):
+                output, _, every = module(x, lengths=lengths, reset_mask=starts, all_states=True)
+                shown = torch.cat([output, *every.cells], -1)
+                shown.backward(random(*shown.shape, seed=3, dtype=shown.dtype))
+        grads = {name: p.grad for name, p in module.named_parameters()}
+        found.append({"shown": shown.detach(), "grad of input": x.grad, **grads})
+    assert {plan.variant for plan in seen.plans} == {variant}
     assert_near(found[1], found[0], TOLERANCES[F16])
 
 

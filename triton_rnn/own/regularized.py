@@ -59,14 +59,7 @@ def regularized(
     locked: bool,
     shows_c: bool,
 ) -> RegularizedCell:
-    """A cell of torch's as it is with some of what a module's options make of it.
-
-    Args:
-        clip_hidden, clip_cell: the largest absolute values of h and of c, 0.0 for any.
-        zoneout: of each state the part that stays as it was, or None if a mask says what.
-        locked: whether h is multiplied by a mask of each sequence before W_hh multiplies it.
-        shows_c: whether c after every step is a result.
-    """
+    """A cell of torch's as it is with some of what a module's options make of it; made once."""
     name, program, masks = f"{cell.name}_regularized", None, zoneout.count(None)
     if clip_hidden or clip_cell or any(part != 0.0 for part in zoneout):
 
@@ -91,6 +84,9 @@ def regularized(
         states=cell.states,
         plain=cell,
         program=program,
+        clip_hidden=clip_hidden,
+        clip_cell=clip_cell,
+        zoneout=zoneout,
         locked=locked,
         shows_c=shows_c,
     )

@@ -8,16 +8,20 @@ held against torch's own. TRITON_RNN_CHECK=0 turns this off.
 import os
 import warnings
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from triton_rnn import health, reference
 from triton_rnn.backends.triton import launch, products
-from triton_rnn.cells import OwnCell
+from triton_rnn.cells import OwnCell, RegularizedCell
+from triton_rnn.extras import Extras
 from triton_rnn.kernels.plan import Plan
 from triton_rnn.request import Request
+
+if TYPE_CHECKING:
+    from triton_rnn.backends.triton import layer
 
 # Norm of the difference over norm of the reference, which is computed in float64 from the same
 # rounded numbers. A state is rounded to 11 (float16, TF32), 8 (bfloat16) or 22 bits in each of
@@ -146,20 +150,29 @@ def compare(request: Request) -> float:
     # A user's cell may do without some weights.
     needs = [True] * 3 + [weight.numel() > 0 for weight in weights]
     batch_sizes = sizes if request.packed else []
-    results, saved = layer.forward(request, input, batch_sizes, h_0, c_0, weights)
+    given, extras = layer.Given(), Extras()
+    if isinstance(cell, RegularizedCell):
+        given, extras = _given(request, rows.size(0), generator)
+        if cell.shows_c:
+            grads.append(random(rows.size(0), directions * size))
+    results, saved = layer.forward(request, input, batch_sizes, h_0, c_0, weights, given)
     found: list[Tensor | None] = list(results)
     if request.needs_grad:
-        found += layer.backward(request, input, batch_sizes, h_0, c_0, weights, saved, grads, needs)
-    arguments = [t.double().requires_grad_() for t in (rows, *states, *weights)]
-    with torch.enable_grad():
-        expected = reference.layer(
-            cell,
-            arguments[0],
-            sizes,
-            arguments[1],
-            arguments[2] if cell.states == 2 else None,
-            arguments[1 + len(states) :],
+        found += layer.backward(
+            request, input, batch_sizes, h_0, c_0, weights, saved, grads, needs, given
         )
+    arguments = [t.double().requires_grad_() for t in (rows, *states, *weights)]
+    own_h_0 = arguments[1]
+    own_c_0 = arguments[2] if cell.states == 2 else None
+    own_weights = arguments[1 + len(states) :]
+    with torch.enable_grad():
+        if isinstance(cell, RegularizedCell):
+            assert cell.plain is not None
+            expected = reference.extended_layer(
+                cell.plain, arguments[0], sizes, own_h_0, own_c_0, own_weights, extras
+            )
+        else:
+            expected = reference.layer(cell, arguments[0], sizes, own_h_0, own_c_0, own_weights)
     right: list[Tensor] = [t.detach() for t in expected]
     if request.needs_grad:
         right += torch.autograd.grad(
@@ -171,6 +184,30 @@ def compare(request: Request) -> float:
         )
     pairs = zip((t for t in found if t is not None), right, strict=True)
     return max(_error(actual, wanted) for actual, wanted in pairs)
+
+
+def _given(request: Request, rows: int, generator: torch.Generator) -> tuple["layer.Given", Extras]:
+    """Random masks for a cell that is given more, as the kernels and as the reference take them."""
+    from triton_rnn.backends.triton import layer
+
+    cell, directions, size = request.cell, request.directions, request.hidden_size
+    assert isinstance(cell, RegularizedCell)
+
+    def halves(*shape: int) -> Tensor:
+        return (torch.rand(*shape, generator=generator) < 0.5).to(request.device)
+
+    locked = 2.0 * halves(directions, request.batch, size) if cell.locked else None
+    zoneouts = [halves(rows, directions * size) if p is None else p for p in cell.zoneout]
+    extras = Extras(
+        recurrent_mask=None if locked is None else locked.double(),
+        zoneout_h=zoneouts[0],
+        zoneout_c=zoneouts[1] if len(zoneouts) == 2 else 0.0,
+        clip_hidden=cell.clip_hidden,
+        clip_cell=cell.clip_cell,
+        all_cells=cell.shows_c,
+    )
+    masks = [mask for mask in zoneouts if isinstance(mask, Tensor)]
+    return layer.Given(None if locked is None else locked.to(request.dtype), masks), extras
 
 
 def _error(actual: Tensor, expected: Tensor) -> float:
