@@ -15,7 +15,8 @@ from torch.nn.functional import dropout, linear
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 import triton_rnn
-from triton_rnn import extended
+from triton_rnn import episodes, extended
+from triton_rnn.extras import Extras
 
 STEPS, BATCH, INPUT, HIDDEN = 6, 4, 3, 5
 EVERYTHING = {
@@ -369,6 +370,21 @@ def test_episodes_run_side_by_side_where_loops_do_not_know_of_resets(monkeypatch
     assert told.backend == "torchscript"
     assert told.request.extras == ("reset_mask",)
     assert "12 episodes side by side, the longest of 2 steps" in str(told)
+
+
+def test_what_says_where_episodes_lie_goes_to_the_inputs_device():
+    """By one copy, of which the parts have their shapes and dtypes again."""
+    mask = random(STEPS, BATCH, seed=4) > 0.5
+    given = STEPS, BATCH, Extras(torch.tensor([3, 0, 6, 2]), mask)
+    here = episodes.episodes_of(*given, torch.device("cpu"))
+    there = episodes.episodes_of(*given, torch.device("meta"))
+    for name, part in here._asdict().items():
+        other = getattr(there, name)
+        if isinstance(part, torch.Tensor):
+            assert other.is_meta
+            assert (other.shape, other.dtype) == (part.shape, part.dtype), name
+        else:
+            assert other == part
 
 
 @pytest.mark.parametrize("kind", ["gru", "lstm", "lstm_proj"])

@@ -5,6 +5,7 @@ Episodes that follow one another in time run side by side, and the loop over tim
 longest of them, not as the sequences.
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -79,56 +80,64 @@ def episodes_of(steps: int, batch: int, extras: Extras, device: torch.device) ->
 
     A mask on a GPU is waited for: how many episodes there are decides what is launched.
     """
-    lengths = torch.full((batch,), steps) if extras.lengths is None else extras.lengths
-    inside = torch.arange(steps).unsqueeze(1) < lengths
-    marked = torch.zeros_like(inside)
-    if extras.reset_mask is not None:
-        marked = inside & extras.reset_mask.cpu()
-    starts = marked.clone()
-    starts[0] = inside[0]
-    # Sequence by sequence, and in each by time.
-    sequences, firsts = starts.t().nonzero().unbind(1)
-    count = len(sequences)
-    if not count:
+    if not steps * batch:
         return None
-    is_last = torch.ones(count, dtype=torch.bool)
-    is_last[:-1] = sequences[1:] != sequences[:-1]
-    own = torch.where(is_last, lengths[sequences], firsts.roll(-1)) - firsts
+    # Sequence by sequence, each with `steps` places, and in each by time.
+    numbers = torch.arange(batch)
+    ends_of_all = numbers * steps + (steps if extras.lengths is None else extras.lengths)
+    if extras.reset_mask is None:
+        starts = numbers * steps
+        marked = torch.zeros_like(starts, dtype=torch.bool)
+    else:
+        marks = extras.reset_mask.t().to("cpu", copy=True)
+        marked = marks[:, 0].clone()
+        marks[:, 0] = True
+        starts = marks.flatten().nonzero().squeeze(1)
+    sequences = starts // steps
+    ends = ends_of_all[sequences]
+    following = torch.cat((starts[1:], torch.tensor([steps * batch])))
+    own = torch.minimum(following, ends) - starts
+    # Where a sequence is over, the next one's place is beyond its end.
+    is_last = following >= ends
+    if extras.lengths is not None:
+        within = own > 0
+        starts, sequences, own, is_last = (
+            each[within] for each in (starts, sequences, own, is_last)
+        )
+        if not len(own):
+            return None
     own, order = own.sort(descending=True, stable=True)
-    place = torch.empty_like(order)
-    place[order] = torch.arange(count)
-
-    ends = torch.zeros((2, batch), dtype=torch.int64)
+    starts, sequences, is_last = starts[order], sequences[order], is_last[order]
+    firsts = starts - sequences * steps
     is_first = firsts == 0
-    for ends_of_direction, which in zip(ends, (is_last, is_first), strict=True):
-        ends_of_direction[sequences[which]] = place[which]
-    begins = torch.ones((2, count), dtype=torch.bool)
-    if not extras.reset_to_initial:
-        begins = torch.stack((is_first & ~marked[0, sequences], is_last))
-    sequences, firsts, begins = sequences[order], firsts[order], begins[:, order]
+    count, longest = len(own), int(own[0])
+    ends = torch.zeros((2, batch), dtype=torch.int64)
+    for row, which in enumerate((is_last, is_first)):
+        chosen = which.nonzero().squeeze(1)
+        ends[row, sequences[chosen]] = chosen
+    begins = torch.stack((is_first & ~marked[sequences], is_last))
+    if extras.reset_to_initial:
+        begins.fill_(True)
 
-    longest = int(own[0])
     sizes = count - own.bincount(minlength=longest + 1).cumsum(0)[:longest]
-    in_step = torch.arange(int(own.sum())) - (sizes.cumsum(0) - sizes).repeat_interleave(sizes)
     step = torch.arange(longest).repeat_interleave(sizes)
-    rows = (firsts[in_step] + step) * batch + sequences[in_step]
-    empty = lengths == 0
+    in_step = torch.arange(len(step)) - (sizes.cumsum(0) - sizes)[step]
+    rows = (firsts * batch + sequences)[in_step] + step * batch
+    empty = ends_of_all == numbers * steps
+    has_empty = bool(empty.any())
+    rows, sequences, begins, ends, empty = _moved((rows, sequences, begins, ends, empty), device)
+    return Episodes(steps, batch, sizes.tolist(), rows, sequences, begins, ends, empty, has_empty)
 
-    parts = (rows, sequences, begins.long(), ends, empty.long())
-    # One copy for all.
-    together = torch.cat([part.flatten() for part in parts])
+
+def _moved(parts: Sequence[Tensor], device: torch.device) -> tuple[Tensor, ...]:
+    """Tensors of int64 and bool on a device, by one copy for all."""
+    if device.type == "cpu":
+        return tuple(parts)
+    together = torch.cat([part.flatten().long() for part in parts])
     if device.type == "cuda":
         # From pinned memory it does not wait for what the device is busy with.
         together = together.pin_memory()
     moved = together.to(device, non_blocking=True).split([part.numel() for part in parts])
-    return Episodes(
-        steps,
-        batch,
-        sizes.tolist(),
-        moved[0],
-        moved[1],
-        moved[2].view(2, count).bool(),
-        moved[3].view(2, batch),
-        moved[4].bool(),
-        bool(empty.any()),
+    return tuple(
+        there.view(part.shape).to(part.dtype) for there, part in zip(moved, parts, strict=True)
     )

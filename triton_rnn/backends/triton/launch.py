@@ -258,7 +258,8 @@ def _packing(batch_sizes: tuple[int, ...], device: torch.device) -> Packing:
     offsets = sizes.cumsum(0) - sizes
     batch, rows = batch_sizes[0], sum(batch_sizes)
     earlier = torch.arange(batch, rows) - sizes[:-1].repeat_interleave(sizes[1:])
-    lengths = (sizes.unsqueeze(1) > torch.arange(batch)).sum(0)
+    # Of sequence n as many steps as have more than n sequences.
+    lengths = len(sizes) - torch.searchsorted(sizes.flip(0), torch.arange(batch), right=True)
     last = offsets[lengths - 1] + torch.arange(batch)
     tensors = [sizes.int(), offsets, earlier, last]
     ready = None
