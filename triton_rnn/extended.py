@@ -22,7 +22,7 @@ from triton_rnn.extras import Extras
 from triton_rnn.layer import layer
 from triton_rnn.options import OFF, Options
 from triton_rnn.profiling import ranges
-from triton_rnn.request import Request
+from triton_rnn.request import Request, zero_states
 
 # Any, as a module's mode says which of their forwards it has.
 _TORCHS: dict[str, Any] = {"RNN_TANH": torch.nn.RNN, "RNN_RELU": torch.nn.RNN}
@@ -342,10 +342,8 @@ def _stack(
         rows = slice(number * directions, (number + 1) * directions)
         h = None if h_0 is None else h_0[rows]
         c = None if c_0 is None else c_0[rows]
-        if home is None:
-            one = functional.Call(request, x, batch_sizes, h, c, own)
-            x, *states = vars(backend).get("stack", functional.stack)(one, backend, 1, 0.0)
-        else:
+        knows = backend
+        if home is not None:
             mask = None
             if drawn.recurrent_dropout:
                 ones = x.new_ones(directions, batch, request.output_size)
@@ -357,7 +355,7 @@ def _stack(
                     (request.output_size, request.hidden_size), drawn.zoneout, strict=False
                 )
             ]
-            knowing = home.ExtendedLayer(
+            knows = home.ExtendedLayer(
                 extras._replace(
                     recurrent_mask=mask,
                     zoneout_h=zoneouts[0],
@@ -365,7 +363,13 @@ def _stack(
                 ),
                 walk,
             )
-            x, *states = layer(knowing, request, batch_sizes, x, h, c, own)
+        elif h is None and not hasattr(backend, "TAKES_NO_STATE"):
+            h, c = zero_states(request, x)
+        if "stack" in vars(backend):
+            one = functional.Call(request, x, batch_sizes, h, c, own)
+            x, *states = backend.stack(one, backend, 1, 0.0)
+        else:
+            x, *states = layer(knows, request, batch_sizes, x, h, c, own)
         if extras.all_cells:
             cells.append(states.pop())
         outputs.append(x)
@@ -474,6 +478,8 @@ def forward(
       input is; that of W_hh is one for all steps and sequences.
     * Clipping comes before zoneout, and a clipped element has a gradient of zero; h of an LSTM is
       made of the clipped c. (As cuDNN's `cudnnRNNSetClip_v8`, and `cell_clip` of TensorFlow.)
+
+    How it is done is for `route` to say. Lengths and masks on a GPU are waited for.
 
     Raises:
         TypeError, ValueError: for arguments that are not those of this batch.
