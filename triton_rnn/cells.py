@@ -3,9 +3,10 @@
 import itertools
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from triton_rnn.own.program import Program
+if TYPE_CHECKING:
+    from triton_rnn.own.program import Program
 
 
 @dataclass(frozen=True, eq=False)
@@ -51,7 +52,7 @@ class OwnCell(Cell):
     products: int = 0
     unit_weights: int = 0
     step: Callable[..., Any] = tuple
-    program: Program | None = None
+    program: "Program | None" = None
     number: int = field(default_factory=itertools.count().__next__)
 
 
@@ -72,7 +73,7 @@ class RegularizedCell(Cell):
     """
 
     plain: Cell | None = None
-    program: Program | None = None
+    program: "Program | None" = None
     clip_hidden: float = 0.0
     clip_cell: float = 0.0
     zoneout: tuple[float | None, ...] = ()

@@ -91,8 +91,9 @@ class Recurrent(torch.nn.Module):
     The subclass has torch.nn.LSTM's constructor, call, shapes and names of parameters. The step is
     traced when the class is defined, its backward is derived, and both are compiled at the module's
     first call: on a CPU, float32 and float64, as one C loop over time; on a GPU, float16, bfloat16
-    and float32, with one or two states, as the package's Triton kernels. Elsewhere the step runs in a plain loop (backend ``"reference"``), which can be
-    differentiated any number of times and is the definition.
+    and float32, with one or two states, as the package's Triton kernels. Elsewhere the step runs in
+    a plain loop (backend ``"reference"``), which can be differentiated any number of times and is
+    the definition.
 
     **The step** is a static method of tuples of (N, H) tensors, for one layer at one time:
 
