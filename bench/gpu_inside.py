@@ -13,7 +13,7 @@ import torch
 import triton_rnn
 from bench.beyond_cells import MinimalGatedUnit, PeepholeLSTM
 from bench.gpu_grid import TuningPoint
-from triton_rnn import dispatch, extended, functional, health
+from triton_rnn import dispatch, extended, functional, health, route
 from triton_rnn.backends.native import calls
 from triton_rnn.cells import CELLS
 from triton_rnn.kernels import planner
@@ -129,7 +129,7 @@ def requests_of(module: Any, input: Any, hx: Any = None, **more: Any) -> list[Re
         beyond = extended.prepare(module, input, hx, **more)
     if beyond is not None:
         with dispatch.use_backend("triton"):
-            call: functional.Call | None = extended.route(beyond).call
+            call: functional.Call | None = route.route(beyond).call
     else:
         call = prepare(module, input, hx)
     if call is None:

@@ -15,7 +15,7 @@ from torch.nn.functional import dropout, linear
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 import triton_rnn
-from triton_rnn import episodes, extended
+from triton_rnn import beyond, dispatch, episodes
 from triton_rnn.extras import Extras
 
 STEPS, BATCH, INPUT, HIDDEN = 6, 4, 3, 5
@@ -357,10 +357,8 @@ def test_episodes_run_side_by_side_where_loops_do_not_know_of_resets(monkeypatch
     mask = torch.zeros(BATCH, STEPS, dtype=torch.bool)
     mask[:, 2::2] = True
     given = []
-    choose = extended.dispatch.choose
-    monkeypatch.setattr(
-        extended.dispatch, "choose", lambda *args: given.append(args[0]) or choose(*args)
-    )
+    choose = dispatch.choose
+    monkeypatch.setattr(dispatch, "choose", lambda *args: given.append(args[0]) or choose(*args))
     with triton_rnn.use_backend("torchscript"):
         one = ours(input, hx, reset_mask=mask)
         other = ours(input.transpose(0, 1).contiguous().transpose(0, 1), hx, reset_mask=mask)
@@ -577,16 +575,6 @@ def test_nothing_of_the_callers_is_written_to(capable):
     assert all(map(torch.equal, given, before))
 
 
-@pytest.mark.parametrize("how", [{"residual": True, "num_layers": 2}, {"recompute": True}], ids=str)
-def test_layers_of_other_kinds_refuse_what_they_would_not_heed(how):
-    module = triton_rnn.GRU(4, 4, **how)
-    with pytest.raises(triton_rnn.BackendError, match="do not go together"):
-        module(torch.zeros(3, 2, 4), lengths=torch.tensor([3, 1]))
-    module.zoneout = 0.1
-    with pytest.raises(triton_rnn.BackendError, match="do not go together"):
-        module(torch.zeros(3, 2, 4))
-
-
 @pytest.mark.parametrize(
     ("size", "dtype", "backend"),
     [(1100, torch.float32, "native"), (6, torch.bfloat16, "reference")],
@@ -597,8 +585,8 @@ def test_explain_tells_of_a_modules_options(monkeypatch, size, dtype, backend):
     input = torch.zeros(3, 2, 6, dtype=dtype)
     found = triton_rnn.explain(module, input)
     ran = []
-    choose = extended.choose
-    monkeypatch.setattr(extended, "choose", lambda request: ran.append(choose(request)) or ran[-1])
+    choose = beyond.choose
+    monkeypatch.setattr(beyond, "choose", lambda request: ran.append(choose(request)) or ran[-1])
     module(input)
     assert found.backend == ran[0].backend == backend
     assert "zoneout" in found.request.extras
@@ -630,8 +618,8 @@ def test_explain_tells_of_a_call_with_more(monkeypatch, more, size):
     input = torch.zeros(3, 2, 6)
     found = triton_rnn.explain(module, input, **more)
     ran = []
-    choose = extended.choose
-    monkeypatch.setattr(extended, "choose", lambda request: ran.append(choose(request)) or ran[-1])
+    choose = beyond.choose
+    monkeypatch.setattr(beyond, "choose", lambda request: ran.append(choose(request)) or ran[-1])
     module(input, **more)
     assert found.backend == ran[0].backend == "native"
     assert found.request.extras == (next(iter(more)),)
@@ -645,8 +633,5 @@ def test_explain_refuses_what_a_call_with_more_refuses():
         with pytest.raises(ValueError) as told:
             triton_rnn.explain(module, input, **more)
         assert str(told.value) == str(refused.value)
-    normalized = triton_rnn.GRU(6, 5, layer_norm=True)
-    with pytest.raises(triton_rnn.BackendError, match="do not go together"):
-        triton_rnn.explain(normalized, input, all_states=True)
     with pytest.raises(TypeError, match="GRUCell takes no lengths"):
         triton_rnn.explain(triton_rnn.GRUCell(6, 5), input[0], lengths=torch.tensor([3]))

@@ -5,10 +5,20 @@ from typing import Any
 
 import torch
 
-from triton_rnn import dispatch, extended, functional, normalized, obstacles, recompute, stacking
+from triton_rnn import (
+    beyond,
+    dispatch,
+    extended,
+    functional,
+    normalized,
+    obstacles,
+    recompute,
+    stacking,
+)
 from triton_rnn.own import call as own
 from triton_rnn.own.module import Recurrent
 from triton_rnn.request import Request
+from triton_rnn.route import route
 
 _MALFORMED = "malformed or out of the ordinary: torch.nn's own forward answers it"
 
@@ -89,14 +99,17 @@ def explain(
             f"{type(module).__qualname__} is torch.nn's; triton_rnn.replace(module) makes it ours"
         )
     if isinstance(module, torch.nn.RNNBase) and (more or getattr(module, "_options", None)):
-        prepared = extended.prepare(module, input, hx, lengths, reset_mask, reset_to, all_states)
+        first, state = module, hx
+        if getattr(module, "_layered", False):
+            first, state = stacking.layer_of(module, 0), stacking.states_by_layer(module, hx)[0]
+        prepared = extended.prepare(first, input, state, lengths, reset_mask, reset_to, all_states)
         if prepared is not None:
-            return _extended(prepared, module.num_layers)
+            return _extended(prepared, first.num_layers)
     if isinstance(module, torch.nn.RNNBase) and getattr(module, "_normalized", False):
         call = normalized.prepare(module, input, hx)
         if call is None:
             return _left_to_torch(_MALFORMED)
-        taken = extended.choose(call.request)
+        taken = beyond.choose(call.request)
         lines = tuple(_plan(call, taken.backend, module.num_layers))
         return Explanation(taken.backend, taken.reasons, lines, call.request)
     wanted = dispatch.requested()
@@ -127,21 +140,26 @@ def explain(
         choice = (recompute if recomputed else dispatch).choose(call.request, wanted)
     plan = _plan(call, choice.backend, layers)
     if recomputed:
-        given = 0 if recomputed is True else recomputed
-        steps = recompute.Recomputing(None, given).steps_of(call.request.seq_len)
-        plan.append(f"in segments of {steps} steps, each gone through again in the backward")
+        plan.append(_segments(call, 0 if recomputed is True else recomputed))
     return Explanation(choice.backend, choice.reasons, tuple(plan), call.request)
 
 
 def _extended(prepared: extended.Prepared, layers: int) -> Explanation:
     """Of a call with more than torch.nn's can do."""
-    choice, call, episodes = extended.route(prepared)
+    choice, _, call, _, episodes = route(prepared)
     plan = []
     if episodes is not None:
         sizes = episodes.batch_sizes
         plan.append(f"{sizes[0]} episodes side by side, the longest of {len(sizes)} steps")
     plan += _plan(call, choice.backend, layers)
+    if prepared.segment is not None:
+        plan.append(_segments(call, prepared.segment))
     return Explanation(choice.backend, choice.reasons, tuple(plan), prepared.call.request)
+
+
+def _segments(call: functional.Call, given: int) -> str:
+    steps = recompute.Recomputing(None, given).steps_of(call.request.seq_len)
+    return f"in segments of {steps} steps, each gone through again in the backward"
 
 
 def _plan(call: functional.Call, backend: str, layers: int) -> list[str]:

@@ -8,30 +8,21 @@ those of a zoneout of h and of c, and after the layer that of `dropout`.
 
 import importlib
 from collections.abc import Sequence
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn.functional import dropout
 from torch.nn.utils.rnn import PackedSequence
 
-from triton_rnn import compiled, dispatch, functional, obstacles
-from triton_rnn.cells import RegularizedCell
-from triton_rnn.episodes import Episodes, episodes_of
+from triton_rnn import beyond, compiled, functional, normalized, recompute, stacking
+from triton_rnn.episodes import Episodes
 from triton_rnn.extras import Extras
 from triton_rnn.layer import layer
 from triton_rnn.options import OFF, Options
 from triton_rnn.profiling import ranges
 from triton_rnn.request import Request, zero_states
-
-# Any, as a module's mode says which of their forwards it has.
-_TORCHS: dict[str, Any] = {"RNN_TANH": torch.nn.RNN, "RNN_RELU": torch.nn.RNN}
-_TORCHS |= {"GRU": torch.nn.GRU, "LSTM": torch.nn.LSTM}
-
-# What can be done around the loops of a backend that know nothing of it: by packing, and by what
-# the loops are given for an input and for weights. So can all states of a cell without c.
-_AROUND = ("lengths", "reset_mask", "input_dropout", "weight_dropout")
-_NO_STEPS = "there is no step to run"
+from triton_rnn.route import Drawn, Prepared, Route, route
 
 
 class AllStates(NamedTuple):
@@ -47,24 +38,14 @@ class AllStates(NamedTuple):
     cells: tuple[Any, ...]
 
 
-class _Drawn(NamedTuple):
-    """A module's options as they hold for a call: those of training are off in evaluation."""
-
-    input_dropout: tuple[float, ...]
-    recurrent_dropout: float
-    weight_dropout: float
-    zoneout: tuple[float, ...]
-    training: bool
-
-
-def _drawn(module: torch.nn.RNNBase, options: Options) -> _Drawn:
+def _drawn(module: torch.nn.RNNBase, options: Options) -> Drawn:
     layers, states = module.num_layers, 2 if module.mode == "LSTM" else 1
     each, zoneout = options.input_dropout, options.zoneout
     inputs = each if isinstance(each, tuple) else (each,) * layers
     zoneouts = zoneout if isinstance(zoneout, tuple) else (zoneout,) * states
     if not module.training:
-        return _Drawn((0.0,) * layers, 0.0, 0.0, zoneouts, False)
-    return _Drawn(inputs, options.recurrent_dropout, options.weight_dropout, zoneouts, True)
+        return Drawn((0.0,) * layers, 0.0, 0.0, zoneouts, False)
+    return Drawn(inputs, options.recurrent_dropout, options.weight_dropout, zoneouts, True)
 
 
 def _check_lengths(lengths: Any, input: Any, request: Request) -> Tensor:
@@ -123,7 +104,7 @@ def _check_resets(module: Any, reset_mask: Any, input: Any, request: Request) ->
     return reset_mask.detach().to(request.device, copy=True)
 
 
-def _names_of(options: Options, drawn: _Drawn) -> tuple[str, ...]:
+def _names_of(options: Options, drawn: Drawn) -> tuple[str, ...]:
     on = {
         "input_dropout": any(drawn.input_dropout),
         "recurrent_dropout": drawn.recurrent_dropout,
@@ -133,147 +114,6 @@ def _names_of(options: Options, drawn: _Drawn) -> tuple[str, ...]:
         "clip_cell": options.clip_cell,
     }
     return tuple(name for name, value in on.items() if value)
-
-
-def choose(request: Request) -> dispatch.Choice:
-    """The backend that knows all extras of a request here and now, and why each other one does not.
-
-    Raises:
-        BackendError: if the one that was asked for cannot, or none can.
-    """
-    wanted = dispatch.requested()
-    reason = obstacles.obstacle()
-    if reason is None:
-        return dispatch.choose(request, wanted)
-    what = ", ".join(request.extras)
-    if torch._C._is_any_autocast_enabled() or torch._C._get_tracing_state() is not None:
-        raise dispatch.BackendError(f"no backend can run a call with {what}: {reason}")
-    if wanted not in ("auto", "reference"):
-        raise dispatch.BackendError(f"backend {wanted!r} cannot run this call: {reason}")
-    # Plain torch code, which transforms and modes understand.
-    others = {name: reason for name in dispatch.BACKENDS if name != "reference"}
-    return dispatch.Choice("reference", others)
-
-
-class Route(NamedTuple):
-    """How a call with more than torch.nn's is done.
-
-    Attributes:
-        choice: by which backend.
-        call: as the backend sees it.
-        episodes: of which the call is a packed batch; None if its sequences are as they were.
-    """
-
-    choice: dispatch.Choice
-    call: functional.Call
-    episodes: Episodes | None
-
-
-def route(prepared: "Prepared") -> Route:
-    """The backend of a call, and the call in the form that it takes.
-
-    Where no loops but the plain ones know the call's extras, those of any other backend do what
-    they know, and the rest is done around them, if it can be. What cannot makes another cell, for
-    which the Triton kernels are generated.
-
-    Raises:
-        BackendError: if the backend that was asked for cannot run the call, or none can.
-    """
-    call, extras, _ = prepared
-    request, wanted = call.request, dispatch.requested()
-    knows = wanted != "auto" and hasattr(dispatch.backend_module(wanted), "TAKES_EXTRAS")
-    if knows or obstacles.obstacle() is not None:
-        return Route(choose(request), call, None)
-    inside = tuple(name for name in request.extras if name not in _AROUND)
-    if request.cell.states == 1:
-        inside = tuple(name for name in inside if name != "all_states")
-    if wanted == "auto":
-        best = choose(request)
-        if best.backend != "reference":
-            return Route(best, call, None)
-    elif inside and wanted != "triton":
-        # Which says why not.
-        return Route(choose(request._replace(extras=inside)), call, None)
-    plain = call._replace(request=request._replace(extras=()))
-    if inside:
-        reason = _not_on_kernels(request, inside)
-        if reason is None:
-            plain = plain._replace(request=_regularized(prepared))
-        elif wanted == "auto":
-            return Route(best, call, None)
-        else:
-            raise dispatch.BackendError(f"backend {wanted!r} cannot run this call: {reason}")
-    episodes = None
-    if extras.lengths is not None or extras.reset_mask is not None:
-        episodes = episodes_of(request.seq_len, request.batch, extras, request.device)
-        if episodes is None:
-            others = {name: _NO_STEPS for name in dispatch.BACKENDS if name != "reference"}
-            return Route(dispatch.Choice("reference", others), call, None)
-        plain = _by_episodes(plain, episodes)
-    if inside and wanted == "auto":
-        try:
-            dispatch.choose(plain.request, "triton")
-        except dispatch.BackendError:
-            return Route(best, call, None)
-        reasons = {**best.reasons, "reference": "triton comes first"}
-        del reasons["triton"]
-        return Route(dispatch.Choice("triton", reasons), plain, episodes)
-    choice = dispatch.choose(plain.request, wanted)
-    if choice.backend == "reference":
-        return Route(choice, call, None)
-    return Route(choice, plain, episodes)
-
-
-def _not_on_kernels(request: Request, inside: Sequence[str]) -> str | None:
-    """Why the Triton kernels cannot do these extras of a request, as far as is known at once."""
-    if request.cell.projected:
-        return f"the Triton kernels know nothing of {', '.join(inside)} of a projected LSTM"
-    reason: str | None = dispatch.backend_module("triton").cannot(request)
-    return reason
-
-
-def _regularized(prepared: "Prepared") -> Request:
-    """The request of a layer of the cell that a call's extras make of its own."""
-    call, extras, drawn = prepared
-    # Expensive, and for few: tracing.
-    make = importlib.import_module("triton_rnn.own.regularized").regularized
-    parts = drawn.zoneout[: call.request.cell.states]
-    cell = make(
-        call.request.cell,
-        extras.clip_hidden,
-        extras.clip_cell,
-        tuple(None if part and drawn.training else part for part in parts),
-        bool(drawn.recurrent_dropout),
-        extras.all_cells,
-    )
-    return call.request._replace(cell=cell, extras=())
-
-
-def _by_episodes(call: functional.Call, episodes: Episodes) -> functional.Call:
-    """A padded call as one with a packed batch, which has no lengths and resets."""
-    request, x, _, h_0, c_0, weights = call
-    directions, sizes = request.directions, episodes.batch_sizes
-    return functional.Call(
-        request._replace(seq_len=len(sizes), batch=sizes[0], packed=True),
-        episodes.take(x),
-        sizes,
-        None if h_0 is None else episodes.take_states(h_0, directions),
-        None if c_0 is None else episodes.take_states(c_0, directions),
-        weights,
-    )
-
-
-def refuse_malformed(module: Any, input: Any, hx: Any, names: Sequence[str]) -> NoReturn:
-    """Raise what is wrong with a call that cannot be taken apart.
-
-    Raises:
-        RuntimeError: what torch.nn's own forward says.
-        BackendError: if it has nothing to say.
-    """
-    _TORCHS[module.mode].forward(module, input, hx)
-    raise dispatch.BackendError(
-        f"no backend can run a call with {', '.join(names)} on tensors out of the ordinary"
-    )
 
 
 def _locked(
@@ -307,22 +147,19 @@ def _zoneout(
 
 
 def _stack(
-    route: Route, batch: int, layers: int, drop: float, drawn: _Drawn, extras: Extras
+    route: Route, batch: int, layers: int, drop: float, drawn: Drawn, extras: Extras
 ) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
     """Run all layers: final states, every layer's output, every layer's cells; time-major.
 
     Args:
         batch: N, for which masks are drawn, however the call is done.
     """
-    choice, (request, x, batch_sizes, h_0, c_0, weights), episodes = route
-    backend: Any = dispatch.backend_module(choice.backend)
+    _, backend, (request, x, batch_sizes, h_0, c_0, weights), named, episodes = route
     home = walk = None
-    if hasattr(backend, "TAKES_EXTRAS"):
-        home = importlib.import_module(backend.TAKES_EXTRAS)
-    elif isinstance(request.cell, RegularizedCell):
-        home = importlib.import_module(backend.REGULARIZES)
-        extras = extras._replace(lengths=None, reset_mask=None)
-    if home is not None:
+    if named is not None:
+        home = importlib.import_module(named)
+        if episodes is not None:
+            extras = extras._replace(lengths=None, reset_mask=None)
         walk = home.walk(request, batch_sizes, extras)
     directions, count = request.directions, len(weights) // layers
     per_direction = count // directions
@@ -365,7 +202,7 @@ def _stack(
             )
         elif h is None and not hasattr(backend, "TAKES_NO_STATE"):
             h, c = zero_states(request, x)
-        if "stack" in vars(backend):
+        if hasattr(backend, "stack"):
             one = functional.Call(request, x, batch_sizes, h, c, own)
             x, *states = backend.stack(one, backend, 1, 0.0)
         else:
@@ -380,17 +217,24 @@ def _stack(
     return states, outputs, cells
 
 
-def _plain(module: torch.nn.RNNBase, input: Any, hx: Any) -> Any:
-    result = functional.forward(module, input, hx)
-    return _TORCHS[module.mode].forward(module, input, hx) if result is None else result
+def _plain(module: Any, input: Any, hx: Any) -> Any:
+    """A call that asks for no more than the module's other keywords."""
+    if getattr(module, "_normalized", False):
+        return normalized.forward(module, input, hx)
+    segment = _segment_of(module)
+    if segment is None:
+        result = functional.forward(module, input, hx)
+    else:
+        result = recompute.forward(module, input, hx, segment)
+    return beyond.TORCHS[module.mode].forward(module, input, hx) if result is None else result
 
 
-class Prepared(NamedTuple):
-    """A call with more than torch.nn's: its tensors, what its steps are given, and its masks."""
-
-    call: functional.Call
-    extras: Extras
-    drawn: _Drawn
+def _segment_of(module: Any) -> int | None:
+    """Steps of a segment, 0 for any, where a backward is to go forward again; else None."""
+    wanted = getattr(module, "_recompute", False)
+    if wanted is False or not torch.is_grad_enabled():
+        return None
+    return 0 if wanted is True else int(wanted)
 
 
 def prepare(
@@ -408,11 +252,6 @@ def prepare(
     """
     if reset_to not in ("zeros", "initial"):
         raise ValueError(f"reset_to should be 'zeros' or 'initial', got {reset_to!r}")
-    if module._stacking:
-        raise dispatch.BackendError(
-            "hidden sizes per layer, residual, recompute and layer_norm do not go together with "
-            "lengths, reset_mask, all_states and the options of a module"
-        )
     options: Options = module._options or OFF
     drawn = _drawn(module, options)
     used = {
@@ -423,11 +262,11 @@ def prepare(
     names = tuple(name for name, value in used.items() if value) + _names_of(options, drawn)
     if not names:
         return None
-    if hx is not None and module.mode == "LSTM" and isinstance(input, PackedSequence):
-        functional._check_packed_cell_state(module, input, hx)
-    call = functional.prepare(module, input, hx)
+    functional.refuse_unsafe_state(module, input, hx)
+    kind = normalized if getattr(module, "_normalized", False) else functional
+    call = kind.prepare(module, input, hx)
     if call is None:
-        refuse_malformed(module, input, hx, names)
+        beyond.refuse_malformed(module, input, hx, names)
     request = call.request._replace(extras=names)
     extras = Extras(
         None if lengths is None else _check_lengths(lengths, input, request),
@@ -437,7 +276,8 @@ def prepare(
         clip_cell=options.clip_cell or 0.0,
         all_cells=all_states and request.cell.states == 2,
     )
-    return Prepared(call._replace(request=request), extras, drawn)
+    segment = _segment_of(module) if request.needs_grad else None
+    return Prepared(call._replace(request=request), extras, drawn, segment)
 
 
 def forward(
@@ -489,10 +329,13 @@ def forward(
     if torch.compiler.is_compiling():
         # Dynamo cannot trace what follows; outside of a graph it runs as it does without Dynamo.
         torch._dynamo.graph_break()
-    prepared = prepare(module, input, hx, lengths, reset_mask, reset_to, all_states)
+    more = (lengths, reset_mask, reset_to, all_states)
+    if getattr(module, "_layered", False):
+        return _by_layers(module, input, hx, more)
+    prepared = prepare(module, input, hx, *more)
     if prepared is None:
         return _plain(module, input, hx)
-    call, extras, drawn = prepared
+    call, extras, drawn, _ = prepared
     packed = isinstance(input, PackedSequence)
     drop = module.dropout if module.training else 0.0
     with ranges.call(call.request.cell):
@@ -529,6 +372,26 @@ def forward(
         (*(shown(steps) for steps in outputs[:-1]), output), tuple(shown(c) for c in cells)
     )
     return output, hidden, every
+
+
+def _by_layers(module: Any, input: Any, hx: Any, more: tuple[Any, ...]) -> Any:
+    """Where layers have sizes of their own, or residual connections: each is a call of its own.
+
+    What all states show of a layer is its output with what is added to it.
+    """
+    *_, all_states = more
+    cells: list[Any] = []
+
+    def run(one: Any, x: Any, state: Any) -> Any:
+        output, final, *every = forward(one, x, state, *more)
+        for shown in every:
+            cells.extend(shown.cells)
+        return output, final
+
+    output, hidden, outputs = stacking.each_layer(module, input, hx, run)
+    if not all_states:
+        return output, hidden
+    return output, hidden, AllStates(tuple(outputs), tuple(cells))
 
 
 compiled.leave_to_python(forward)

@@ -291,10 +291,11 @@ def prepare(module: torch.nn.RNNBase, input: Any, hx: Any) -> Call | None:
     return Call(request, data, batch_sizes, h_0, c_0, weights)
 
 
-def stack(call: Call, backend: ModuleType, layers: int, drop: float) -> tuple[Tensor, ...]:
+def stack(call: Call, backend: Any, layers: int, drop: float) -> tuple[Tensor, ...]:
     """Run all layers: output, h_n and, if the cell has it, c_n, time-major.
 
     Args:
+        backend: its module, or one made of another.
         drop: probability of the dropout between layers, 0 when not training. It is drawn as torch
             draws it: on the time-major output of a layer, both directions together.
     """

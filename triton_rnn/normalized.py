@@ -12,8 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from triton_rnn import compiled, dispatch, extended, functional
+from triton_rnn import beyond, compiled, dispatch, functional
 from triton_rnn.cells import NORMALIZED
+from triton_rnn.options import OFF
 from triton_rnn.profiling import ranges
 
 
@@ -48,7 +49,7 @@ class LayerNormalized(torch.nn.RNNBase):
 
     Backends: "native" and "reference". Any other asked for by name, autocast and tracing are
     refused with a BackendError; torch.func and its transforms take the reference, and torch.compile
-    breaks its graph. `lengths`, `reset_mask`, `all_states` and the options of a module are refused
+    breaks its graph. Recurrent dropout, zoneout, clipping and an LSTM's `all_states` are refused
     with a BackendError, `restore` and torch.jit.script with a RuntimeError.
 
     Args:
@@ -64,8 +65,8 @@ class LayerNormalized(torch.nn.RNNBase):
 
     Raises:
         TypeError: if it is not a bool.
-        ValueError: together with `proj_size`, several hidden sizes, `residual`, `recompute` or an
-            option of `options.Options`.
+        ValueError: together with `proj_size`, several hidden sizes, `residual`, `recompute`,
+            recurrent dropout, zoneout or clipping.
     """
 
     def __init__(self, *args: Any, layer_norm: bool = False, **kwargs: Any) -> None:
@@ -80,10 +81,11 @@ class LayerNormalized(torch.nn.RNNBase):
                 "layer_norm does not go together with proj_size: the paper has no projection, and "
                 "what of it to normalize is not agreed upon"
             )
-        if module._stacking or module._options is not None:
+        inside = {*(module._options or OFF).given()} - {"input_dropout", "weight_dropout"}
+        if module._stacking or inside:
             raise ValueError(
-                "layer_norm does not go together with hidden sizes per layer, residual, recompute "
-                "and the options of regularization and clipping"
+                "layer_norm does not go together with hidden sizes per layer, residual, recompute, "
+                "recurrent dropout, zoneout and clipping"
             )
         module._normalized = module._stacking = True
         like = module.weight_ih_l0
@@ -176,8 +178,8 @@ def forward(module: torch.nn.RNNBase, input: Any, hx: Any) -> tuple[Any, Any]:
     functional.refuse_unsafe_state(module, input, hx)
     call = prepare(module, input, hx)
     if call is None:
-        extended.refuse_malformed(module, input, hx, ("layer_norm",))
-    backend = dispatch.backend_module(extended.choose(call.request).backend)
+        beyond.refuse_malformed(module, input, hx, ("layer_norm",))
+    backend = dispatch.backend_module(beyond.choose(call.request).backend)
     drop = module.dropout if module.training else 0.0
     with ranges.call(call.request.cell):
         output, *states = functional.stack(call, backend, module.num_layers, drop)

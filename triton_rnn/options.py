@@ -111,6 +111,13 @@ def set_all(module: nn.RNNBase, **options: Any) -> None:
             setattr(module, name, value)
 
 
+def of_layer(options: Options | None, number: int) -> Options | None:
+    """A module's options as those of one of its layers by itself."""
+    if options is None or not isinstance(options.input_dropout, tuple):
+        return options
+    return options._replace(input_dropout=options.input_dropout[number])
+
+
 def shown(options: Options | None) -> str:
     """What a module's repr says of its options: those that are on."""
     given = {} if options is None else options.given()

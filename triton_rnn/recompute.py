@@ -7,7 +7,6 @@ anew when it comes to them. With segments of sqrt(T) steps both are of the order
 
 import math
 from collections.abc import Iterator, Sequence
-from types import ModuleType
 from typing import Any
 
 import torch
@@ -299,9 +298,11 @@ def refuse_obstacles() -> None:
         raise dispatch.BackendError(f"recompute=True cannot run this call: {reason}")
 
 
-def _inner(request: Request, wanted: str) -> Any:
+def backend(request: Request, wanted: str, steps: int) -> Recomputing:
+    """A backend of segments of so many steps, 0 for any, made of the one that `choose` chooses."""
     name = choose(request, wanted).backend
-    return _Reference if name == "reference" else dispatch.backend_module(name)
+    inner: Any = _Reference if name == "reference" else dispatch.backend_module(name)
+    return Recomputing(inner, steps)
 
 
 def forward(module: torch.nn.RNNBase, input: Any, hx: Any, steps: int) -> Any:
@@ -325,9 +326,7 @@ def forward(module: torch.nn.RNNBase, input: Any, hx: Any, steps: int) -> Any:
         return None
     if not call.request.needs_grad:
         return functional.forward(module, input, hx)
-    backend: ModuleType = Recomputing(  # type: ignore[assignment]
-        _inner(call.request, dispatch.requested()), steps
-    )
+    recomputing = backend(call.request, dispatch.requested(), steps)
     drop = module.dropout if module.training else 0.0
-    output, *states = functional.stack(call, backend, module.num_layers, drop)
+    output, *states = functional.stack(call, recomputing, module.num_layers, drop)
     return functional.in_callers_form(module, input, output, states)

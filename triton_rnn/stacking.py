@@ -1,8 +1,9 @@
 """Keywords of RNN, GRU and LSTM that say how layers stand on each other and what they remember."""
 
+import functools
 import math
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NoReturn, cast
 
 import torch
@@ -11,6 +12,7 @@ from torch.nn.functional import dropout
 from torch.nn.utils.rnn import PackedSequence
 
 from triton_rnn import compiled, dispatch, functional, recompute
+from triton_rnn.options import of_layer
 from triton_rnn.request import Request
 
 
@@ -217,6 +219,10 @@ def layer_of(module: Any, number: int) -> torch.nn.RNNBase:
         hidden_size=sizes[number],
         num_layers=1,
         dropout=0.0,
+        # Beyond that it has the module's options, and goes forward again if the module does.
+        _stacking=False,
+        _layered=False,
+        _options=of_layer(module._options, number),
         _flat_weights_names=names,
         _flat_weights=weights,
         _flat_weight_refs=[weakref.ref(weight) for weight in weights],
@@ -328,23 +334,36 @@ def forward(module: Any, input: Any, hx: Any) -> tuple[Any, Any] | None:
         if not torch.is_grad_enabled():
             return functional.forward(module, input, hx)
         return recompute.forward(module, input, hx, 0 if wanted is True else wanted)
+    run = functools.partial(_run, module)
+    output, hidden, _ = each_layer(module, input, hx, run)
+    return output, hidden
+
+
+def each_layer(
+    module: Any, input: Any, hx: Any, run: Callable[[torch.nn.RNNBase, Any, Any], tuple[Any, Any]]
+) -> tuple[Any, Any, list[Any]]:
+    """Layer by layer: the output, the final state as the module returns it, and all outputs.
+
+    Args:
+        run: the call of a layer, given the layer, its input and its state: output and final state.
+    """
     connected = module.residual_layers
     finals = []
+    outputs: list[Any] = []
     x = input
     for number, state in enumerate(states_by_layer(module, hx)):
         below = x
-        x, final = _run(
-            module, layer_of(module, number), _dropped(module, x) if number else x, state
-        )
+        x, final = run(layer_of(module, number), _dropped(module, x) if number else x, state)
         if number in connected:
             x = _sum(x, below)
+        outputs.append(x)
         finals.append(final)
     if module.mode == "LSTM":
         h_n, c_n = ([pair[i] for pair in finals] for i in range(2))
         if isinstance(module.hidden_size, int):
-            return x, (torch.cat(h_n), torch.cat(c_n))
-        return x, (h_n, c_n)
-    return x, torch.cat(finals) if isinstance(module.hidden_size, int) else finals
+            return x, (torch.cat(h_n), torch.cat(c_n)), outputs
+        return x, (h_n, c_n), outputs
+    return x, torch.cat(finals) if isinstance(module.hidden_size, int) else finals, outputs
 
 
 compiled.leave_to_python(forward)
