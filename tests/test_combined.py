@@ -1,7 +1,9 @@
 """Lengths, resets and options together with layer sizes, residual, recompute and layer_norm."""
 
+import own_cells
 import pytest
 import torch
+from own_cells import MinimalGatedUnit, PeepholeLSTM
 from test_extended import (
     BATCH,
     HIDDEN,
@@ -18,6 +20,7 @@ from torch.nn.functional import dropout
 
 import triton_rnn
 
+OWN = [PeepholeLSTM, MinimalGatedUnit, own_cells.ThreeStates, triton_rnn.IndRNN]
 DOUBLE = {"dtype": torch.float64}
 AROUND = {"input_dropout": 0.3, "weight_dropout": 0.2}
 INSIDE = {"recurrent_dropout": 0.4, "zoneout": 0.3, "clip_hidden": 0.6}
@@ -202,3 +205,50 @@ def test_options_that_are_off_in_evaluation_leave_the_rest_as_it_is(how):
     plain.load_state_dict(module.state_dict())
     input = torch.randn(STEPS, BATCH, INPUT)
     assert all(map(torch.equal, module(input), plain(input)))
+
+
+@pytest.mark.parametrize("lengths", [None, LENGTHS], ids=["whole", "lengths"])
+@pytest.mark.parametrize("reset_to", ["zeros", "initial"])
+@pytest.mark.parametrize("backend", ["native", "reference"])
+@pytest.mark.parametrize("kind", OWN, ids=lambda kind: kind.__name__)
+def test_a_users_cell_takes_lengths_and_resets(kind, backend, reset_to, lengths):
+    """Each episode by itself; of one, two and three states, with and without a product."""
+    torch.manual_seed(1)
+    module = kind(INPUT, HIDDEN, bidirectional=True, **DOUBLE)
+    input = random(STEPS, BATCH, INPUT)
+    hx = tuple(random(2, BATCH, HIDDEN, seed=n) for n in range(module.cell.states))
+    ends = torch.full((BATCH,), STEPS) if lengths is None else lengths
+    more = {"lengths": lengths, "reset_mask": MASK, "reset_to": reset_to}
+    with triton_rnn.use_backend(backend):
+        expected = outcome(module, by_episodes(module, MASK, reset_to, ends), input, hx)
+        found = outcome(module, lambda x, h: module(x, h, **more), input, hx)
+        told = triton_rnn.explain(module, input, hx if len(hx) > 1 else hx[0], **more)
+    assert_same(found, expected)
+    assert told.backend == backend and "episodes side by side" in str(told)
+
+
+@pytest.mark.parametrize("kind", OWN, ids=lambda kind: kind.__name__)
+def test_a_users_cell_takes_a_batch_first_of_layers_and_one_without_a_step(kind):
+    module = kind(INPUT, HIDDEN, 2, batch_first=True, **DOUBLE)
+    input = random(BATCH, STEPS, INPUT)
+    turned = kind(INPUT, HIDDEN, 2, **DOUBLE)
+    turned.load_state_dict(module.state_dict())
+    one = module(input, lengths=LENGTHS, reset_mask=MASK.t())
+    other = turned(input.transpose(0, 1), lengths=LENGTHS, reset_mask=MASK)
+    assert_close(one[0].transpose(0, 1), other[0])
+    for mine, theirs in zip(tensors_of(one[1]), tensors_of(other[1]), strict=True):
+        assert_close(mine, theirs)
+    hx = tuple(random(2, BATCH, HIDDEN, seed=n) for n in range(module.cell.states))
+    for given in (hx if len(hx) > 1 else hx[0], None):
+        output, states = module(input, given, lengths=torch.zeros(BATCH, dtype=torch.int64))
+        assert output.shape == (BATCH, STEPS, HIDDEN) and not output.any()
+        assert len(tensors_of(states)) == len(hx)
+        for state, initial in zip(tensors_of(states), hx, strict=True):
+            assert torch.equal(state, torch.zeros_like(initial) if given is None else initial)
+        output.sum().backward()
+        assert not module.weight_ih_l0.grad.any()
+    rows = torch.nn.utils.rnn.pack_sequence([input[0]])
+    with pytest.raises(ValueError, match="has lengths already"):
+        module(rows, lengths=LENGTHS)
+    with pytest.raises(TypeError, match="takes no all_states"):
+        triton_rnn.explain(module, input, all_states=True)

@@ -74,7 +74,7 @@ def outcome(module, call, input, hx):
     module.zero_grad()
     input = leaf(input)
     states = [leaf(state) for state in tensors_of(hx)]
-    results = tensors_of(call(input, tuple(states) if len(states) == 2 else states[0]))
+    results = tensors_of(call(input, tuple(states) if len(states) > 1 else states[0]))
     grads = [random(*result.shape, seed=10 + i) for i, result in enumerate(results)]
     torch.autograd.backward(results, grads)
     found = [result.detach() for result in results]
@@ -168,7 +168,7 @@ def by_episodes(theirs, mask, reset_to, lengths):
                     forward = given if index == 0 and not mask[0, n] else new
                     reverse = given if index == len(bounds) - 1 else new
                     start.append(torch.cat([forward[:1], reverse[1:]]))
-                hx_ = tuple(start) if len(start) == 2 else start[0]
+                hx_ = tuple(start) if len(start) > 1 else start[0]
                 output, final = theirs(input[begin:stop, n : n + 1], hx_)
                 final = list(final) if isinstance(final, tuple) else [final]
                 parts.append(output)

@@ -6,12 +6,14 @@ longest of them, not as the sequences.
 """
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import PackedSequence
 
 from triton_rnn.extras import Extras
+from triton_rnn.request import Request
 
 
 class Episodes(NamedTuple):
@@ -141,3 +143,76 @@ def _moved(parts: Sequence[Tensor], device: torch.device) -> tuple[Tensor, ...]:
     return tuple(
         there.view(part.shape).to(part.dtype) for there, part in zip(moved, parts, strict=True)
     )
+
+
+def _check_lengths(lengths: Any, input: Any, request: Request) -> Tensor:
+    """Lengths on the CPU, the caller's own left alone.
+
+    Raises:
+        TypeError, ValueError: if they are not those of this batch.
+    """
+    if not isinstance(lengths, Tensor):
+        raise TypeError(f"lengths should be a Tensor, got {type(lengths).__name__}")
+    if isinstance(input, PackedSequence):
+        raise ValueError("a PackedSequence has lengths already; lengths= is for a padded input")
+    if input.dim() != 3:
+        raise ValueError("lengths= is for a batch, the input is one sequence (2-D)")
+    if lengths.dtype != torch.int64:
+        raise ValueError(f"lengths should be int64, got {lengths.dtype}")
+    if lengths.shape != (request.batch,):
+        raise ValueError(
+            f"lengths should be of shape ({request.batch},), got {tuple(lengths.shape)}"
+        )
+    # A copy: the backward reads them again.
+    lengths = lengths.detach().to("cpu", copy=True)
+    if request.batch:
+        least, most = map(int, lengths.aminmax())
+        if least < 0 or most > request.seq_len:
+            raise ValueError(
+                f"lengths should be from 0 to {request.seq_len}, got {least} to {most}"
+            )
+    return lengths
+
+
+def _check_resets(batch_first: bool, reset_mask: Any, input: Any, request: Request) -> Tensor:
+    """A mask (T, N) on the input's device, the caller's own left alone.
+
+    Raises:
+        TypeError, ValueError: if it is not one of this batch.
+    """
+    if not isinstance(reset_mask, Tensor):
+        raise TypeError(f"reset_mask should be a Tensor, got {type(reset_mask).__name__}")
+    if isinstance(input, PackedSequence):
+        raise ValueError("reset_mask= is for a padded input, with lengths= if need be")
+    if reset_mask.dtype != torch.bool:
+        raise ValueError(f"reset_mask should be bool, got {reset_mask.dtype}")
+    if input.dim() == 2:
+        expected: tuple[int, ...] = (request.seq_len,)
+    elif batch_first:
+        expected = (request.batch, request.seq_len)
+    else:
+        expected = (request.seq_len, request.batch)
+    if reset_mask.shape != expected:
+        raise ValueError(f"reset_mask should be of shape {expected}, got {tuple(reset_mask.shape)}")
+    if input.dim() == 2:
+        reset_mask = reset_mask.unsqueeze(1)
+    elif batch_first:
+        reset_mask = reset_mask.transpose(0, 1)
+    return reset_mask.detach().to(request.device, copy=True)
+
+
+def checked(
+    lengths: Any, reset_mask: Any, reset_to: Any, batch_first: bool, input: Any, request: Request
+) -> Extras:
+    """Lengths and resets of a call, None for none, as its steps are given them.
+
+    Raises:
+        TypeError, ValueError: if they are not those of this batch.
+    """
+    if reset_to not in ("zeros", "initial"):
+        raise ValueError(f"reset_to should be 'zeros' or 'initial', got {reset_to!r}")
+    if lengths is not None:
+        lengths = _check_lengths(lengths, input, request)
+    if reset_mask is not None:
+        reset_mask = _check_resets(batch_first, reset_mask, input, request)
+    return Extras(lengths, reset_mask, reset_to == "initial")

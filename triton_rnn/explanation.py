@@ -15,10 +15,11 @@ from triton_rnn import (
     recompute,
     stacking,
 )
+from triton_rnn.episodes import Episodes
 from triton_rnn.own import call as own
 from triton_rnn.own.module import Recurrent
 from triton_rnn.request import Request
-from triton_rnn.route import route
+from triton_rnn.route import Prepared, route
 
 _MALFORMED = "malformed or out of the ordinary: torch.nn's own forward answers it"
 
@@ -81,17 +82,13 @@ def explain(
             and the like, if it is malformed.
     """
     more = lengths is not None or reset_mask is not None or all_states
-    if more and (isinstance(module, Recurrent) or not isinstance(module, torch.nn.RNNBase)):
-        raise TypeError(f"{type(module).__name__} takes no lengths, reset_mask or all_states")
     if isinstance(module, Recurrent):
-        own_call = own.prepare(module, input, hx)
-        own_choice = own.choose(own_call)
-        return Explanation(
-            own_choice.backend,
-            own_choice.reasons,
-            tuple(_plan(own_call, own_choice.backend, module.num_layers)),
-            own_call.request,
-        )
+        if all_states:
+            raise TypeError(f"{type(module).__name__} takes no all_states")
+        given = (lengths, reset_mask, reset_to) if more else None
+        return _of_own_cell(module, input, hx, given)
+    if more and not isinstance(module, torch.nn.RNNBase):
+        raise TypeError(f"{type(module).__name__} takes no lengths, reset_mask or all_states")
     if not isinstance(module, (torch.nn.RNNBase, torch.nn.RNNCellBase)):
         raise TypeError(f"{type(module).__name__} is not a recurrent module")
     if not any(base.__module__ == "triton_rnn.modules" for base in type(module).__mro__):
@@ -144,13 +141,27 @@ def explain(
     return Explanation(choice.backend, choice.reasons, tuple(plan), call.request)
 
 
-def _extended(prepared: extended.Prepared, layers: int) -> Explanation:
+def _of_own_cell(module: Recurrent, input: Any, hx: Any, more: Any) -> Explanation:
+    """Of a user's cell; more: lengths, reset_mask and reset_to, if there are any."""
+    call, plan = own.prepare(module, input, hx), []
+    request = call.request
+    if more is not None:
+        call, episodes = own.in_episodes(module, input, call, more)
+        plan += [] if episodes is None else [_side_by_side(episodes)]
+    choice = own.choose(call)
+    plan += _plan(call, choice.backend, module.num_layers)
+    return Explanation(choice.backend, choice.reasons, tuple(plan), request)
+
+
+def _side_by_side(episodes: Episodes) -> str:
+    sizes = episodes.batch_sizes
+    return f"{sizes[0]} episodes side by side, the longest of {len(sizes)} steps"
+
+
+def _extended(prepared: Prepared, layers: int) -> Explanation:
     """Of a call with more than torch.nn's can do."""
     choice, _, call, _, episodes = route(prepared)
-    plan = []
-    if episodes is not None:
-        sizes = episodes.batch_sizes
-        plan.append(f"{sizes[0]} episodes side by side, the longest of {len(sizes)} steps")
+    plan = [] if episodes is None else [_side_by_side(episodes)]
     plan += _plan(call, choice.backend, layers)
     if prepared.segment is not None:
         plan.append(_segments(call, prepared.segment))

@@ -16,12 +16,12 @@ from torch.nn.functional import dropout
 from torch.nn.utils.rnn import PackedSequence
 
 from triton_rnn import beyond, compiled, functional, normalized, recompute, stacking
-from triton_rnn.episodes import Episodes
+from triton_rnn.episodes import Episodes, checked
 from triton_rnn.extras import Extras
 from triton_rnn.layer import layer
 from triton_rnn.options import OFF, Options
 from triton_rnn.profiling import ranges
-from triton_rnn.request import Request, zero_states
+from triton_rnn.request import zero_states
 from triton_rnn.route import Drawn, Prepared, Route, route
 
 
@@ -46,62 +46,6 @@ def _drawn(module: torch.nn.RNNBase, options: Options) -> Drawn:
     if not module.training:
         return Drawn((0.0,) * layers, 0.0, 0.0, zoneouts, False)
     return Drawn(inputs, options.recurrent_dropout, options.weight_dropout, zoneouts, True)
-
-
-def _check_lengths(lengths: Any, input: Any, request: Request) -> Tensor:
-    """Lengths on the CPU, the caller's own left alone.
-
-    Raises:
-        TypeError, ValueError: if they are not those of this batch.
-    """
-    if not isinstance(lengths, Tensor):
-        raise TypeError(f"lengths should be a Tensor, got {type(lengths).__name__}")
-    if isinstance(input, PackedSequence):
-        raise ValueError("a PackedSequence has lengths already; lengths= is for a padded input")
-    if input.dim() != 3:
-        raise ValueError("lengths= is for a batch, the input is one sequence (2-D)")
-    if lengths.dtype != torch.int64:
-        raise ValueError(f"lengths should be int64, got {lengths.dtype}")
-    if lengths.shape != (request.batch,):
-        raise ValueError(
-            f"lengths should be of shape ({request.batch},), got {tuple(lengths.shape)}"
-        )
-    # A copy: the backward reads them again.
-    lengths = lengths.detach().to("cpu", copy=True)
-    if request.batch:
-        least, most = map(int, lengths.aminmax())
-        if least < 0 or most > request.seq_len:
-            raise ValueError(
-                f"lengths should be from 0 to {request.seq_len}, got {least} to {most}"
-            )
-    return lengths
-
-
-def _check_resets(module: Any, reset_mask: Any, input: Any, request: Request) -> Tensor:
-    """A mask (T, N) on the input's device, the caller's own left alone.
-
-    Raises:
-        TypeError, ValueError: if it is not one of this batch.
-    """
-    if not isinstance(reset_mask, Tensor):
-        raise TypeError(f"reset_mask should be a Tensor, got {type(reset_mask).__name__}")
-    if isinstance(input, PackedSequence):
-        raise ValueError("reset_mask= is for a padded input, with lengths= if need be")
-    if reset_mask.dtype != torch.bool:
-        raise ValueError(f"reset_mask should be bool, got {reset_mask.dtype}")
-    if input.dim() == 2:
-        expected: tuple[int, ...] = (request.seq_len,)
-    elif module.batch_first:
-        expected = (request.batch, request.seq_len)
-    else:
-        expected = (request.seq_len, request.batch)
-    if reset_mask.shape != expected:
-        raise ValueError(f"reset_mask should be of shape {expected}, got {tuple(reset_mask.shape)}")
-    if input.dim() == 2:
-        reset_mask = reset_mask.unsqueeze(1)
-    elif module.batch_first:
-        reset_mask = reset_mask.transpose(0, 1)
-    return reset_mask.detach().to(request.device, copy=True)
 
 
 def _names_of(options: Options, drawn: Drawn) -> tuple[str, ...]:
@@ -250,8 +194,6 @@ def prepare(
 
     Arguments and errors as of `forward`.
     """
-    if reset_to not in ("zeros", "initial"):
-        raise ValueError(f"reset_to should be 'zeros' or 'initial', got {reset_to!r}")
     options: Options = module._options or OFF
     drawn = _drawn(module, options)
     used = {
@@ -268,10 +210,8 @@ def prepare(
     if call is None:
         beyond.refuse_malformed(module, input, hx, names)
     request = call.request._replace(extras=names)
-    extras = Extras(
-        None if lengths is None else _check_lengths(lengths, input, request),
-        None if reset_mask is None else _check_resets(module, reset_mask, input, request),
-        reset_to == "initial",
+    given = checked(lengths, reset_mask, reset_to, module.batch_first, input, request)
+    extras = given._replace(
         clip_hidden=options.clip_hidden or 0.0,
         clip_cell=options.clip_cell or 0.0,
         all_cells=all_states and request.cell.states == 2,

@@ -122,15 +122,20 @@ def _no_steps(call: functional.Call) -> Route:
 def _packed(prepared: Prepared) -> tuple[functional.Call, Episodes | None] | None:
     """A call without extras, as a packed batch of episodes if need be; None if it has no step."""
     call, extras, *_ = prepared
-    request, x, _, h_0, c_0, weights = call
-    request = request._replace(extras=())
+    request = call.request._replace(extras=())
     if extras.lengths is None and extras.reset_mask is None:
         return call._replace(request=request), None
     episodes = episodes_of(request.seq_len, request.batch, extras, request.device)
     if episodes is None:
         return None
+    return by_episodes(call._replace(request=request), episodes), episodes
+
+
+def by_episodes(call: functional.Call, episodes: Episodes) -> functional.Call:
+    """A padded call as one of a packed batch of episodes."""
+    request, x, _, h_0, c_0, weights = call
     directions, sizes = request.directions, episodes.batch_sizes
-    packed = functional.Call(
+    return functional.Call(
         request._replace(seq_len=len(sizes), batch=sizes[0], packed=True),
         episodes.take(x),
         sizes,
@@ -138,7 +143,6 @@ def _packed(prepared: Prepared) -> tuple[functional.Call, Episodes | None] | Non
         None if c_0 is None else episodes.take_states(c_0, directions),
         weights,
     )
-    return packed, episodes
 
 
 def _around(prepared: Prepared, wanted: str) -> Route | None:

@@ -17,9 +17,11 @@ from torch.nn.utils.rnn import PackedSequence
 
 from triton_rnn import dispatch, functional, obstacles
 from triton_rnn.cells import OwnCell
+from triton_rnn.episodes import Episodes, checked, episodes_of
 from triton_rnn.obstacles import autocast_anywhere
 from triton_rnn.profiling import ranges
-from triton_rnn.request import Request
+from triton_rnn.request import Request, zero_states
+from triton_rnn.route import by_episodes
 
 if TYPE_CHECKING:
     from triton_rnn.own.module import Recurrent
@@ -271,13 +273,75 @@ def choose(call: functional.Call) -> dispatch.Choice:
     return dispatch.Choice("reference", others)
 
 
-def forward(module: "Recurrent", input: Any, hx: Any) -> tuple[Any, Any]:
+def in_episodes(
+    module: "Recurrent", input: Any, call: functional.Call, more: tuple[Any, Any, Any]
+) -> tuple[functional.Call, Episodes | None]:
+    """A call with lengths and resets as one of a packed batch of episodes; None if it has no step.
+
+    Args:
+        more: lengths, reset_mask, reset_to.
+
+    Raises:
+        TypeError, ValueError: they are not those of this batch.
+    """
+    request = call.request
+    given = checked(*more, module.batch_first, input, request)
+    episodes = episodes_of(request.seq_len, request.batch, given, request.device)
+    return call if episodes is None else by_episodes(call, episodes), episodes
+
+
+def _forward_in_episodes(
+    module: "Recurrent", input: Any, hx: Any, more: tuple[Any, Any, Any]
+) -> tuple[Any, Any]:
+    call = prepare(module, input, hx)
+    packed, episodes = in_episodes(module, input, call, more)
+    request = call.request
+    if episodes is None:
+        given = (call.h_0, call.c_0)
+        if call.h_0 is None:
+            rows = request.directions * module.num_layers
+            given = zero_states(request._replace(directions=rows), call.input)
+        # Of no weight, but a backward may follow.
+        nothing = torch.where(call.input.new_zeros((), dtype=torch.bool), call.weights[0].sum(), 0)
+        width = request.directions * request.output_size
+        output = nothing.expand(*call.input.shape[:2], width).clone()
+        states = [state.clone() for state in given if state is not None]
+    else:
+        backend = dispatch.backend_module(choose(packed).backend)
+        drop = module.dropout if module.training else 0.0
+        with ranges.call(module.cell):
+            rows_of_output, *ends = functional.stack(packed, backend, module.num_layers, drop)
+        output = episodes.put(rows_of_output)
+        states = [
+            episodes.put_states(state, initial, request.directions)
+            for state, initial in zip(ends, (call.h_0, call.c_0), strict=False)
+        ]
+    return functional.in_callers_form(module, input, output, _apart(module, states))
+
+
+def _apart(module: "Recurrent", states: list[Tensor]) -> list[Tensor]:
+    """The states of which the layer op knows two: h, and all others beside each other."""
+    h_n, *others = states
+    found = [h_n]
+    for state in others:
+        found += state.chunk(module.cell.states - 1, -1) if module.cell.states > 2 else [state]
+    return found
+
+
+def forward(
+    module: "Recurrent", input: Any, hx: Any, more: tuple[Any, Any, Any] | None = None
+) -> tuple[Any, Any]:
     """What `module(input, hx)` returns.
+
+    Args:
+        more: lengths, reset_mask and reset_to, if any of the first two is given.
 
     Raises:
         RuntimeError, ValueError, TypeError: the call is malformed.
         BackendError: a backend was asked for by name that cannot run it.
     """
+    if more is not None:
+        return _forward_in_episodes(module, input, hx, more)
     kind, names = f"own{module.cell.number}", _names_of(module)
     seen = functional.seen_before(module, input, hx, kind, functional.DECIDING, names)
     if type(seen) is tuple:
@@ -294,11 +358,8 @@ def forward(module: "Recurrent", input: Any, hx: Any) -> tuple[Any, Any]:
         if module.cell.states <= 2:
             functional.remember(seen, decided, call)
     with ranges.call(module.cell):
-        output, h_n, *others = functional.stack(call, decided.backend, decided.layers, decided.drop)
-    states = [h_n]
-    for state in others:
-        states += state.chunk(module.cell.states - 1, -1) if module.cell.states > 2 else [state]
-    return functional.in_callers_form(module, input, output, states)
+        output, *states = functional.stack(call, decided.backend, decided.layers, decided.drop)
+    return functional.in_callers_form(module, input, output, _apart(module, states))
 
 
 # `forward` for calls that torch.compile meets: its graph breaks there, as at torch.nn's LSTM.

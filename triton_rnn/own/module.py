@@ -221,7 +221,13 @@ class Recurrent(torch.nn.Module):
         """Nothing to do; torch.nn's recurrent modules have it for cuDNN."""
 
     def forward(
-        self, input: Any, hx: Tensor | tuple[Tensor, ...] | None = None
+        self,
+        input: Any,
+        hx: Tensor | tuple[Tensor, ...] | None = None,
+        *,
+        lengths: Tensor | None = None,
+        reset_mask: Tensor | None = None,
+        reset_to: str = "zeros",
     ) -> tuple[Any, Tensor | tuple[Tensor, ...]]:
         """Run all layers over a batch of sequences.
 
@@ -230,15 +236,21 @@ class Recurrent(torch.nn.Module):
                 PackedSequence.
             hx: each state (L * D, N, H), or (L * D, H) for one sequence: a tensor if the cell has
                 one state, else a tuple. Zeros if not given.
+            lengths, reset_mask, reset_to: as for RNN, GRU and LSTM, see `extended.forward`; every
+                episode is a sequence of a packed batch.
 
         Returns:
             output (T, N, D * H), in the form of the input, and the last states in that of hx.
 
         Raises:
             RuntimeError, ValueError, AttributeError: as torch.nn.LSTM does for malformed arguments.
+            TypeError, ValueError: for lengths and resets that are not those of this batch.
             BackendError: a backend was asked for by name that cannot run the call.
         """
+        run = call.forward
         if torch.compiler.is_compiling():
             call.break_graphs()
-            return call.outside_of_graphs(self, input, hx)
-        return call.forward(self, input, hx)
+            run = call.outside_of_graphs
+        if lengths is None and reset_mask is None:
+            return run(self, input, hx)
+        return run(self, input, hx, (lengths, reset_mask, reset_to))
