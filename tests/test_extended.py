@@ -385,6 +385,12 @@ def test_what_says_where_episodes_lie_goes_to_the_inputs_device():
             assert other == part
 
 
+def test_a_cuda_graph_that_would_keep_the_episodes_is_refused(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    with pytest.raises(RuntimeError, match="cannot be captured in a CUDA graph"):
+        episodes.episodes_of(STEPS, BATCH, Extras(LENGTHS), torch.device("cuda"))
+
+
 @pytest.mark.parametrize("kind", ["gru", "lstm", "lstm_proj"])
 def test_a_packed_batch_takes_options(kind):
     _, ours, input, hx = pair(kind, 2, True, **EVERYTHING)

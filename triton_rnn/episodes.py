@@ -81,7 +81,16 @@ def episodes_of(steps: int, batch: int, extras: Extras, device: torch.device) ->
     """The episodes of a padded batch with lengths, resets or both; None if there is no step at all.
 
     A mask on a GPU is waited for: how many episodes there are decides what is launched.
+
+    Raises:
+        RuntimeError: while a CUDA graph is captured, whose replay would know of no other episodes,
+            and read what says where these are from memory that is gone.
     """
+    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        raise RuntimeError(
+            "lengths and reset_mask cannot be captured in a CUDA graph: where the episodes are is "
+            "worked out on the processor, at every call"
+        )
     if not steps * batch:
         return None
     # Sequence by sequence, each with `steps` places, and in each by time.
