@@ -72,8 +72,9 @@ TOLERANCES = {
 #   poison: the same bits with all unwritten memory full of NaN.
 #   graph: captured in a CUDA graph and replayed on other numbers.
 #   nonfinite: NaN and infinity in the input come out as torch gives them.
+#   autocast: float32 weights under autocast, in torch.nn's dtypes, and as near as float16 comes.
 #   devices: on all GPUs of the machine, one by one and at the same time; not where there is one.
-CHECKS = ("numbers", "repeat", "poison", "graph", "nonfinite", "devices")
+CHECKS = ("numbers", "repeat", "poison", "graph", "nonfinite", "autocast", "devices")
 
 
 @dataclass(frozen=True)
@@ -231,6 +232,13 @@ def _specials() -> list[CheckCase]:
         replace(case, variant="streaming", dtype="float32", directions=2),
         replace(case, cell="gru", variant="stepwise", hidden=100),
     ]
+    case = CheckCase("autocast", "lstm", "float32_tf32", "", 500, 17, 20)
+    autocast = [
+        replace(case, form="packed", directions=2),
+        replace(case, cell="gru", layers=2, hx=False),
+        replace(case, cell="lstm_proj", hidden=192),
+        replace(case, cell="rnn_tanh", form="batch_first", training=False),
+    ]
     case = CheckCase("devices", "lstm", "float16", "", 500, 17, 20)
     devices = [
         replace(case, hidden=512),
@@ -238,7 +246,7 @@ def _specials() -> list[CheckCase]:
         replace(case, dtype="float32_tf32", directions=2, layers=2),
         replace(case, cell="rnn_tanh", variant="stepwise", hidden=100),
     ]
-    return _in_turn(repeat, poison, graph, nonfinite, devices)
+    return _in_turn(repeat, poison, graph, nonfinite, autocast, devices)
 
 
 def _in_turn(*lists: list[CheckCase]) -> list[CheckCase]:
@@ -347,6 +355,7 @@ def rehearsal_cases() -> list[CheckCase]:
         replace(case, check="poison", form="packed_unsorted"),
         replace(case, check="nonfinite", dtype="float32", form="padded", batch=5),
         replace(case, check="graph"),
+        replace(case, check="autocast", dtype="float32"),
         replace(case, check="devices", dtype="float32", variant=""),
         replace(case, cell="peephole", variant="stepwise"),
         replace(case, cell="ind_rnn", variant="", dtype="float32", directions=2),

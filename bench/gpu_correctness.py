@@ -447,6 +447,24 @@ def check_nonfinite(bench: Bench) -> Result:
     return result
 
 
+def check_autocast(bench: Bench) -> Result:
+    """By the dtypes that autocast may have: torch.nn's dtypes, and numbers as of float16."""
+    case = bench.case
+    if bench.device.type != "cuda":
+        return {"status": "skipped", "error": "a CPU's autocast is torch.nn's"}
+    expected, found = exact_results(case, bench.exact, bench.given), {}
+    for dtype in (torch.float16, torch.bfloat16):
+        with torch.autocast("cuda", dtype):
+            actual = our_results(case, bench.ours, bench.given)
+            theirs = run(case, bench.twin, leaves_of(case, bench.given))
+        differ = [name for name in theirs if actual[name].dtype != theirs[name].dtype]
+        if differ:
+            return {"status": "wrong", "error": f"{dtype}: not torch.nn's dtypes: {differ}"}
+        for name, (norm, peak) in errors(actual, expected).items():
+            found[f"{name}, {dtype}"] = [norm, peak]
+    return verdict(case, found)
+
+
 def check_devices(bench: Bench) -> Result:
     """On every GPU, while another one is current: right, the same bits, one by one and together.
 
@@ -503,6 +521,7 @@ CHECKS: dict[str, Callable[[Bench], Result]] = {
     "poison": check_poison,
     "graph": check_graph,
     "nonfinite": check_nonfinite,
+    "autocast": check_autocast,
     "devices": check_devices,
 }
 

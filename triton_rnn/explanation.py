@@ -6,6 +6,7 @@ from typing import Any
 import torch
 
 from triton_rnn import (
+    autocast,
     beyond,
     dispatch,
     extended,
@@ -95,6 +96,16 @@ def explain(
         raise TypeError(
             f"{type(module).__qualname__} is torch.nn's; triton_rnn.replace(module) makes it ours"
         )
+    beyond_torch = more or getattr(module, "_options", None) or getattr(module, "_stacking", False)
+    if isinstance(module, torch.nn.RNNBase) and beyond_torch and autocast.applies(module, input):
+        with autocast.off(input):
+            return explain(
+                *autocast.cast(module, input, hx),
+                lengths=lengths,
+                reset_mask=reset_mask,
+                reset_to=reset_to,
+                all_states=all_states,
+            )
     if isinstance(module, torch.nn.RNNBase) and (more or getattr(module, "_options", None)):
         first, state = module, hx
         if getattr(module, "_layered", False):
@@ -113,6 +124,11 @@ def explain(
     recomputed = getattr(module, "_recompute", False)
     if recomputed and torch.is_grad_enabled():
         recompute.refuse_obstacles()
+    if isinstance(module, torch.nn.RNNBase):
+        half = autocast.prepare(module, input, hx)
+        if half is not None:
+            lines = tuple(_plan(half[0], half[1].backend, module.num_layers))
+            return Explanation(half[1].backend, half[1].reasons, lines, half[0].request)
     if functional.refused(wanted):
         return _left_to_torch(f"{obstacles.obstacle()}: torch.nn's own forward answers the call")
     if getattr(module, "_layered", False):

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn.functional import dropout
 from torch.nn.utils.rnn import PackedSequence
 
-from triton_rnn import beyond, compiled, functional, normalized, recompute, stacking
+from triton_rnn import autocast, beyond, compiled, functional, normalized, recompute, stacking
 from triton_rnn.episodes import Episodes, checked
 from triton_rnn.extras import Extras
 from triton_rnn.layer import layer
@@ -269,7 +269,10 @@ def forward(
     if torch.compiler.is_compiling():
         # Dynamo cannot trace what follows; outside of a graph it runs as it does without Dynamo.
         torch._dynamo.graph_break()
-    more = (lengths, reset_mask, reset_to, all_states)
+    more: tuple[Any, ...] = (lengths, reset_mask, reset_to, all_states)
+    if autocast.applies(module, input):
+        with autocast.off(input):
+            return forward(*autocast.cast(module, input, hx), *more)
     if getattr(module, "_layered", False):
         return _by_layers(module, input, hx, more)
     prepared = prepare(module, input, hx, *more)

@@ -1,6 +1,7 @@
 """A recurrent module's call: layers, directions and dropout over the layer op, padded or packed."""
 
 import functools
+import importlib
 import math
 from collections.abc import Callable, Sequence
 from types import ModuleType
@@ -14,7 +15,7 @@ from torch.nn.utils.rnn import PackedSequence
 from triton_rnn import compiled, dispatch
 from triton_rnn.cells import LSTM_PROJECTED, MODES
 from triton_rnn.layer import layer
-from triton_rnn.obstacles import is_compiling, obstacle, peek_functorch
+from triton_rnn.obstacles import autocast_anywhere, is_compiling, obstacle, peek_functorch
 from triton_rnn.profiling import ranges
 from triton_rnn.request import Request, weight_shapes, zero_states
 
@@ -485,6 +486,11 @@ def forward(module: torch.nn.RNNBase, input: Any, hx: Any) -> tuple[Any, Any] | 
     else:
         if hx is not None and module.mode == "LSTM" and isinstance(input, PackedSequence):
             _check_packed_cell_state(module, input, hx)
+        if autocast_anywhere():
+            # Late, and for few: it is made of what is here.
+            half = importlib.import_module("triton_rnn.autocast").forward(module, input, hx)
+            if half is not None:
+                return half
         wanted = _route()
         if wanted is None:
             return None

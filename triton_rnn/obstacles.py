@@ -33,9 +33,9 @@ _OBSTACLES: tuple[tuple[Callable[[], Any], str], ...] = (
 QUESTIONS = (*(ask for ask, _ in _OBSTACLES), ranges.on)
 
 
-def obstacle() -> str | None:
+def obstacle(but_autocast: bool = False) -> str | None:
     """Why only torch.nn's own forward can serve a call here and now, or None."""
-    for ask, reason in _OBSTACLES:
+    for ask, reason in _OBSTACLES[1:] if but_autocast else _OBSTACLES:
         # functorch answers None or a level.
         if ask():
             return reason

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn.functional import dropout
 from torch.nn.utils.rnn import PackedSequence
 
-from triton_rnn import compiled, dispatch, functional, recompute
+from triton_rnn import autocast, compiled, dispatch, functional, recompute
 from triton_rnn.options import of_layer
 from triton_rnn.request import Request
 
@@ -156,7 +156,7 @@ class Stacking(torch.nn.RNNBase):
         bits, and so are the gradients of the input and the states of a module of one direction.
         Other gradients differ by the order in which those of segments, and of an input's two
         directions, are added; other backends' products by rounding. Any call without gradients is
-        as without it. Backend `aten`, autocast, tracing and torch.func are refused.
+        as without it. Backend `aten`, autocast on the CPU, tracing and torch.func are refused.
 
         Raises:
             ValueError: when it is set, for anything else, and on a module with layer_norm.
@@ -329,6 +329,9 @@ def forward(module: Any, input: Any, hx: Any) -> tuple[Any, Any] | None:
             "hidden sizes per layer, residual and recompute are not taken into graphs of "
             "torch.compile and torch.export"
         )
+    if autocast.applies(module, input):
+        with autocast.off(input):
+            return forward(*autocast.cast(module, input, hx))
     if not module._layered:
         wanted = module._recompute
         if not torch.is_grad_enabled():
