@@ -1,5 +1,6 @@
 """torch.compile, torch.export and ONNX: a layer is one operator, whatever the length."""
 
+import copy
 import io
 import os
 import subprocess
@@ -23,6 +24,7 @@ from tolerances import (
 from torch.nn.utils.rnn import pack_padded_sequence
 
 import triton_rnn
+from triton_rnn import compiled as compiled_module
 from triton_rnn import functional, op
 from triton_rnn.backends import native
 from triton_rnn.cells import CELLS
@@ -275,6 +277,49 @@ def test_packed_input_and_autocast_are_torchs_to_trace():
             assert_close(compiled(random(5, 2, 3).float())[0], theirs(random(5, 2, 3).float())[0])
 
 
+@pytest.mark.parametrize("given", [False, True], ids=["zeros", "hx"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_autocast_of_a_gpu_is_casts_and_the_operator_in_float16(monkeypatch, kind, given):
+    """The CPU's autocast in the place of CUDA's: its own dtype has no part in anything."""
+
+    def casts(device, dtype):
+        return dtype == torch.float32
+
+    casts._dynamo_marked_constant = True
+    monkeypatch.setattr(compiled_module, "_is_half", casts)
+    module = twins(kind, 3, 4, num_layers=2, dtype=torch.float32)[1]
+    half = copy.deepcopy(module).half()
+    input, hx = random(5, 2, 3).float(), random_state(module, 2) if given else None
+    seen = []
+
+    def keep(graph, example_inputs):
+        seen.append(graph)
+        return graph
+
+    found = []
+    for one, on in ((module, True), (half, False)):
+        torch._dynamo.reset()
+        graph = torch.compile(one, backend=keep, fullgraph=True)
+        x = input if on else input.half()
+        state = hx
+        if given and not on:
+            state = tuple(s.half() for s in hx) if isinstance(hx, tuple) else hx.half()
+
+        def call(*args, graph=graph, on=on):
+            # Forward and backward, as a user's loop might have it.
+            with torch.autocast("cpu", torch.bfloat16, enabled=on):
+                return graph(*args)
+
+        with triton_rnn.allow_compile(), triton_rnn.use_backend("torchscript"):
+            found.append(run(one, x, state, call=call))
+    assert all("triton_rnn.layer" in str(graph.graph) for graph in seen)
+    cast, expected = found
+    assert cast["output"].dtype == torch.float16
+    assert cast["grad of weight_hh_l0"].dtype == torch.float32
+    for name, value in expected.items():
+        assert torch.equal(cast[name].half(), value), name
+
+
 @pytest.mark.skipif(
     isinstance(native.library(torch.float32, "lstm"), str), reason="no C compiler here"
 )
@@ -307,6 +352,18 @@ def operands(name, dtype=torch.float64):
     c_0 = random(2, 2, 4, seed=51, dtype=dtype) if cell.states == 2 else None
     tensors = [random(3, 2, 5, dtype=dtype), random(2, 2, size, seed=50, dtype=dtype), c_0]
     return [None if t is None else t.requires_grad_() for t in (*tensors, *weights)]
+
+
+@pytest.mark.parametrize("backend", ["torchscript", "aten"])
+@pytest.mark.parametrize("name", ["gru", "lstm"])
+def test_autocast_stays_out_of_the_operator(name, backend):
+    """What it is given has been cast, if it was to be."""
+    input, h_0, c_0, *weights = operands(name, torch.float32)
+    arguments = (input, h_0, c_0, weights, name, True, False, backend, op.LAYOUT)
+    expected = op.layer(*arguments)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = op.layer(*arguments)
+    assert all(map(torch.equal, found, expected))
 
 
 # torch 2.14 itself checks .grad of what is no leaf, and hides the warning only where warnings

@@ -13,19 +13,19 @@ from torch.nn.utils.rnn import PackedSequence
 
 from triton_rnn import dispatch, functional, obstacles
 
-_CAST = (torch.float32, torch.float16, torch.bfloat16)
+CAST = (torch.float32, torch.float16, torch.bfloat16)
 # Before, bfloat16 is none of cuDNN's dtypes, and torch's other kernels follow other rules.
 _CUDNN_WITH_BFLOAT16 = 91300
 
 
-def _torch_casts(input: Any) -> bool:
-    """Whether torch's own wrapper would cast a call with this input to float16."""
-    device, cudnn = input.device.type, torch.backends.cudnn
-    if device != "cuda" or not torch.is_autocast_enabled(device) or not cudnn.enabled:
+def torch_casts(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether autocast is on for a device, and torch's wrapper would cast such an input to half."""
+    cudnn = torch.backends.cudnn
+    if device.type != "cuda" or not torch.is_autocast_enabled("cuda") or not cudnn.enabled:
         return False
-    if input.dtype == torch.bfloat16 and torch.version.hip is None:
+    if dtype == torch.bfloat16 and torch.version.hip is None:
         return (cudnn.version() or 0) >= _CUDNN_WITH_BFLOAT16
-    return input.dtype in _CAST
+    return dtype in CAST
 
 
 def applies(module: torch.nn.RNNBase, input: Any) -> bool:
@@ -38,8 +38,8 @@ def applies(module: torch.nn.RNNBase, input: Any) -> bool:
         return False
     weights = [getattr(module, name, None) for name in module._flat_weights_names]
     return (
-        _torch_casts(data)
-        and all(isinstance(w, Tensor) and w.dtype in _CAST for w in weights)
+        torch_casts(data.device, data.dtype)
+        and all(isinstance(w, Tensor) and w.dtype in CAST for w in weights)
         and obstacles.obstacle(but_autocast=True) is None
     )
 
@@ -49,7 +49,7 @@ def _half(value: Any) -> Any:
     if isinstance(value, PackedSequence):
         return value._replace(data=_half(value.data))
     if isinstance(value, Tensor):
-        return value.to(torch.float16) if value.dtype in _CAST else value
+        return value.to(torch.float16) if value.dtype in CAST else value
     if isinstance(value, (tuple, list)):
         return type(value)(map(_half, value))
     return value

@@ -126,6 +126,16 @@ def _operator(
 _operator._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
+def _is_half(device: str, dtype: torch.dtype) -> bool:
+    """Whether autocast makes a call one in float16; called while tracing, not traced itself."""
+    return bool(
+        importlib.import_module("triton_rnn.autocast").torch_casts(torch.device(device), dtype)
+    )
+
+
+_is_half._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
 def _unrolled(
     cell: Cell, x: Tensor, h_0: Tensor, c_0: Tensor | None, weights: list[Tensor]
 ) -> tuple[Tensor, ...]:
@@ -142,18 +152,42 @@ def forward(module: torch.nn.RNNBase, input: Any, hx: Any) -> tuple[Any, Any] | 
     """What `module(input, hx)` returns; None if torch.nn's own forward is to be traced instead."""
     if not isinstance(input, Tensor) or input.dim() not in (2, 3):
         return None
-    if input.size(-1) != module.input_size or torch.is_autocast_enabled(input.device.type):
+    if input.size(-1) != module.input_size:
+        return None
+    casts = torch.is_autocast_enabled(input.device.type)
+    if casts and not _is_half(str(input.device), input.dtype):
         return None
     kinds = type(module.bidirectional), type(module.bias), type(module.num_layers)
     if kinds != (bool, bool, int):
         return None
     directions = 2 if module.bidirectional else 1
     weights: list[Tensor] = [getattr(module, name) for name in module._flat_weights_names]
+    has_c = module.mode == "LSTM"
+    states: tuple[Tensor, ...] = () if hx is None else hx if has_c else (hx,)
+    if casts:
+        if any(tensor is None or tensor.dtype == torch.float64 for tensor in (*weights, *states)):
+            return None
+        input = input.to(torch.float16)
+        weights = [weight.to(torch.float16) for weight in weights]
+        states = tuple(state.to(torch.float16) for state in states)
+        # Its own dtype, which may be another one, has no part in what follows.
+        with torch.autocast(input.device.type, enabled=False):
+            return _stack(module, input, states, weights, directions)
+    return _stack(module, input, states, weights, directions)
+
+
+def _stack(
+    module: torch.nn.RNNBase,
+    input: Tensor,
+    states: tuple[Tensor, ...],
+    weights: list[Tensor],
+    directions: int,
+) -> tuple[Any, Any] | None:
+    """All layers, of tensors of one dtype; None as of `forward`."""
+    has_c = module.mode == "LSTM"
     for weight in weights:
         if weight is None or weight.dtype != input.dtype or weight.device != input.device:
             return None
-    has_c = module.mode == "LSTM"
-    states: tuple[Tensor, ...] = () if hx is None else hx if has_c else (hx,)
     needs_grad = torch.is_grad_enabled() and (
         input.requires_grad
         or any(weight.requires_grad for weight in weights)
@@ -180,7 +214,7 @@ def forward(module: torch.nn.RNNBase, input: Any, hx: Any) -> tuple[Any, Any] | 
         x = input.transpose(0, 1) if module.batch_first else input
     batch = x.size(1)
     c_0: Tensor | None = None
-    if hx is None:
+    if not states:
         h_0 = x.new_zeros(layers * directions, batch, output_size)
         if has_c:
             c_0 = x.new_zeros(layers * directions, batch, module.hidden_size)

@@ -7,6 +7,7 @@ The others, and "auto", which chooses when it runs, save nothing: their backward
 Eager calls do not go this way: `layer.LayerFunction` is the same thing with less around it.
 """
 
+import contextlib
 import zlib
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,6 +19,7 @@ from torch import Tensor
 
 from triton_rnn import dispatch
 from triton_rnn.cells import CELLS
+from triton_rnn.obstacles import autocast_anywhere
 from triton_rnn.request import Request, weight_shapes
 from triton_rnn.version import __version__
 
@@ -110,6 +112,16 @@ def _module(request: Request, backend: str, differentiable: bool) -> ModuleType:
     return module
 
 
+_NOTHING = contextlib.nullcontext()
+
+
+def _without_autocast(input: Tensor) -> contextlib.AbstractContextManager[object]:
+    """What an operator is given has been cast; its products shall not be, to another dtype."""
+    if not autocast_anywhere():
+        return _NOTHING
+    return torch.autocast(input.device.type, enabled=False)
+
+
 def _saves(request: Request, backend: str) -> bool:
     return request.needs_grad and (
         backend != "auto" and hasattr(dispatch.backend_module(backend), "saved_shapes")
@@ -150,12 +162,14 @@ def layer(
     if not saves:
         request = request._replace(needs_grad=False)
     module = _module(request, backend, saves)
-    if not hasattr(module, "forward"):
-        # Imported late, for it imports this file.
-        from triton_rnn.functional import Call
+    with _without_autocast(input):
+        if not hasattr(module, "forward"):
+            # Imported late, for it imports this file.
+            from triton_rnn.functional import Call
 
-        return list(module.stack(Call(request, input, [], h_0, c_0, list(weights)), module, 1, 0.0))
-    results, saved = module.forward(request, input, [], h_0, c_0, weights)
+            call = Call(request, input, [], h_0, c_0, list(weights))
+            return list(module.stack(call, module, 1, 0.0))
+        results, saved = module.forward(request, input, [], h_0, c_0, weights)
     # No two results of an operator may be the same tensor.
     shown = [t for t in saved if all(t.data_ptr() != r.data_ptr() for r in results)]
     return [*results, *shown] if saves else list(results)
@@ -212,13 +226,15 @@ def layer_backward(
     module = _module(request, backend, True)
     count = 1 + request.cell.states
     shapes = module.saved_shapes(request, *input.shape[:2]) if _saves(request, backend) else []
-    if _saves(request, backend) and len(results) == count + len(shapes):
-        saved = module.saved_of(request, results[:count], results[count:])
-    else:
-        _, saved = module.forward(request, input, [], h_0, c_0, weights)
+    arguments: Any = (request, input, [], h_0, c_0, weights)
     rows = grads[0].reshape(-1, grads[0].size(-1))
     needs = [True] * (3 + len(weights))
-    found = module.backward(request, input, [], h_0, c_0, weights, saved, [rows, *grads[1:]], needs)
+    with _without_autocast(input):
+        if _saves(request, backend) and len(results) == count + len(shapes):
+            saved = module.saved_of(request, results[:count], results[count:])
+        else:
+            _, saved = module.forward(*arguments)
+        found = module.backward(*arguments, saved, [rows, *grads[1:]], needs)
     found[0] = found[0].view(input.shape)
     return [_alone(grad) for grad in found if grad is not None]
 
