@@ -29,7 +29,8 @@ class AllStates(NamedTuple):
     """The third result of a call with `all_states=True`: what every layer made at every step.
 
     Attributes:
-        outputs: of each layer its output, before any dropout; of the shape and form of the output.
+        outputs: of each layer its output, before any dropout, with what a residual connection adds
+            to it; of the shape and form of the output.
         cells: of each layer of an LSTM c after every step, likewise, but of hidden_size for each
             direction also where the output is projected; empty for a cell without c.
     """
@@ -91,14 +92,14 @@ def _zoneout(
 
 
 def _stack(
-    route: Route, batch: int, layers: int, drop: float, drawn: Drawn, extras: Extras
+    taken: Route, batch: int, layers: int, drop: float, drawn: Drawn, extras: Extras
 ) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
     """Run all layers: final states, every layer's output, every layer's cells; time-major.
 
     Args:
         batch: N, for which masks are drawn, however the call is done.
     """
-    _, backend, (request, x, batch_sizes, h_0, c_0, weights), named, episodes = route
+    _, backend, (request, x, batch_sizes, h_0, c_0, weights), named, episodes = taken
     home = walk = None
     if named is not None:
         home = importlib.import_module(named)
@@ -318,10 +319,7 @@ def forward(
 
 
 def _by_layers(module: Any, input: Any, hx: Any, more: tuple[Any, ...]) -> Any:
-    """Where layers have sizes of their own, or residual connections: each is a call of its own.
-
-    What all states show of a layer is its output with what is added to it.
-    """
+    """Where layers have sizes of their own, or residual connections: each is a call of its own."""
     *_, all_states = more
     cells: list[Any] = []
 
