@@ -25,6 +25,8 @@ FILES = {
     "test_interpreted_autograd.py": 200,
     "test_any_layer.py": 1,
     "test_own_kernels.py": 120,
+    "test_extended_layers.py": 60,
+    "test_half_by_autocast.py": 30,
     "test_failed_waits.py": 60,
     "test_broken_exchange.py": 20,
     "test_operator.py": 1,

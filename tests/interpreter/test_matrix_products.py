@@ -50,11 +50,12 @@ def test_the_projection_reads_the_input_where_it_lies(lies, dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("gates_and_width", [(1, 1), (3, 3), (3, 4), (4, 4)], ids=str)
+@pytest.mark.parametrize("gates_and_width", [(1, 1), (3, 3), (3, 4), (4, 4), (4, 6)], ids=str)
 @pytest.mark.parametrize("size", [1, 19, 65])
-def test_the_projection_writes_the_last_columns_of_each_direction(gates_and_width, size, dtype):
-    """A GRU that will be differentiated has a block to the left that is not the projection's; of
-    its second bias only the first two gates' are added here."""
+def test_the_projection_writes_its_columns_of_each_direction_alone(gates_and_width, size, dtype):
+    """A GRU that will be differentiated has a block to the left that is not the projection's, a
+    cell with masks some to the right; of a GRU's second bias only the first two gates' are added
+    here."""
     gates, width = gates_and_width
     T, N, K = 2, 3, 7
     fold = (2 if gates == 3 else gates) * size
@@ -62,14 +63,19 @@ def test_the_projection_writes_the_last_columns_of_each_direction(gates_and_widt
     weights = [random(gates * size, K, seed=1 + d, dtype=dtype) for d in range(2)]
     bias_ih = [random(gates * size, seed=3 + d, dtype=dtype) for d in range(2)]
     bias_hh = [random(gates * size, seed=5 + d, dtype=dtype) for d in range(2)]
-    out = torch.empty(T * N, 2, width * size, dtype=dtype)
+    whole = torch.empty(T * N, 2, width * size, dtype=dtype)
+    # Of six blocks the four in the middle.
+    right = (width - gates) // 2 * size
+    first = (width - gates) * size - right
+    out = whole[:, :, first : first + gates * size]
     products.project(input, weights, bias_ih, bias_hh, fold, out)
     for d in range(2):
         expected = input.double().reshape(T * N, K) @ weights[d].double().t()
         expected += bias_ih[d].double()
         expected[:, :fold] += bias_hh[d][:fold].double()
-        assert_is(out[:, d, (width - gates) * size :], expected, dtype)
-    assert out[:, :, : (width - gates) * size].isnan().all(), "wrote to columns that are another's"
+        assert_is(out[:, d], expected, dtype)
+    others = torch.cat([whole[:, :, :first], whole[:, :, first + gates * size :]], -1)
+    assert others.isnan().all(), "wrote to columns that are another's"
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

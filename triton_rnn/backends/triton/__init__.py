@@ -1,6 +1,7 @@
 """The GPU backend: Triton kernels for the input's projection and the recurrence.
 
-A user's cell runs on the same ones, by functions that are generated from its step (`own`).
+A user's cell runs on the same ones, by functions that are generated from its step (`own`), and so
+does one of torch's with a module's options (`extended`).
 `triton` is imported at the first call that this backend serves. Under Triton's interpreter
 (TRITON_INTERPRET=1) the kernels run on CPU tensors, very slowly; for that they must be asked for by
 name.
