@@ -30,16 +30,18 @@ def torch_casts(device: torch.device, dtype: torch.dtype) -> bool:
 
 def applies(module: torch.nn.RNNBase, input: Any) -> bool:
     """Whether a call is one in float16; else it is torch.nn's, or no call at all."""
+    if not obstacles.autocast_anywhere():
+        return False
     data = input.data if isinstance(input, PackedSequence) else input
-    if not obstacles.autocast_anywhere() or not isinstance(data, Tensor):
+    if not isinstance(data, Tensor) or not torch_casts(data.device, data.dtype):
         return False
     if getattr(module, "_normalized", False):
         # Refused, as torch has nothing to go by.
         return False
-    weights = [getattr(module, name, None) for name in module._flat_weights_names]
+    # A parametrized weight is none of these: to ask for it would be to compute it.
+    weights = (module._parameters.get(name) for name in module._flat_weights_names)
     return (
-        torch_casts(data.device, data.dtype)
-        and all(isinstance(w, Tensor) and w.dtype in CAST for w in weights)
+        all(weight is None or weight.dtype in CAST for weight in weights)
         and obstacles.obstacle(but_autocast=True) is None
     )
 

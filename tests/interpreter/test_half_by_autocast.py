@@ -7,6 +7,7 @@ import copy
 
 import pytest
 import torch
+import torch.nn.utils.parametrize
 from compare import each_state, pack
 from tolerances import LAYERS, assert_same_bits, random, random_state, run, twins
 
@@ -103,6 +104,27 @@ def test_tied_and_frozen_weights_are_cast_once_each(monkeypatch):
     assert module.weight_ih_l0.grad.dtype == F32
     assert module.bias_ih_l0.grad is None
     assert {id(p) for p in module.parameters()} == {id(p) for p in module._parameters.values()}
+
+
+@pytest.mark.parametrize("more", [{}, {"lengths": torch.tensor([4, 0, 2])}], ids=["plain", "more"])
+def test_a_parametrized_weight_is_computed_once(more):
+    class Doubled(torch.nn.Module):
+        calls = 0
+
+        def forward(self, weight):
+            Doubled.calls += 1
+            return 2 * weight
+
+    module = triton_rnn.GRU(5, 9)
+    torch.nn.utils.parametrize.register_parametrization(module, "weight_hh_l0", Doubled())
+    input = random(4, 3, 5, dtype=F32)
+    Doubled.calls = 0
+    with torch.autocast("cpu", BF16), triton_rnn.use_backend("triton"):
+        output = module(input, **more)[0]
+    assert Doubled.calls == 1
+    assert output.dtype == F16
+    output.sum().backward()
+    assert module.parametrizations.weight_hh_l0.original.grad.dtype == F32
 
 
 def test_explain_tells_of_it_and_other_backends_are_refused_as_ever():
