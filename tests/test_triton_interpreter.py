@@ -32,7 +32,7 @@ FILES = {
     "test_operator.py": 1,
     "test_matrix_products.py": 60,
     "test_first_use.py": 1,
-    "test_descriptors.py": 13,
+    "test_projection_sides.py": 15,
     "test_cell_arithmetic.py": 40,
 }
 # Of a file that hangs; the slowest takes one to two minutes.

@@ -1,15 +1,19 @@
-"""The input's projection by tensor descriptors, beside the kernel of today and cuBLAS.
+"""The input's projection by larger blocks and by tensor descriptors, beside today's and cuBLAS.
 
-    python -m bench.gpu_descriptors OUT_DIR
+    python -m bench.gpu_projection OUT_DIR
 
-Leaves OUT_DIR/descriptors.json and descriptors.md, written anew after every shape; a minute. Needs
+Leaves OUT_DIR/projection.json and projection.md, written anew after every shape; a minute. Needs
 a GPU of compute capability 9.0 or later, torch, triton and the source tree. Returns 1 if a number
 was wrong, 2 without such a GPU, and then writes nothing.
 
-With a descriptor one thread has the copy engine bring a whole block to shared memory; `matmul` has
-every thread compute addresses and copy 16 bytes for each. Which of them the package is to use is
-what this is for: a descriptor must be made on the host at every call, and wants rows that begin at
-16 bytes and lie evenly, so it would be a second kernel beside the first.
+Two ways to be faster than today's kernel are tried, which bench/README.md gives the reasons for:
+
+- Larger blocks: a program reads (BLOCK_M + BLOCK_N) * K numbers through the L2 cache, and what all
+  of them read, divided by the measured time, is about what that cache can give.
+- Descriptors: one thread has the copy engine bring a whole block to shared memory; `matmul` has
+  every thread compute addresses and copy 16 bytes for each. A descriptor must be made on the host
+  at every call, and wants rows that begin at 16 bytes and lie evenly, so it would be a second
+  kernel beside the first.
 """
 
 from __future__ import annotations
@@ -17,7 +21,8 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -36,6 +41,7 @@ from bench.gpu_session import plain, write_atomically
 from bench.gpu_timing import Stopwatch
 from bench.gpu_workers import failure
 from triton_rnn.backends.triton import products
+from triton_rnn.backends.triton.launch import chip_of
 from triton_rnn.backends.triton.products import Blocks
 from triton_rnn.kernels.matmul import tile_of
 
@@ -67,7 +73,7 @@ POINTS = (
     Projection("bfloat16", 2048, 256, 768, 2),
     Projection("float32", 32768, 512, 2048),
 )
-HEADER = ("projection", "matmul", "cuBLAS", "best of descriptors", "its blocks", "others")
+HEADER = ("projection", "today", "its reads", "cuBLAS", "best of the others", "which", "the rest")
 
 
 @triton.jit(do_not_specialize=["M"])
@@ -105,8 +111,14 @@ def described(
     c_desc.store([m, d, n], tl.reshape(product.to(c_desc.dtype), (BLOCK_M, 1, BLOCK_N)))
 
 
+def larger_blocks(itemsize: int) -> tuple[Blocks, ...]:
+    """What is tried of `matmul`: fewer reads, and as few with less of each on its way."""
+    k = 128 // itemsize
+    return (Blocks(128, 256, k, 8, 3), Blocks(128, 256, k, 8, 4), Blocks(128, 256, k // 2, 8, 4))
+
+
 def blocks_of(itemsize: int) -> tuple[Blocks, ...]:
-    """What is tried, from the blocks that `matmul` has."""
+    """What is tried by descriptors, from the blocks that `matmul` has today."""
     k = 128 // itemsize
     return (
         Blocks(128, 128, k, 8, 3),
@@ -179,8 +191,27 @@ def by_descriptors(
     return call
 
 
+@contextmanager
+def by_blocks(blocks: Blocks | None) -> Iterator[None]:
+    """`matmul` with these blocks meanwhile, whatever it has today; None: as it is."""
+    if blocks is None:
+        yield
+        return
+    with mock.patch.object(products, "matmul_blocks", return_value=blocks):
+        # What was decided about a product is kept with its blocks.
+        products._ready.cache_clear()
+        yield
+    products._ready.cache_clear()
+
+
+def read(point: Projection, blocks: Blocks, itemsize: int) -> int:
+    """Bytes of both operands that all programs of `matmul` read together."""
+    tiles = triton.cdiv(point.rows, blocks.m) * triton.cdiv(point.columns, blocks.n)
+    return tiles * point.directions * (blocks.m + blocks.n) * point.size * itemsize
+
+
 def by_matmul(point: Projection, data: Data) -> Callable[[], Tensor]:
-    """The kernel of today, also where the rule would have cuBLAS."""
+    """The package's kernel, also where the rule would have cuBLAS."""
     nothing: list[Tensor | None] = [None] * point.directions
 
     def call() -> Tensor:
@@ -209,43 +240,58 @@ def measure(point: Projection, device: torch.device) -> dict[str, Any]:
         data.input.double(), [w.double() for w in data.weights], [b.double() for b in data.biases]
     )
     expected = torch.stack(by_cublas(exact)(), 1)
-    sides: dict[str, Callable[[], Any]] = {
-        "matmul": by_matmul(point, data),
-        "cuBLAS": by_cublas(data),
+    itemsize = data.input.element_size()
+    ours, theirs = by_matmul(point, data), by_cublas(data)
+    sides: dict[str, tuple[Callable[[], Any], Blocks | None]] = {
+        "today": (ours, None),
+        "cuBLAS": (theirs, None),
     }
-    for blocks in blocks_of(data.input.element_size()):
-        name = f"{blocks.m}x{blocks.n}x{blocks.k} w{blocks.warps} s{blocks.stages}"
-        sides[name] = by_descriptors(point, data, blocks, precision)
+    for blocks in larger_blocks(itemsize):
+        sides[f"matmul {told(blocks)}"] = ours, blocks
+    for blocks in blocks_of(itemsize):
+        described_call = by_descriptors(point, data, blocks, precision)
+        sides[f"descriptors {told(blocks)}"] = described_call, None
     watch = Stopwatch(device)
     found: dict[str, Any] = {}
-    for name, call in sides.items():
+    for name, (call, blocks) in sides.items():
         try:
-            result = call()
-            actual = torch.stack(result, 1) if isinstance(result, list) else result
-            off = relative_error(actual, expected)
-            # Written so that a NaN is wrong.
-            right = off <= GPU_TOLERANCE[point.dtype]
-            seconds = alone(call, watch)
+            with by_blocks(blocks):
+                result = call()
+                actual = torch.stack(result, 1) if isinstance(result, list) else result
+                off = relative_error(actual, expected)
+                # Written so that a NaN is wrong.
+                right = off <= GPU_TOLERANCE[point.dtype]
+                seconds = alone(call, watch)
             found[name] = {
                 "status": "ok" if right else "wrong", "difference": off, "seconds": seconds,
             }  # fmt: skip
         except Exception as error:
             found[name] = failure(error)
+    today = products.matmul_blocks(itemsize, point.columns, precision, chip_of(device))
+    found["today"]["read_bytes"] = read(point, today, itemsize)
     return found
 
 
+def told(blocks: Blocks) -> str:
+    return f"{blocks.m}x{blocks.n}x{blocks.k} w{blocks.warps} s{blocks.stages}"
+
+
 def table_row(row: Mapping[str, Any]) -> tuple[str, ...]:
-    def told(side: Mapping[str, Any]) -> str:
+    def time_of(side: Mapping[str, Any]) -> str:
         if side["status"] != "ok":
             return f"{side['status']} {side.get('error', '')[:80]}".strip()
         return f"{side['seconds'] * 1e6:.0f} us"
 
     sides = dict(row["sides"])
-    first = [told(sides.pop(name)) for name in ("matmul", "cuBLAS")]
+    today, cublas = sides.pop("today"), sides.pop("cuBLAS")
+    reads = ""
+    if "seconds" in today:
+        reads = f"{today['read_bytes'] / today['seconds'] / 1e12:.1f} TB/s"
     right = {name: side for name, side in sides.items() if side["status"] == "ok"}
     best = min(right, key=lambda name: right[name]["seconds"], default="")
-    others = ", ".join(f"{name}: {told(side)}" for name, side in sides.items() if name != best)
-    return (row["id"], *first, told(right[best]) if best else "none", best, others)
+    rest = ", ".join(f"{name}: {time_of(side)}" for name, side in sides.items() if name != best)
+    fastest = time_of(right[best]) if best else "none"
+    return (row["id"], time_of(today), reads, time_of(cublas), fastest, best, rest)
 
 
 def run(points: Sequence[Projection], device: torch.device, out_dir: Path) -> int:
@@ -266,8 +312,8 @@ def run(points: Sequence[Projection], device: torch.device, out_dir: Path) -> in
                 told["rows"].append(row)
                 print(*table_row(row), flush=True)
                 text = json.dumps(plain(told), indent=1) + "\n"
-                write_atomically(out_dir / "descriptors.json", text)
-                write_atomically(out_dir / "descriptors.md", markdown(told))
+                write_atomically(out_dir / "projection.json", text)
+                write_atomically(out_dir / "projection.md", markdown(told))
     finally:
         matmul.fp32_precision = before
     return failed
@@ -275,17 +321,17 @@ def run(points: Sequence[Projection], device: torch.device, out_dir: Path) -> in
 
 def markdown(told: Mapping[str, Any]) -> str:
     table = gpu_report.table(HEADER, map(table_row, told["rows"]))
-    return f"# The projection by tensor descriptors\n\n{gpu_report.machine_line(told)}\n\n{table}"
+    return f"# The projection of the input\n\n{gpu_report.machine_line(told)}\n\n{table}"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m bench.gpu_descriptors", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m bench.gpu_projection", description=__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.add_argument("out_dir", type=Path, help="where descriptors.json and descriptors.md go")
+    parser.add_argument("out_dir", type=Path, help="where projection.json and projection.md go")
     options = parser.parse_args(arguments)
     if not torch.cuda.is_available() or torch.cuda.get_device_capability(0)[0] < 9:
         print(
-            "bench.gpu_descriptors: no GPU with compute capability 9.0 is at hand", file=sys.stderr
+            "bench.gpu_projection: no GPU with compute capability 9.0 is at hand", file=sys.stderr
         )
         return 2
     return 1 if run(POINTS, torch.device("cuda", 0), options.out_dir) else 0
