@@ -210,13 +210,15 @@ class Packing:
         batch_sizes: (T,) int32, rows of every step. offsets: (T,) int64, their first row.
         earlier: (R - N,) int64: for every row after the first N, the one a step before it.
         last: (N,) int64: the last row of every sequence.
-        ready: recorded when they were copied to the device; None on the CPU.
+        stream: on which they were copied to the device, and ready: recorded behind that; None on
+            the CPU.
     """
 
     batch_sizes: Tensor
     offsets: Tensor
     earlier: Tensor
     last: Tensor
+    stream: torch.cuda.Stream | None
     ready: torch.cuda.Event | None
 
 
@@ -246,9 +248,14 @@ def packing_of(batch_sizes: Sequence[int], device: torch.device) -> Packing:
         _captured.append(packing)
         return packing
     packing = _packing(key, device)
-    assert packing.ready is not None
-    # It may have been copied on another stream.
-    torch.cuda.current_stream(device).wait_event(packing.ready)
+    stream = torch.cuda.current_stream(device)
+    if stream != packing.stream:
+        assert packing.ready is not None
+        stream.wait_event(packing.ready)
+        # Once it is no longer among the last few, its memory is free to the stream it was made on,
+        # where nobody knows that this one still reads it.
+        for tensor in (packing.batch_sizes, packing.offsets, packing.earlier, packing.last):
+            tensor.record_stream(stream)
     return packing
 
 
@@ -257,18 +264,20 @@ def _packing(batch_sizes: tuple[int, ...], device: torch.device) -> Packing:
     sizes = torch.tensor(batch_sizes)
     offsets = sizes.cumsum(0) - sizes
     batch, rows = batch_sizes[0], sum(batch_sizes)
-    earlier = torch.arange(batch, rows) - sizes[:-1].repeat_interleave(sizes[1:])
+    before = sizes[:-1].repeat_interleave(sizes[1:], output_size=rows - batch)
+    earlier = torch.arange(batch, rows) - before
     # Of sequence n as many steps as have more than n sequences.
     lengths = len(sizes) - torch.searchsorted(sizes.flip(0), torch.arange(batch), right=True)
     last = offsets[lengths - 1] + torch.arange(batch)
     tensors = [sizes.int(), offsets, earlier, last]
-    ready = None
+    stream = ready = None
     if device.type == "cuda":
+        stream = torch.cuda.current_stream(device)
         # From pinned memory the copy does not wait for what the device is busy with.
         tensors = [t.pin_memory().to(device, non_blocking=True) for t in tensors]
         ready = torch.cuda.Event()
-        ready.record(torch.cuda.current_stream(device))
-    return Packing(tensors[0], tensors[1], tensors[2], tensors[3], ready)
+        ready.record(stream)
+    return Packing(tensors[0], tensors[1], tensors[2], tensors[3], stream, ready)
 
 
 # Failed waits -------------------------------------------------------------------------------------
