@@ -25,8 +25,8 @@ from torch.nn.utils.rnn import pack_padded_sequence
 
 import triton_rnn
 from triton_rnn import compiled as compiled_module
-from triton_rnn import functional, op
-from triton_rnn.backends import native
+from triton_rnn import dispatch, functional, op
+from triton_rnn.backends import native, torchscript
 from triton_rnn.cells import CELLS
 
 ROOT = Path(__file__).parent.parent
@@ -156,7 +156,7 @@ def test_an_unbatched_input_is_in_the_graph_too(kind):
     assert_same_results(run_compiled(ours, input, hx), run(theirs, input, hx))
     record = Recorder()
     run_compiled(ours, input, hx, backend=record)
-    assert record.layers() == ["native"] * 2
+    assert record.layers() == ["auto/native"] * 2
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -404,6 +404,12 @@ MISUSES = {
     "h_0_dtype": lambda t: t.__setitem__(1, t[1].float()),
     "batches_differ": lambda t: t.__setitem__(1, random(2, 3, 4)),
     "c_0_for_a_gru": lambda t: t.__setitem__(2, random(2, 2, 4)),
+    "h_0_of_more_units": lambda t: t.__setitem__(1, random(2, 2, 400)),
+    "h_0_of_one_sequence": lambda t: t.__setitem__(1, random(2, 4)),
+    "a_third_direction": lambda t: t.extend(t[3:7]) or t.__setitem__(1, random(3, 2, 4)),
+    "no_direction": lambda t: t.__delitem__(slice(3, None)) or t.__setitem__(1, random(0, 2, 4)),
+    "no_weights": lambda t: t.__delitem__(slice(3, None)),
+    "input_of_one_sequence": lambda t: t.__setitem__(0, random(3, 5)),
 }
 
 
@@ -416,6 +422,110 @@ def test_the_operator_refuses_tensors_that_do_not_fit(backend, misuse):
     input, h_0, c_0, *weights = tensors
     with pytest.raises(RuntimeError, match="triton_rnn::layer"):
         torch.ops.triton_rnn.layer(input, h_0, c_0, weights, "gru", True, False, backend, "")
+
+
+def test_the_operator_refuses_a_cell_that_there_is_not():
+    input, h_0, c_0, *weights = (None if t is None else t.detach() for t in operands("gru"))
+    with pytest.raises(RuntimeError, match="no cell 'grue'"):
+        torch.ops.triton_rnn.layer(input, h_0, c_0, weights, "grue", True, False, "auto", "")
+
+
+BACKWARD_MISUSES = {
+    "gradient_of_fewer_steps": lambda grads, results: grads.__setitem__(0, grads[0][1:]),
+    "a_gradient_less": lambda grads, results: grads.pop(),
+    "gradient_dtype": lambda grads, results: grads.__setitem__(1, grads[1].float()),
+    "saved_too_short": lambda grads, results: results.__setitem__(-1, results[-1][:-1]),
+    "a_result_less": lambda grads, results: results.__delitem__(slice(1, None)),
+}
+
+
+@pytest.mark.parametrize("misuse", BACKWARD_MISUSES)
+def test_the_backwards_operator_refuses_tensors_that_do_not_fit(misuse):
+    arguments = input, h_0, c_0, weights = _detached("gru")
+    results = torch.ops.triton_rnn.layer(*arguments, "gru", True, True, "native", "")
+    grads = [torch.ones_like(result) for result in results[:2]]
+    BACKWARD_MISUSES[misuse](grads, results)
+    with pytest.raises(RuntimeError, match="triton_rnn::layer_backward"):
+        torch.ops.triton_rnn.layer_backward(
+            grads, input, h_0, c_0, weights, results, "gru", True, "native"
+        )
+
+
+def _detached(name):
+    input, h_0, c_0, *weights = (None if t is None else t.detach() for t in operands(name))
+    return input, h_0, c_0, weights
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_graph_whose_backend_cannot_any_more_falls_back_if_nobody_asked_for_it(kind, monkeypatch):
+    """As an eager call does: the graph was made for a backend that `auto` had chosen."""
+    theirs, ours = twins(kind, 3, 4, 2, bidirectional=True)
+    compiled = torch.compile(ours, backend="aot_eager", fullgraph=True)
+    input, served = random(5, 2, 3), []
+    with triton_rnn.allow_compile():
+        first = run(ours, input, call=compiled)
+        monkeypatch.setattr(native, "supports", lambda request: "no more")
+        dispatch._choose.cache_clear()
+        forward = torchscript.forward
+        monkeypatch.setattr(
+            torchscript, "forward", lambda *given: served.append(1) or forward(*given)
+        )
+        second = run(ours, input, call=compiled)
+    dispatch._choose.cache_clear()
+    assert served
+    expected = run(theirs, input)
+    assert_same_results(first, expected)
+    assert_same_results(second, expected)
+
+
+def test_a_graph_for_a_backend_that_was_asked_for_does_not_fall_back(monkeypatch):
+    ours, input = triton_rnn.GRU(3, 4), torch.randn(5, 2, 3)
+    compiled = torch.compile(ours, backend="aot_eager", fullgraph=True)
+    with triton_rnn.allow_compile(), triton_rnn.use_backend("native"):
+        compiled(input)
+        monkeypatch.setattr(native, "supports", lambda request: "no more")
+        dispatch._choose.cache_clear()
+        with pytest.raises(triton_rnn.BackendError, match="'native' cannot run this call: no more"):
+            compiled(input)
+    dispatch._choose.cache_clear()
+
+
+def test_another_backend_than_the_graphs_is_refused():
+    """It would be ignored: Dynamo cannot see that another one is asked for."""
+    ours, input = triton_rnn.GRU(3, 4), torch.randn(5, 2, 3)
+    compiled = torch.compile(ours, backend="aot_eager", fullgraph=True)
+    with triton_rnn.allow_compile():
+        expected = compiled(input)[0]
+        for name in ("reference", "triton", "aten"):
+            with (
+                triton_rnn.use_backend(name),
+                pytest.raises(triton_rnn.BackendError, match=f"'{name}'.*its graph was made for"),
+            ):
+                compiled(input)
+        with triton_rnn.use_backend("auto"):
+            assert torch.equal(compiled(input)[0], expected)
+        torch._dynamo.reset()
+        with triton_rnn.use_backend("torchscript"):
+            compiled = torch.compile(ours, backend="aot_eager", fullgraph=True)
+            torch.testing.assert_close(compiled(input)[0], expected)
+        torch.testing.assert_close(compiled(input)[0], expected)
+
+
+def test_a_graph_that_chooses_when_it_runs_takes_what_is_asked_for_then(monkeypatch):
+    ours, input, served = triton_rnn.GRU(3, 4).requires_grad_(False), torch.randn(5, 2, 3), []
+    compiled = torch.compile(ours, backend="aot_eager", fullgraph=True)
+    with triton_rnn.allow_compile():
+        expected = compiled(input)[0]
+        forward = torchscript.forward
+        monkeypatch.setattr(
+            torchscript, "forward", lambda *given: served.append(1) or forward(*given)
+        )
+        for name in ("torchscript", "reference", "aten"):
+            with triton_rnn.use_backend(name):
+                torch.testing.assert_close(compiled(input)[0], expected)
+        with triton_rnn.use_backend("triton"), pytest.raises(triton_rnn.BackendError):
+            compiled(input)
+    assert len(served) == 1
 
 
 def test_a_graph_names_what_the_backends_of_this_version_save():
@@ -557,4 +667,4 @@ def test_functional_forward_is_not_marked_for_good():
         torch.compile(lambda x: functional.forward(ours, x, None), backend=record, fullgraph=True)(
             random(5, 2, 3)
         )
-    assert record.layers() == ["native"]
+    assert record.layers() == ["auto/native"]

@@ -386,7 +386,7 @@ def test_what_says_where_episodes_lie_goes_to_the_inputs_device():
 
 
 def test_a_cuda_graph_that_would_keep_the_episodes_is_refused(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    monkeypatch.setattr(dispatch, "capturing", lambda device: True)
     with pytest.raises(RuntimeError, match="cannot be captured in a CUDA graph"):
         episodes.episodes_of(STEPS, BATCH, Extras(LENGTHS), torch.device("cuda"))
 

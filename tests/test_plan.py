@@ -338,6 +338,8 @@ def test_a_variant_by_name_is_that_variant_or_nothing():
     for variant in ("cooperative", "streaming", "stepwise"):
         assert plan(shape, chip, variant).variant == variant
     assert plan(shape, chip, "resident") is None
+    with pytest.raises(ValueError, match="unknown variant 'coperative'; choose from independent"):
+        plan(shape, chip, "coperative")
 
 
 def test_only_the_batch_not_the_length_decides_the_blocks():

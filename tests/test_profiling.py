@@ -192,6 +192,25 @@ def test_an_exception_passes_and_what_ran_is_kept(layer):
         pass
 
 
+def test_a_device_that_fails_at_the_end_leaves_no_profiler_behind(layer, monkeypatch):
+    def fails(device):
+        raise RuntimeError("of the device")
+
+    monkeypatch.setattr(torch.cuda, "synchronize", fails)
+    found = triton_rnn.profile()
+
+    def ends():
+        with found:
+            run(*layer, "torchscript")
+            found._seen = (torch.device("cuda", 1), torch.float32)
+
+    with pytest.raises(RuntimeError, match="of the device"):
+        ends()
+    with triton_rnn.profile() as after:
+        run(*layer, "torchscript")
+    assert after.phases
+
+
 def test_a_second_profiler_is_refused_at_once(layer):
     message = "a profiler is already running"
     with triton_rnn.profile(), pytest.raises(RuntimeError, match=message), triton_rnn.profile():

@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+from collections import namedtuple
 
 import pytest
 import torch
@@ -276,6 +277,19 @@ def test_the_state_can_be_given():
     with triton_rnn.use_backend("native"):
         expected = module(random(4, 3, 5), hx)[0]
     assert torch.equal(stream(random(4, 3, 5)), expected)
+
+
+def test_a_state_of_a_named_tuple_is_one():
+    pair = namedtuple("pair", ["h", "c"])
+    module = module_of("lstm", 5, 7)
+    hx = random_state(module, 3)
+    stream, other = Stream(module), Stream(module)
+    stream.state, other.state = hx, pair(*hx)
+    stream.detach()
+    other.detach()
+    other.reset([1])
+    stream.reset([1])
+    assert torch.equal(stream(random(4, 3, 5)), other(random(4, 3, 5)))
 
 
 @pytest.mark.parametrize(

@@ -52,8 +52,11 @@ def _half(value: Any) -> Any:
         return value._replace(data=_half(value.data))
     if isinstance(value, Tensor):
         return value.to(torch.float16) if value.dtype in CAST else value
-    if isinstance(value, (tuple, list)):
-        return type(value)(map(_half, value))
+    if isinstance(value, list):
+        return [_half(part) for part in value]
+    if isinstance(value, tuple):
+        # One of a kind of its own, too: its parts are what counts.
+        return tuple(_half(part) for part in value)
     return value
 
 

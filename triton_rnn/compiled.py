@@ -73,7 +73,7 @@ def _operator(
     bias: bool,
     needs_grad: bool,
 ) -> str:
-    """The backend that the operator of a module is given, or "" to trace torch.nn's forward.
+    """What the operator of a module is told of a backend, or "" to trace torch.nn's forward.
 
     The sizes of the batch are not asked for: they may be any, so 16 sequences of 128 steps stand
     for them. Called while tracing, not traced itself.
@@ -107,7 +107,9 @@ def _operator(
             if reason is not None:
                 raise dispatch.BackendError(f"backend 'triton' cannot run this call: {reason}")
             return "triton"
-        return "" if triton.cannot(request) or triton.slower_than_torch(request) else "triton"
+        if triton.cannot(request) or triton.slower_than_torch(request):
+            return ""
+        return f"{op.BY_AUTO}triton"
     if request.device.type != "cpu" or dtype not in op.CPU_DTYPES:
         if wanted != "auto":
             dispatch.choose(request, wanted)  # says why not
@@ -118,7 +120,7 @@ def _operator(
     exporting = torch.compiler.is_exporting()
     native = dispatch.backend_module("native")
     if needs_grad and not exporting and native.supports(request) is None:
-        return "native"
+        return f"{op.BY_AUTO}native"
     return "auto"
 
 

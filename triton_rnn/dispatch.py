@@ -5,7 +5,7 @@ import importlib
 import inspect
 import os
 from collections.abc import Callable
-from contextvars import ContextVar, Token
+from contextvars import ContextVar
 from types import ModuleType
 from typing import Any, NamedTuple, TypeVar
 
@@ -35,7 +35,8 @@ MIN_STEPS = {
     ("lstm_projected", True): 5,
 }
 
-_requested: ContextVar[str | None] = ContextVar("triton_rnn_backend", default=None)
+# The blocks of `use_backend` that this thread or task is in, the innermost last.
+_requested: ContextVar[tuple[str, ...]] = ContextVar("triton_rnn_backend", default=())
 _environment = os.environ.get("TRITON_RNN_BACKEND", "auto") or "auto"
 
 # What `torch.backends.mkldnn.enabled` reads, without the descriptor around it.
@@ -82,29 +83,26 @@ class use_backend:  # noqa: N801 - used like a function, as torch.no_grad is
 
     def __init__(self, name: str) -> None:
         self.name = check_name(name)
-        self._tokens: list[Token[str | None]] = []
 
     def __enter__(self) -> None:
-        self._tokens.append(_requested.set(self.name))
+        _requested.set((*_requested.get(), self.name))
 
     def __exit__(self, *exception: object) -> None:
-        _requested.reset(self._tokens.pop())
+        _requested.set(_requested.get()[:-1])
 
     def __call__(self, function: _F) -> _F:
-        # Each call enters a use_backend of its own, so that threads do not share a token.
-        name = self.name
         if inspect.iscoroutinefunction(function):
 
             @functools.wraps(function)
             async def run_async(*args: Any, **kwargs: Any) -> Any:
-                with use_backend(name):
+                with self:
                     return await function(*args, **kwargs)
 
             return run_async  # type: ignore[return-value]
 
         @functools.wraps(function)
         def run(*args: Any, **kwargs: Any) -> Any:
-            with use_backend(name):
+            with self:
                 return function(*args, **kwargs)
 
         return run  # type: ignore[return-value]
@@ -112,7 +110,8 @@ class use_backend:  # noqa: N801 - used like a function, as torch.no_grad is
 
 def requested() -> str:
     """The backend asked for: by `use_backend`, else by the environment, else ``"auto"``."""
-    return _requested.get() or _environment
+    inside = _requested.get()
+    return inside[-1] if inside else _environment
 
 
 @functools.cache
@@ -129,9 +128,11 @@ def cannot_extend(name: str, request: Request) -> str | None:
 
 def unavailable(name: str) -> str | None:
     """Why a backend cannot run on this machine at all; None when it can."""
-    device = torch.device("cuda" if name == "triton" else "cpu")
-    if device.type == "cuda" and not torch.cuda.is_available():
-        return "no CUDA or ROCm device is at hand"
+    device = torch.device("cpu")
+    if name == "triton":
+        if not torch.cuda.is_available():
+            return "no CUDA or ROCm device is at hand"
+        device = torch.device("cuda", torch.cuda.current_device())
     request = Request(RNN_TANH, device, torch.float32, 1, 1, 1, 1, 1, 1, True, False, False)
     return backend_module(name).supports(request)
 
@@ -169,11 +170,22 @@ def choose(request: Request, wanted: str) -> Choice:
     Raises:
         BackendError: if `wanted` names a backend that cannot serve the request.
     """
+    if capturing(request.device):
+        # Nothing can be tried out meanwhile, so what is found holds for this call alone.
+        return _chosen(request, wanted, _onednn_enabled())
     # What may change between two calls: torch's switches, and a backend that has failed.
     switches = ""
     if request.dtype == torch.float32 and (request.device.type == "cuda" or wanted == "triton"):
         switches = float32_switches()
     return _choose(request, wanted, _onednn_enabled(), switches, health.failures())
+
+
+def capturing(device: torch.device) -> bool:
+    """Whether a CUDA graph is captured on the stream that a device's calls go to."""
+    if device.type != "cuda" or not torch.cuda.is_initialized():
+        return False
+    with torch.cuda.device(device):
+        return torch.cuda.is_current_stream_capturing()
 
 
 @functools.lru_cache(maxsize=4096)
@@ -184,6 +196,10 @@ def _choose(
     switches: str,
     failures: int,
 ) -> Choice:
+    return _chosen(request, wanted, onednn_enabled)
+
+
+def _chosen(request: Request, wanted: str, onednn_enabled: bool) -> Choice:
     check_name(wanted)
     if wanted != "auto":
         reason = cannot_extend(wanted, request) or backend_module(wanted).supports(request)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
+from triton_rnn import dispatch
 from triton_rnn.extras import Extras
 from triton_rnn.request import Request
 
@@ -86,7 +87,7 @@ def episodes_of(steps: int, batch: int, extras: Extras, device: torch.device) ->
         RuntimeError: while a CUDA graph is captured, whose replay would know of no other episodes,
             and read what says where these are from memory that is gone.
     """
-    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+    if dispatch.capturing(device):
         raise RuntimeError(
             "lengths and reset_mask cannot be captured in a CUDA graph: where the episodes are is "
             "worked out on the processor, at every call"
@@ -94,7 +95,7 @@ def episodes_of(steps: int, batch: int, extras: Extras, device: torch.device) ->
     if not steps * batch:
         return None
     # Sequence by sequence, each with `steps` places, and in each by time.
-    numbers = torch.arange(batch)
+    numbers = torch.arange(batch, device="cpu")
     ends_of_all = numbers * steps + (steps if extras.lengths is None else extras.lengths)
     if extras.reset_mask is None:
         starts = numbers * steps
@@ -106,7 +107,7 @@ def episodes_of(steps: int, batch: int, extras: Extras, device: torch.device) ->
         starts = marks.flatten().nonzero().squeeze(1)
     sequences = starts // steps
     ends = ends_of_all[sequences]
-    following = torch.cat((starts[1:], torch.tensor([steps * batch])))
+    following = torch.cat((starts[1:], torch.tensor([steps * batch], device="cpu")))
     own = torch.minimum(following, ends) - starts
     # Where a sequence is over, the next one's place is beyond its end.
     is_last = following >= ends
@@ -122,7 +123,7 @@ def episodes_of(steps: int, batch: int, extras: Extras, device: torch.device) ->
     firsts = starts - sequences * steps
     is_first = firsts == 0
     count, longest = len(own), int(own[0])
-    ends = torch.zeros((2, batch), dtype=torch.int64)
+    ends = torch.zeros((2, batch), dtype=torch.int64, device="cpu")
     for row, which in enumerate((is_last, is_first)):
         chosen = which.nonzero().squeeze(1)
         ends[row, sequences[chosen]] = chosen
@@ -131,8 +132,8 @@ def episodes_of(steps: int, batch: int, extras: Extras, device: torch.device) ->
         begins.fill_(True)
 
     sizes = count - own.bincount(minlength=longest + 1).cumsum(0)[:longest]
-    step = torch.arange(longest).repeat_interleave(sizes)
-    in_step = torch.arange(len(step)) - (sizes.cumsum(0) - sizes)[step]
+    step = torch.arange(longest, device="cpu").repeat_interleave(sizes)
+    in_step = torch.arange(len(step), device="cpu") - (sizes.cumsum(0) - sizes)[step]
     rows = (firsts * batch + sequences)[in_step] + step * batch
     empty = ends_of_all == numbers * steps
     has_empty = bool(empty.any())

@@ -428,6 +428,9 @@ def remember(key: bytes | None, decided: Decided, call: Call) -> None:
         call: one of the kind.
     """
     global _known
+    if dispatch.capturing(decided.request.device):
+        # No kernel is tried out meanwhile: the next call shall be decided about anew.
+        return
     native = dispatch.backend_module("native")
     if key is not None:
         native.remember(key, decided, math.prod(call.input.shape[:-1]))

@@ -41,6 +41,13 @@ def _request(
     biased: bool,
     save: bool,
 ) -> Request:
+    if input.dim() != 3 or h_0.dim() != 3 or not weights or weights[0].dim() != 2:
+        raise RuntimeError(
+            "triton_rnn::layer: expected input (T, N, I), h_0 (D, N, H_out) and weights of every "
+            f"direction, got {tuple(input.shape)}, {tuple(h_0.shape)} and {len(weights)} weights"
+        )
+    if cell not in CELLS:
+        raise RuntimeError(f"triton_rnn::layer: no cell {cell!r}; choose from {', '.join(CELLS)}")
     record = CELLS[cell]
     return Request(
         record,
@@ -69,6 +76,13 @@ def _check(
     if request.seq_len == 0:
         raise RuntimeError("Expected sequence length to be larger than 0 in RNN")
     directions, batch = request.directions, request.batch
+    if directions not in (1, 2):
+        raise RuntimeError(f"triton_rnn::layer: expected 1 or 2 directions, got {directions}")
+    if request.output_size != request.hidden_size and not request.cell.projected:
+        raise RuntimeError(
+            f"triton_rnn::layer: expected h_0 ({directions}, {batch}, {request.hidden_size}), "
+            f"got {tuple(h_0.shape)}"
+        )
     expected = weight_shapes(
         request.cell.gates * request.hidden_size,
         request.input_size,
@@ -80,8 +94,10 @@ def _check(
     )
     if tuple(tuple(weight.shape) for weight in weights) != expected:
         raise RuntimeError(f"triton_rnn::layer: expected weights of shapes {expected}")
-    if input.dim() != 3 or input.size(1) != batch:
-        raise RuntimeError(f"triton_rnn::layer: expected input (T, {batch}, I), got {input.shape}")
+    if input.size(1) != batch:
+        raise RuntimeError(
+            f"triton_rnn::layer: expected input (T, {batch}, I), got {tuple(input.shape)}"
+        )
     if (c_0 is None) != (request.cell.states == 1):
         raise RuntimeError(
             "triton_rnn::layer: c_0 is for the cells that have it, and for them only"
@@ -96,13 +112,45 @@ def _check(
             )
 
 
+def _check_results(
+    request: Request,
+    grads: Sequence[Tensor],
+    results: Sequence[Tensor],
+    saved: Sequence[tuple[int, ...]],
+) -> None:
+    """Raise if these are not a layer's results, or not gradients of them."""
+    rows, directions = (request.seq_len, request.batch), request.directions
+    shapes = [(*rows, directions * request.output_size)]
+    shapes += [(directions, request.batch, request.output_size)]
+    shapes += [(directions, request.batch, request.hidden_size)] * (request.cell.states - 1)
+    shown = [tuple(result.shape) for result in results]
+    if (
+        [tuple(grad.shape) for grad in grads] != shapes
+        or shown not in (shapes, [*shapes, *map(tuple, saved)])
+        or any(t.dtype != request.dtype or t.device != request.device for t in (*grads, *results))
+    ):
+        raise RuntimeError(
+            f"triton_rnn::layer_backward: expected gradients of {shapes}, and those results"
+        )
+
+
+# Ahead of the name of a backend that nobody asked for: the one that `auto` had in the graph.
+BY_AUTO = "auto/"
+
+
 def _module(request: Request, backend: str, differentiable: bool) -> ModuleType:
     """The backend's module; for "auto" the one that is fastest, with a backward if one is needed.
 
     Raises:
         BackendError: if the backend cannot serve the request.
     """
-    name = dispatch.choose(request, backend).backend
+    named = backend.removeprefix(BY_AUTO)
+    try:
+        name = dispatch.choose(request, named).backend
+    except dispatch.BackendError:
+        if named == backend:
+            raise
+        name = dispatch.choose(request, "auto").backend
     module = dispatch.backend_module(name)
     if differentiable and not hasattr(module, "backward"):
         # torch's own kernels keep to themselves what they save.
@@ -122,10 +170,31 @@ def _without_autocast(input: Tensor) -> contextlib.AbstractContextManager[object
     return torch.autocast(input.device.type, enabled=False)
 
 
-def _saves(request: Request, backend: str) -> bool:
-    return request.needs_grad and (
-        backend != "auto" and hasattr(dispatch.backend_module(backend), "saved_shapes")
-    )
+def _saves(request: Request, backend: str) -> ModuleType | None:
+    """The backend that says what the graph's operator saves, and hands it to its backward."""
+    named = backend.removeprefix(BY_AUTO)
+    if not request.needs_grad or named == "auto":
+        return None
+    module = dispatch.backend_module(dispatch.check_name(named))
+    return module if hasattr(module, "saved_shapes") else None
+
+
+def _asked(backend: str) -> str:
+    """What an operator is told of a backend, with what is asked for now.
+
+    Raises:
+        BackendError: if that is another one than the graph's, which has room for what its own
+            saves.
+    """
+    wanted, named = dispatch.requested(), backend.removeprefix(BY_AUTO)
+    if named == "auto":
+        return wanted
+    if wanted not in ("auto", named):
+        raise dispatch.BackendError(
+            f"backend {wanted!r} cannot run this call: its graph was made for {named!r}, and keeps "
+            "to it. Make it anew inside of use_backend, after torch.compiler.reset()"
+        )
+    return backend
 
 
 @torch.library.custom_op("triton_rnn::layer", mutates_args=())
@@ -146,7 +215,9 @@ def layer(
         input: (T, N, I). h_0, c_0, weights: as in `triton_rnn.layer.layer`.
         cell: its name in `CELLS`. biased: whether it has biases.
         save: whether a backward will follow.
-        backend: its name; "auto" for the fastest one, chosen anew at every run.
+        backend: its name; "auto" for the one asked for by `use_backend`, else the fastest one,
+            chosen anew at every run; "auto/" and a name for that one, and the fastest one where it
+            cannot.
         layout: any text; `LAYOUT`, where the call is in a graph that may be kept.
 
     Returns:
@@ -158,21 +229,27 @@ def layer(
     """
     request = _request(input, h_0, weights, cell, biased, save)
     _check(request, input, h_0, c_0, weights)
-    saves = _saves(request, backend)
-    if not saves:
+    asked, saves = _asked(backend), _saves(request, backend)
+    if saves is None:
         request = request._replace(needs_grad=False)
-    module = _module(request, backend, saves)
+    module = _module(request, asked, saves is not None)
     with _without_autocast(input):
         if not hasattr(module, "forward"):
             # Imported late, for it imports this file.
-            from triton_rnn.functional import Call
+            from triton_rnn.functional import Call, stack
 
             call = Call(request, input, [], h_0, c_0, list(weights))
-            return list(module.stack(call, module, 1, 0.0))
+            return list(getattr(module, "stack", stack)(call, module, 1, 0.0))
         results, saved = module.forward(request, input, [], h_0, c_0, weights)
+    if saves is None:
+        return list(results)
+    if saves is not module:
+        # The graph has room for what its backend saves; the backward will find it unable again.
+        shapes = saves.saved_shapes(request, *input.shape[:2])
+        return [*results, *(input.new_zeros(shape) for shape in shapes)]
     # No two results of an operator may be the same tensor.
     shown = [t for t in saved if all(t.data_ptr() != r.data_ptr() for r in results)]
-    return [*results, *shown] if saves else list(results)
+    return [*results, *shown]
 
 
 @layer.register_fake
@@ -192,8 +269,9 @@ def _(
     results = [input.new_empty((*input.shape[:-1], width)), h_0.new_empty(h_0.shape)]
     if c_0 is not None:
         results.append(c_0.new_empty(c_0.shape))
-    if _saves(request, backend):
-        shapes = dispatch.backend_module(backend).saved_shapes(request, *input.shape[:2])
+    saves = _saves(request, backend)
+    if saves is not None:
+        shapes = saves.saved_shapes(request, *input.shape[:2])
         results += [input.new_empty(shape) for shape in shapes]
     return results
 
@@ -221,16 +299,22 @@ def layer_backward(
 
     Args:
         grads: of output, h_n[, c_n]. results: all that the forward returned.
+
+    Raises:
+        RuntimeError: for tensors that do not fit together.
+        BackendError: if the backend cannot do that.
     """
     request = _request(input, h_0, weights, cell, biased, True)
-    module = _module(request, backend, True)
+    _check(request, input, h_0, c_0, weights)
     count = 1 + request.cell.states
-    shapes = module.saved_shapes(request, *input.shape[:2]) if _saves(request, backend) else []
+    saves, module = _saves(request, backend), _module(request, backend, True)
+    shapes = [] if saves is None else saves.saved_shapes(request, *input.shape[:2])
+    _check_results(request, grads, results, shapes)
     arguments: Any = (request, input, [], h_0, c_0, weights)
     rows = grads[0].reshape(-1, grads[0].size(-1))
     needs = [True] * (3 + len(weights))
     with _without_autocast(input):
-        if _saves(request, backend) and len(results) == count + len(shapes):
+        if saves is module and len(results) == count + len(shapes):
             saved = module.saved_of(request, results[:count], results[count:])
         else:
             _, saved = module.forward(*arguments)

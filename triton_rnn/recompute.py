@@ -127,12 +127,13 @@ class _Segment:
 
 def _turned(sizes: Sequence[int], device: torch.device) -> Tensor:
     """Where the rows of a batch lie whose sequences are turned round, row by row of that batch."""
-    batch_sizes = torch.tensor(sizes)
+    batch_sizes = torch.tensor(sizes, device="cpu")
     batch = sizes[0]
-    step = torch.arange(len(sizes)).repeat_interleave(batch_sizes)
+    step = torch.arange(len(sizes), device="cpu").repeat_interleave(batch_sizes)
     offsets = torch.cat([batch_sizes.new_zeros(1), batch_sizes.cumsum(0)])
-    sequence = torch.arange(int(offsets[-1])) - offsets[step]
-    lengths = (batch_sizes[None, :] > torch.arange(batch)[:, None]).sum(1)
+    sequence = torch.arange(int(offsets[-1]), device="cpu") - offsets[step]
+    numbers = torch.arange(batch, device="cpu")
+    lengths = (batch_sizes[None, :] > numbers[:, None]).sum(1)
     return (offsets[lengths[sequence] - 1 - step] + sequence).to(device)
 
 

@@ -23,7 +23,9 @@ def _map(function: Callable[[Tensor], Tensor], state: Any) -> Any:
         return None
     if isinstance(state, Tensor):
         return function(state)
-    return type(state)(_map(function, part) for part in state)
+    # A list where layers have states of several sizes; whatever a caller gave is a tuple else.
+    kind = list if isinstance(state, list) else tuple
+    return kind(_map(function, part) for part in state)
 
 
 def _tensors(state: Any) -> list[Tensor]:

@@ -1,10 +1,15 @@
 """The kernels are tried out before they are trusted, and out of use once they are wrong."""
 
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
+
 import pytest
 import torch
 
 import triton_rnn
-from triton_rnn import dispatch, health
+from triton_rnn import dispatch, functional, health
 from triton_rnn.backends.triton import check, launch, rules
 from triton_rnn.cells import CELLS
 from triton_rnn.kernels.chips import CHIPS
@@ -46,6 +51,23 @@ REGULARIZED = {
 @pytest.mark.parametrize("name", REGULARIZED)
 def test_cells_that_are_given_more_are_tried_out_with_it(name, packed):
     assert check.compare(request(cell=REGULARIZED[name], packed=packed)) < 1e-5
+
+
+@pytest.mark.parametrize("name", ["lstm", "locked", "everything"])
+def test_trying_out_leaves_the_users_random_numbers_alone(name):
+    asked = request(cell=REGULARIZED[name]) if name in REGULARIZED else request(name)
+    state = torch.get_rng_state()
+    check.compare(asked)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_trying_out_and_packed_batches_do_not_ask_for_the_default_device():
+    # Nothing that is made on it has numbers.
+    with torch.device("meta"):
+        assert check.compare(request(packed=True)) < 1e-5
+        assert check.compare(request(cell=REGULARIZED["everything"])) < 1e-5
+        launch._packing.cache_clear()
+        assert launch.packing_of([3, 2, 1], CPU).last.tolist() == [5, 4, 2]
 
 
 def test_a_slip_in_a_kernel_is_over_the_limit_and_takes_the_backend_out_of_use(monkeypatch):
@@ -93,7 +115,51 @@ def test_a_kind_of_kernel_is_tried_once_whatever_the_length_and_batch(monkeypatc
 
 
 def test_what_32_bits_cannot_count_is_refused():
-    assert "32 bits" in check.obstacle(request(batch=2**28))
+    assert "a step has" in check.obstacle(request(batch=2**28))
+    # 4 x 23200^2 numbers of W_hh.
+    large = request(hidden_size=23200, output_size=23200, batch=1)
+    assert "W_hh has 2152960000 numbers" in check.obstacle(large)
+
+
+def test_a_choice_during_a_capture_holds_for_its_call_alone(monkeypatch):
+    """Nothing can be tried out meanwhile; the next call is to be."""
+    asked, decided = request(), []
+    monkeypatch.setattr(dispatch, "capturing", lambda device: True)
+    monkeypatch.setattr(dispatch, "_choose", lambda *key: decided.append(key))
+    assert dispatch.choose(asked, "auto").backend == "native"
+    assert not decided
+    call = SimpleNamespace(input=torch.empty(3, 2, 16))
+    made = SimpleNamespace(request=asked, backend=dispatch.backend_module("native"))
+    monkeypatch.setattr(functional, "_known", None)
+    functional.remember(None, made, call)
+    assert functional._known is None
+    monkeypatch.setattr(dispatch, "capturing", lambda device: False)
+    dispatch.choose(asked, "auto")
+    functional.remember(None, made, call)
+    assert decided and functional._known is not None
+
+
+def test_threads_that_come_first_together_have_one_word_for_errors(monkeypatch):
+    """What a launch of one thread leaves there is what the calls of all look at."""
+    monkeypatch.setattr(launch, "_errors", {})
+    started, slowly = threading.Barrier(4), torch.zeros
+
+    def zeros(*given, **named):
+        time.sleep(0.05)
+        return slowly(*given, **named)
+
+    monkeypatch.setattr(torch, "zeros", zeros)
+
+    def first():
+        started.wait()
+        return launch._error_words(CPU)
+
+    with ThreadPoolExecutor(4) as pool:
+        words = [each.result() for each in [pool.submit(first) for _ in range(4)]]
+    assert len({each.data_ptr() for each in words}) == 1
+    words[0][1] = 3
+    assert list(launch._errors_of(CPU).seen) == [0, 3]
+    words[0].zero_()
 
 
 def test_auto_leaves_cpu_tensors_alone_under_the_interpreter():

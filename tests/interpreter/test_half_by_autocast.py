@@ -4,6 +4,7 @@ The interpreter's device is the CPU, so its autocast stands in the place of CUDA
 """
 
 import copy
+from collections import namedtuple
 
 import pytest
 import torch
@@ -58,6 +59,18 @@ def test_a_call_is_that_of_a_module_in_float16(kind, given, dtype):
     assert results[0]["grad of input"].dtype == dtype
     assert results[0]["grad of weight_ih_l0"].dtype == F32
     assert_same_bits(*in_dtypes_of_their_own(*results))
+
+
+def test_a_state_of_a_named_tuple_is_cast():
+    pair = namedtuple("pair", ["h", "c"])
+    _, module = twins("lstm", 5, 9, dtype=F32)
+    hx = random_state(module, 3)
+    with torch.no_grad():
+        plain, named = (
+            autocast.cast(module, random(4, 3, 5).float(), each) for each in (hx, pair(*hx))
+        )
+    assert [state.dtype for state in named[2]] == [F16, F16]
+    assert all(map(torch.equal, named[2], plain[2]))
 
 
 @pytest.mark.parametrize("form", ["packed", "unbatched", "batch_first"])

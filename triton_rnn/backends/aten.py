@@ -52,7 +52,7 @@ def stack(call: "Call", backend: ModuleType, layers: int, drop: float) -> tuple[
     options = (request.biased, layers, drop, train, directions == 2)
     arguments: tuple[object, ...] = (x, hx, weights, *options, False)
     if request.packed:
-        arguments = (x, torch.tensor(call.batch_sizes), hx, weights, *options)
+        arguments = (x, torch.tensor(call.batch_sizes, device="cpu"), hx, weights, *options)
     if ranges.on():
         session.note_stack(request, x.numel() // request.input_size, layers)
         name = f"{ranges.PREFIX}{request.cell.name}.torch[all]"

@@ -427,6 +427,7 @@ def _plans(shape: Shape, chip: Chip, variant: str) -> Iterator[Plan]:
 
 # Each is looked at if nothing of those before it fits.
 _CLASSES = (("independent", "resident", "cooperative", "cluster"), ("streaming",), ("stepwise",))
+VARIANTS = tuple(name for names in _CLASSES for name in names)
 
 
 def _time(plan: Plan) -> tuple[float, int]:
@@ -435,7 +436,13 @@ def _time(plan: Plan) -> tuple[float, int]:
 
 
 def plan(shape: Shape, chip: Chip, variant: str | None = None) -> Plan | None:
-    """The fastest plan by the model; None if no variant, or not the one named, fits the chip."""
+    """The fastest plan by the model; None if no variant, or not the one named, fits the chip.
+
+    Raises:
+        ValueError: if there is no variant of that name.
+    """
+    if variant and variant not in VARIANTS:
+        raise ValueError(f"unknown variant {variant!r}; choose from {', '.join(VARIANTS)}")
     # No block has fewer sequences, so batches of as many blocks have one plan: where every batch
     # is another, most need no search.
     least = 8 if shape.products else 4

@@ -342,7 +342,7 @@ def _triton_number(value: float | bool) -> str:
     """A constant as float32 has it; one out of its range would make a whole block float64."""
     if isinstance(value, bool):
         return str(value)
-    rounded = torch.tensor(value, dtype=torch.float32).item()
+    rounded = torch.tensor(value, dtype=torch.float32, device="cpu").item()
     if not math.isfinite(rounded):
         return f'float("{rounded}")'
     return repr(rounded if abs(rounded) >= torch.finfo(torch.float32).tiny else 0.0)
@@ -367,7 +367,9 @@ def in_triton(
             numbers[node] = node.value
         elif all(arg in numbers for arg in node.args):
             # Not by Triton, whose functions are of blocks.
-            given = (torch.tensor(numbers[arg], dtype=_dtype_of(arg)) for arg in node.args)
+            given = (
+                torch.tensor(numbers[arg], dtype=_dtype_of(arg), device="cpu") for arg in node.args
+            )
             numbers[node] = operation.evaluate(*given).item()
         else:
             names[node] = f"v{node.index}"

@@ -9,19 +9,19 @@ it, TRITON_RNN_NVTX=1 pushes NVTX ranges too. With neither, a call asks `on()` a
 """
 
 import contextlib
-import os
 import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 
+from triton_rnn import environment
 from triton_rnn.cells import Cell
 
 PREFIX = "triton_rnn::"
 
 _profiler_enabled: Callable[[], bool] = torch._C._autograd._profiler_enabled
-_nvtx = os.environ.get("TRITON_RNN_NVTX", "0") not in ("", "0")
+_nvtx = environment.is_on("TRITON_RNN_NVTX", default=False)
 
 
 class _Here(threading.local):

@@ -39,32 +39,36 @@ def note_forward(request: Request, rows: int, whole: str) -> None:
     Args:
         whole: the phase that holds all of the layer, or "" where there are several.
     """
-    if _active is None:
+    # Another thread may end the session meanwhile.
+    session = _active
+    if session is None:
         return
     found = work.forward_work(request, rows)
-    _active.add(request, {whole: work.total(found)} if whole else found)
+    session.add(request, {whole: work.total(found)} if whole else found)
     # The plain loops' backward is autograd's, so nobody else will tell of it.
     if whole == "reference" and request.needs_grad:
-        _active.add(request, {"backward.reference": work.total(work.backward_work(request, rows))})
+        session.add(request, {"backward.reference": work.total(work.backward_work(request, rows))})
 
 
 def note_backward(request: Request, rows: int, whole: str) -> None:
     """Likewise for its backward."""
-    if _active is not None:
+    session = _active
+    if session is not None:
         found = work.backward_work(request, rows)
-        _active.add(request, {f"backward.{whole}": work.total(found)} if whole else found)
+        session.add(request, {f"backward.{whole}": work.total(found)} if whole else found)
 
 
 def note_stack(request: Request, rows: int, layers: int) -> None:
     """Likewise for all layers in one call of torch's."""
-    if _active is None:
+    session = _active
+    if session is None:
         return
     for number in range(layers):
         if number == 1:
             request = request._replace(input_size=request.directions * request.output_size)
-        _active.add(request, {"torch": work.total(work.forward_work(request, rows))})
+        session.add(request, {"torch": work.total(work.forward_work(request, rows))})
         if request.needs_grad:
-            _active.add(request, {"backward.torch": work.total(work.backward_work(request, rows))})
+            session.add(request, {"backward.torch": work.total(work.backward_work(request, rows))})
 
 
 @dataclass(frozen=True)
@@ -159,10 +163,13 @@ class profile:  # noqa: N801 - used like a function, as torch.profiler.profile i
     ) -> None:
         global _active
         try:
-            if torch.cuda.is_available():
-                torch.cuda.synchronize()
-            self.seconds = time.perf_counter() - self._start
-            self._profiler.__exit__(kind, error, trace)
+            try:
+                if self._seen is not None and self._seen[0].type == "cuda":
+                    torch.cuda.synchronize(self._seen[0])
+            finally:
+                # Whatever the device says, torch's profiler is to end here.
+                self.seconds = time.perf_counter() - self._start
+                self._profiler.__exit__(kind, error, trace)
         finally:
             _active = None
         self._read(self._profiler.events() or [])

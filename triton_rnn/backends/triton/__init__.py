@@ -10,13 +10,13 @@ name.
 import functools
 import importlib
 import importlib.util
-import os
 from collections.abc import Sequence
 from types import ModuleType
 
 import torch
 from torch import Tensor
 
+from triton_rnn import environment
 from triton_rnn.cells import OwnCell
 from triton_rnn.request import Request
 
@@ -30,7 +30,7 @@ _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
 def _interpreter() -> bool:
-    return os.environ.get("TRITON_INTERPRET", "0") not in ("", "0", "false", "off")
+    return environment.is_on("TRITON_INTERPRET", default=False)
 
 
 @functools.cache

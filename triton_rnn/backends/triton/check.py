@@ -5,7 +5,6 @@ request of a kind runs the very plan that it will get on a few short sequences, 
 held against torch's own. TRITON_RNN_CHECK=0 turns this off.
 """
 
-import os
 import warnings
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -13,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from triton_rnn import health, reference
+from triton_rnn import dispatch, environment, health, reference
 from triton_rnn.backends.triton import launch, products
 from triton_rnn.cells import OwnCell, RegularizedCell
 from triton_rnn.extras import Extras
@@ -32,10 +31,6 @@ _TOLERANCES = {torch.float16: 1e-2, torch.bfloat16: 6e-2, torch.float32: 3e-3}
 _STEPS = 3
 
 
-def _wanted() -> bool:
-    return os.environ.get("TRITON_RNN_CHECK", "1") not in ("0", "false", "off")
-
-
 def obstacle(request: Request) -> str | None:
     """Why the kernels cannot serve a request on its device, or None."""
     cell = launch.kernel_cell(request.cell)
@@ -43,6 +38,9 @@ def obstacle(request: Request) -> str | None:
     largest = request.directions * blocks * request.hidden_size * request.batch
     if largest >= 2**31:
         return f"a step has {largest} numbers, more than 32 bits can count"
+    largest = cell.products * request.hidden_size**2
+    if largest >= 2**31:
+        return f"W_hh has {largest} numbers, more than 32 bits can count"
     architecture = launch.chip_of(request.device).architecture
     if request.device.type == "cuda" and isinstance(architecture, int) and architecture < 80:
         return f"the kernels are made for compute capability 8.0 and later, not {architecture / 10}"
@@ -56,9 +54,9 @@ def obstacle(request: Request) -> str | None:
         if found is None:
             return f"no plan of the {kernel} recurrence fits this device"
         plans[kernel] = found
-    if request.device.type == "cpu" or not _wanted():
+    if request.device.type == "cpu" or not environment.is_on("TRITON_RNN_CHECK", default=True):
         return None
-    if torch.cuda.is_current_stream_capturing():
+    if dispatch.capturing(request.device):
         # Comparing waits for the device, which a capture forbids.
         return None
     return first_use(request, plans)
@@ -117,13 +115,14 @@ def compare(request: Request) -> float:
     """Run a layer on random numbers: the worst error of all results, as a part of their norm."""
     from triton_rnn.backends.triton import layer
 
+    # Of our own: the caller's random numbers are the same, whether a kernel is tried out or not.
     generator = torch.Generator().manual_seed(0)
     size, cell = request.hidden_size, request.cell
     directions, batch = request.directions, request.batch
 
     def random(*shape: int, scale: float = 1.0) -> Tensor:
-        numbers = torch.randn(*shape, generator=generator, dtype=torch.float64) * scale
-        return numbers.to(request.device, request.dtype)
+        numbers = torch.randn(*shape, generator=generator, dtype=torch.float64, device="cpu")
+        return (numbers * scale).to(request.device, request.dtype)
 
     # As torch initialises them: the preactivations stay where the gates are alive.
     bound = size**-0.5
@@ -145,7 +144,8 @@ def compare(request: Request) -> float:
     states = [random(directions, batch, request.output_size)]
     states += [random(directions, batch, size)] if cell.states == 2 else []
     h_0, c_0 = states[0], states[1] if len(states) > 1 else None
-    grads = [random(rows.size(0), directions * request.output_size), *map(torch.randn_like, states)]
+    grads = [random(rows.size(0), directions * request.output_size)]
+    grads += [random(*state.shape) for state in states]
 
     # A user's cell may do without some weights.
     needs = [True] * 3 + [weight.numel() > 0 for weight in weights]
@@ -194,7 +194,7 @@ def _given(request: Request, rows: int, generator: torch.Generator) -> tuple["la
     assert isinstance(cell, RegularizedCell)
 
     def halves(*shape: int) -> Tensor:
-        return (torch.rand(*shape, generator=generator) < 0.5).to(request.device)
+        return (torch.rand(*shape, generator=generator, device="cpu") < 0.5).to(request.device)
 
     locked = 2.0 * halves(directions, request.batch, size) if cell.locked else None
     zoneouts = [halves(rows, directions * size) if p is None else p for p in cell.zoneout]

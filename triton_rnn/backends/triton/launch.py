@@ -3,9 +3,10 @@
 import ctypes
 import functools
 import os
+import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -236,7 +237,7 @@ def packing_of(batch_sizes: Sequence[int], device: torch.device) -> Packing:
     key = tuple(batch_sizes)
     if device.type == "cpu":
         return _packing(key, device)
-    if torch.cuda.is_current_stream_capturing():
+    if dispatch.capturing(device):
         misses = _packing.cache_info().misses
         packing = _packing(key, device)
         if _packing.cache_info().misses > misses:
@@ -261,14 +262,15 @@ def packing_of(batch_sizes: Sequence[int], device: torch.device) -> Packing:
 
 @functools.lru_cache(maxsize=32)
 def _packing(batch_sizes: tuple[int, ...], device: torch.device) -> Packing:
-    sizes = torch.tensor(batch_sizes)
+    sizes = torch.tensor(batch_sizes, device="cpu")
     offsets = sizes.cumsum(0) - sizes
     batch, rows = batch_sizes[0], sum(batch_sizes)
     before = sizes[:-1].repeat_interleave(sizes[1:], output_size=rows - batch)
-    earlier = torch.arange(batch, rows) - before
+    earlier = torch.arange(batch, rows, device="cpu") - before
     # Of sequence n as many steps as have more than n sequences.
-    lengths = len(sizes) - torch.searchsorted(sizes.flip(0), torch.arange(batch), right=True)
-    last = offsets[lengths - 1] + torch.arange(batch)
+    numbers = torch.arange(batch, device="cpu")
+    lengths = len(sizes) - torch.searchsorted(sizes.flip(0), numbers, right=True)
+    last = offsets[lengths - 1] + numbers
     tensors = [sizes.int(), offsets, earlier, last]
     stream = ready = None
     if device.type == "cuda":
@@ -285,19 +287,39 @@ def _packing(batch_sizes: tuple[int, ...], device: torch.device) -> Packing:
 _KERNELS = ("forward", "backward")
 
 
-@functools.cache
-def _error_words(device: torch.device) -> Tensor:
-    """(2,) int64: the first step + 1 at which a wait of each kernel ran out, zero if none did.
+class _Errors(NamedTuple):
+    """The first step + 1 at which a wait of each kernel ran out on a device, zero if none did.
 
-    Pinned memory, which the device writes and the host reads without waiting for the device.
+    Attributes:
+        words: (2,) int64, pinned memory, which the device writes and the host reads without
+            waiting for the device.
+        seen: the same memory, for a look that costs no operator.
     """
-    return torch.zeros(len(_KERNELS), dtype=torch.int64, pin_memory=device.type == "cuda")
+
+    words: Tensor
+    seen: ctypes.Array[ctypes.c_int64]
 
 
-@functools.cache
-def _seen_errors(device: torch.device) -> ctypes.Array[ctypes.c_int64]:
-    """The same memory, for a look that costs no operator."""
-    return (ctypes.c_int64 * len(_KERNELS)).from_address(_error_words(device).data_ptr())
+_errors: dict[torch.device, _Errors] = {}
+# What one thread's launches write is what all look at.
+_making_errors = threading.Lock()
+
+
+def _errors_of(device: torch.device) -> _Errors:
+    found = _errors.get(device)
+    if found is not None:
+        return found
+    with _making_errors:
+        if device not in _errors:
+            pinned = device.type == "cuda"
+            words = torch.zeros(len(_KERNELS), dtype=torch.int64, device="cpu", pin_memory=pinned)
+            seen = (ctypes.c_int64 * len(_KERNELS)).from_address(words.data_ptr())
+            _errors[device] = _Errors(words, seen)
+    return _errors[device]
+
+
+def _error_words(device: torch.device) -> Tensor:
+    return _errors_of(device).words
 
 
 def raise_failed_wait(device: torch.device) -> None:
@@ -306,7 +328,7 @@ def raise_failed_wait(device: torch.device) -> None:
     Raises:
         RuntimeError: if one of its programs waited in vain; names kernel and step.
     """
-    forward, backward = _seen_errors(device)
+    forward, backward = _errors_of(device).seen
     if not (forward or backward):
         return
     words = _error_words(device)
@@ -346,7 +368,7 @@ def zeros(device: torch.device, dtype: torch.dtype, count: int) -> Tensor:
     blocks = _zeros.setdefault((device, dtype), [])
     if blocks and blocks[-1].numel() >= count:
         return blocks[-1]
-    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+    if dispatch.capturing(device):
         # Its memory is the graph's, and it is filled when the graph runs.
         return torch.zeros(count, dtype=dtype, device=device)
     block = torch.zeros(1 << (count - 1).bit_length(), dtype=dtype, device=device)
@@ -493,7 +515,7 @@ def _rooms(ready: Ready, request: Request) -> Tensor:
         request.dtype.itemsize, 1,
     )  # fmt: skip
     words = plan.programs * room_bytes(shape, plan) // 4
-    return torch.full((words,), -1, dtype=torch.int32)
+    return torch.full((words,), -1, dtype=torch.int32, device="cpu")
 
 
 def _launch_all(
