@@ -435,6 +435,7 @@ BACKWARD_MISUSES = {
     "a_gradient_less": lambda grads, results: grads.pop(),
     "gradient_dtype": lambda grads, results: grads.__setitem__(1, grads[1].float()),
     "saved_too_short": lambda grads, results: results.__setitem__(-1, results[-1][:-1]),
+    "nothing_saved": lambda grads, results: results.clear(),
     "a_result_less": lambda grads, results: results.__delitem__(slice(1, None)),
 }
 
@@ -526,6 +527,27 @@ def test_a_graph_that_chooses_when_it_runs_takes_what_is_asked_for_then(monkeypa
         with triton_rnn.use_backend("triton"), pytest.raises(triton_rnn.BackendError):
             compiled(input)
     assert len(served) == 1
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_output_may_be_changed_in_place_in_a_graph_and_after_it(kind):
+    theirs, ours = twins(kind, 3, 4, 2)
+    inside = torch.compile(
+        lambda x: torch.relu_(ours(x)[0]).sum(), backend="aot_eager", fullgraph=True
+    )
+    after = torch.compile(ours, backend="aot_eager", fullgraph=True)
+    found = []
+    with triton_rnn.allow_compile():
+        for loss in (
+            lambda x: theirs(x)[0].relu().sum(),
+            inside,
+            lambda x: after(x)[0].relu_().sum(),
+        ):
+            input = random(5, 2, 3).requires_grad_()
+            loss(input).backward()
+            found.append(input.grad)
+    assert_close(found[1], found[0])
+    assert_close(found[2], found[0])
 
 
 def test_a_graph_names_what_the_backends_of_this_version_save():

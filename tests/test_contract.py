@@ -1109,3 +1109,74 @@ def test_an_exported_model_gives_the_right_numbers(kind):
         warnings.filterwarnings("ignore", "The tensor attributes", UserWarning)
         exported = torch.export.export(ours, (random(5, 2, 3),))
     assert_close(exported.module()(random(5, 2, 3)), theirs(random(5, 2, 3)))
+
+
+@pytest.mark.parametrize("kind", LAYERS)
+def test_a_module_frozen_after_its_forward_gives_the_gradient_of_its_input(kind):
+    """As a gradient penalty does: a critic is frozen between its forward and the backward."""
+    results = []
+    for module in twins(kind, 3, 4):
+        input = random(6, 2, 3).requires_grad_()
+        output = first_output(module, input)
+        module.requires_grad_(False)
+        (slope,) = torch.autograd.grad(output.sum(), input, create_graph=True)
+        slope.square().sum().backward()
+        results.append((slope.detach(), input.grad))
+    for theirs, ours in zip(*results, strict=True):
+        assert_close(ours, theirs)
+
+
+@pytest.mark.parametrize("backend", ["native", "torchscript"])
+@pytest.mark.parametrize("kind", ["rnn_tanh", "rnn_relu", "gru", "rnn_tanh_cell", "gru_cell"])
+def test_what_no_gradient_reads_may_change_before_the_backward(kind, backend):
+    """Of one step all weights, of more W_ih and the biases, where the input needs no gradient; the
+    input, where no weight does."""
+    steps = [(2, 3)] if kind in CELLS else [(1, 2, 3), (5, 2, 3)]
+    for shape in steps:
+        results = []
+        for module in twins(kind, 3, 4):
+            with triton_rnn.use_backend(backend):
+                output = first_output(module, random(*shape))
+                with torch.no_grad():
+                    for name, weight in module.named_parameters():
+                        if shape[0] != 5 or "weight_hh" not in name:
+                            weight.add_(0.1)
+                output.sum().backward()
+            results.append([weight.grad for weight in module.parameters()])
+        for theirs, ours in zip(*results, strict=True):
+            assert_close(ours, theirs)
+        if kind in CELLS:
+            continue
+        results = []
+        for module in twins(kind, 3, 4):
+            module.requires_grad_(False)
+            input, hx = random(*shape), random_state(module, 2).requires_grad_()
+            with triton_rnn.use_backend(backend):
+                output = first_output(module, input, hx)
+                input.add_(1.0)
+                output.sum().backward()
+            results.append(hx.grad)
+        assert_close(results[1], results[0])
+
+
+@pytest.mark.parametrize("kind", ["gru", "lstm"])
+def test_what_changed_is_told_by_the_second_derivative_that_reads_it(kind):
+    _, module = twins(kind, 3, 4)
+    output = first_output(module, random(5, 2, 3))
+    with torch.no_grad():
+        module.weight_ih_l0.add_(0.1)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        torch.autograd.grad(output.sum(), list(module.parameters()), create_graph=True)
+
+
+@pytest.mark.parametrize("kind", ["rnn_tanh", "gru", "lstm"])
+def test_weights_made_in_inference_mode_have_torchs_error_when_trained(kind):
+    name, options = LAYERS[kind]
+    messages = []
+    for library in (torch.nn, triton_rnn):
+        with torch.inference_mode():
+            module = getattr(library, name)(3, 4, **options)
+        with pytest.raises(RuntimeError) as caught:
+            module(torch.randn(5, 2, 3, requires_grad=True))
+        messages.append(str(caught.value))
+    assert messages[0] == messages[1]

@@ -90,7 +90,11 @@ def test_what_torch_does_not_have_is_what_it_is_without(name, backend):
     assert_same(actual, expected, refused=backend != "auto")
 
 
-@pytest.mark.parametrize("options", [{"recompute": 2}, {"zoneout": 0.2, "weight_dropout": 0.1}])
+@pytest.mark.parametrize(
+    "options",
+    [{"recompute": 2}, {"zoneout": 0.2, "weight_dropout": 0.1}, {"input_dropout": 0.3}],
+    ids=["recompute", "zoneout", "input_dropout"],
+)
 @pytest.mark.parametrize("backend", ["auto", "torchscript", "aten", "reference"])
 def test_a_packed_batch_with_options_is_what_it_is_without(backend, options):
     module = triton_rnn.GRU(INPUT, HIDDEN, bidirectional=True, **options)

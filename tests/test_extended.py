@@ -641,3 +641,40 @@ def test_explain_refuses_what_a_call_with_more_refuses():
         assert str(told.value) == str(refused.value)
     with pytest.raises(TypeError, match="GRUCell takes no lengths"):
         triton_rnn.explain(triton_rnn.GRUCell(6, 5), input[0], lengths=torch.tensor([3]))
+
+
+@pytest.mark.parametrize("backend", ["native", "torchscript", "reference"])
+@pytest.mark.parametrize("kind", ["rnn_relu", "gru", "lstm", "lstm_proj"])
+@pytest.mark.parametrize("number", [float("nan"), float("inf")], ids=["nan", "inf"])
+def test_what_is_beyond_an_end_has_no_part_in_anything(number, kind, backend):
+    """Nor in any gradient, the second one included, whatever it is."""
+    _, module = twins(kind, 3, 4, 2, bidirectional=True)
+    lengths, found = torch.tensor([5, 3]), []
+    for padding in (0.0, number):
+        input = random(5, 2, 3)
+        input[3:, 1] = padding
+        input.requires_grad_()
+        with triton_rnn.use_backend(backend):
+            output, state = module(input, lengths=lengths)
+            loss = output.square().sum() + flat_sum(state)
+            arguments = [input, *module.parameters()]
+            first = torch.autograd.grad(loss, arguments, retain_graph=True)
+            (slope,) = torch.autograd.grad(loss, input, create_graph=True)
+            second = torch.autograd.grad(slope.square().sum(), arguments, allow_unused=True)
+        found.append([output, *first, *(part for part in second if part is not None)])
+    assert len(found[0]) > len(list(module.parameters()))
+    for actual, expected in zip(*found[::-1], strict=True):
+        assert_close(actual, expected)
+
+
+def flat_sum(state):
+    return sum(part.sum() for part in (state if isinstance(state, tuple) else (state,)))
+
+
+@pytest.mark.parametrize("arguments", [{}, {"all_states": True}, {"lengths": LENGTHS}])
+def test_no_other_word_for_the_state_of_an_episode_is_taken(arguments):
+    module = triton_rnn.GRU(INPUT, 5)
+    with pytest.raises(ValueError, match="'zeros' or 'initial', got 'hx'"):
+        module(torch.randn(STEPS, BATCH, INPUT), reset_to="hx", **arguments)
+    with pytest.raises(ValueError, match="'zeros' or 'initial', got 'hx'"):
+        triton_rnn.IndRNN(INPUT, 5)(torch.randn(STEPS, BATCH, INPUT), reset_to="hx")

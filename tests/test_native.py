@@ -527,3 +527,20 @@ def test_what_an_rnns_sequences_begin_with_gets_into_the_gradient_of_weight_hh(
         found.append([parameter.grad for parameter in module.parameters()])
     for expected, actual in zip(*found, strict=True):
         torch.testing.assert_close(actual, expected)
+
+
+@pytest.mark.parametrize("which", ["input", "weight_ih_l0", "weight_hh_l0"])
+@pytest.mark.parametrize("kind", ["rnn_tanh", "gru", "lstm"])
+def test_a_storage_that_was_freed_is_torchs_error(kind, which):
+    """As FSDP leaves a parameter's between uses. To read it would end the process."""
+    _, ours = twins(kind, 3, 4)
+    input = random(20, 2, 3).requires_grad_()
+    freed = input if which == "input" else getattr(ours, which)
+    output, _ = ours(input)
+    freed.untyped_storage().resize_(0)
+    with triton_rnn.use_backend("native"):
+        with pytest.raises(RuntimeError, match="its data is not allocated yet"):
+            output.sum().backward()
+        for context in (torch.no_grad, torch.enable_grad):
+            with context(), pytest.raises(RuntimeError, match="its data is not allocated yet"):
+                ours(input)

@@ -237,3 +237,30 @@ def test_what_a_users_subclass_calls_by_the_keywords_names_stays_its_own():
     assert module.recompute == "never" and isinstance(module.residual, torch.nn.Linear)
     assert module(random(4, 2, 5).float())[0].shape == (4, 2, 7)
     assert "recompute" not in repr(module).splitlines()[1]
+
+
+@pytest.mark.parametrize("single", [False, True], ids=["steps", "one step"])
+@pytest.mark.parametrize("name", ["bias_ih_l0", "bias_hh_l0", "weight_hh_l0"])
+def test_a_weight_that_was_changed_before_the_backward_is_told(name, single):
+    """Going forward again reads all that going forward read."""
+    module = triton_rnn.GRU(3, 4, recompute=True)
+    output, _ = module(random(1 if single else 6, 2, 3).float())
+    with torch.no_grad():
+        getattr(module, name).add_(1.0)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        output.sum().backward()
+
+
+@pytest.mark.parametrize("kind", LAYERS)
+def test_the_output_may_be_changed_in_place(kind):
+    _, ours = twins(kind, 3, 4, 2, bidirectional=True)
+    input = random(6, 2, 3)
+    found = []
+    for recompute in (False, True):
+        ours.recompute = recompute
+        ours.zero_grad()
+        output, _ = ours(input)
+        output.relu_().sum().backward()
+        found.append([output.detach(), *(weight.grad.clone() for weight in ours.parameters())])
+    for actual, expected in zip(*found, strict=True):
+        assert_close(actual, expected)

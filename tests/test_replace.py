@@ -172,3 +172,141 @@ def test_a_model_with_ours_can_be_scripted_and_traced():
     expected, _ = net(X)
     torch.testing.assert_close(torch.jit.script(nn.Sequential(net))(X)[0], expected)
     torch.testing.assert_close(torch.jit.trace(net, X)(X)[0], expected)
+
+
+class Encoder(nn.LSTM):
+    """With attributes of its own under the names of options."""
+
+    def __init__(self, *sizes):
+        super().__init__(*sizes)
+        self.input_dropout = nn.Dropout(0.3)
+        self.zoneout = 0.1
+        self.recompute = "never"
+        self.register_buffer("weight_dropout", torch.ones(2))
+
+    def encode(self, input):
+        return self(self.input_dropout(input))
+
+
+def test_a_users_own_attributes_under_names_of_ours_stay_the_users():
+    theirs = Encoder(3, 4).eval()
+    ours = triton_rnn.replace(copy.deepcopy(theirs))
+    assert isinstance(ours, triton_rnn.LSTM)
+    assert isinstance(ours.input_dropout, nn.Dropout)
+    assert (ours.zoneout, ours.recompute) == (0.1, "never")
+    torch.testing.assert_close(ours.encode(X)[0], theirs.encode(X)[0])
+    ours.zoneout, ours.recompute = 0.5, "always"
+    ours.input_dropout = nn.Dropout(0.4)
+    ours.weight_dropout = torch.zeros(2)
+    assert (ours.zoneout, ours.recompute, ours.input_dropout.p) == (0.5, "always", 0.4)
+    torch.testing.assert_close(ours(X)[0], theirs(X)[0])
+    assert "zoneout" not in repr(ours)
+    back = triton_rnn.restore(ours)
+    assert type(back) is Encoder
+    assert (back.zoneout, back.recompute) == (0.5, "always")
+    assert torch.equal(back.weight_dropout, torch.zeros(2))
+    # A name that the user has not taken is ours.
+    again = triton_rnn.replace(back)
+    again.recurrent_dropout = 0.5
+    with pytest.raises(RuntimeError, match="recurrent_dropout"):
+        triton_rnn.restore(again)
+
+
+class Checked(nn.GRU):
+    def check_forward_args(self, input, hidden, batch_sizes):
+        raise ValueError("not today")
+
+
+class Private(nn.GRU):
+    _options = "its own"
+
+
+@pytest.mark.parametrize(
+    ("module", "reason"),
+    [
+        (Checked(3, 4), "Checked overrides check_forward_args"),
+        (Private(3, 4), "Private has an attribute _options"),
+    ],
+    ids=["checks", "class"],
+)
+def test_what_does_not_go_together_with_ours_is_left_alone_and_named(module, reason, caplog):
+    kind = type(module)
+    with caplog.at_level(logging.WARNING, logger="triton_rnn"):
+        triton_rnn.replace(nn.Sequential(module))
+    assert type(module) is kind
+    assert caplog.messages == [f"left 0 alone: {reason}"]
+
+
+def test_an_attribute_of_one_module_under_a_private_name_is_seen_too(caplog):
+    module = nn.GRU(3, 4)
+    module._stacking = "mine"
+    with caplog.at_level(logging.WARNING, logger="triton_rnn"):
+        triton_rnn.replace(module)
+    assert type(module) is nn.GRU
+    assert "GRU has an attribute _stacking" in caplog.text
+
+
+def test_restore_leaves_nothing_of_ours_and_replace_takes_the_module_again():
+    module = triton_rnn.replace(nn.GRU(3, 4))
+    before = set(vars(module))
+    module.recompute, module.zoneout = True, 0.1
+    module.recompute, module.zoneout = False, 0.0
+    triton_rnn.restore(module)
+    assert set(vars(module)) == before
+    assert isinstance(triton_rnn.replace(module), triton_rnn.GRU)
+
+
+def test_the_names_that_ours_keep_for_themselves_are_all_known():
+    from triton_rnn import replace as _  # noqa: F401
+    from triton_rnn.replace import _PRIVATE
+
+    found = set()
+    for ours, theirs in ((triton_rnn.LSTM, nn.LSTM), (triton_rnn.RNN, nn.RNN)):
+        for kind in set(ours.__mro__) - set(theirs.__mro__):
+            found |= {name for name in vars(kind) if name.startswith("_") and name[1] != "_"}
+    functions = {name for name in found if callable(getattr(triton_rnn.LSTM, name))}
+    assert found - functions - {"_abc_impl"} == set(_PRIVATE)
+
+
+class Tagger(nn.Module):
+    def __init__(self, inner):
+        super().__init__()
+        self.inner = inner
+        self.head = nn.Linear(4, 2)
+
+    def forward(self, x):
+        output = self.inner(x)
+        output = output[0] if isinstance(self.inner, nn.RNNBase) else output
+        return self.head(output)
+
+
+@pytest.mark.parametrize("kind", [nn.RNN, nn.GRU, nn.LSTM, nn.RNNCell, nn.GRUCell])
+def test_fx_takes_a_replaced_module_as_a_leaf(kind):
+    theirs = Tagger(kind(3, 4))
+    ours = triton_rnn.replace(copy.deepcopy(theirs))
+    input = X[0] if "Cell" in kind.__name__ else X
+    expected, traced = torch.fx.symbolic_trace(theirs), torch.fx.symbolic_trace(ours)
+    assert [(node.op, node.target) for node in traced.graph.nodes] == [
+        (node.op, node.target) for node in expected.graph.nodes
+    ]
+    assert type(traced.get_submodule("inner")) is type(ours.inner)
+    torch.testing.assert_close(traced(input), theirs(input))
+
+
+def test_fx_keeps_what_torch_does_not_have():
+    lengths = torch.tensor([7, 2])
+
+    class Masked(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = triton_rnn.GRU(3, 4, layer_norm=True)
+            self.cell = triton_rnn.IndRNN(4, 4)
+
+        def forward(self, x, lengths):
+            output, h_n = self.inner(x, lengths=lengths)
+            return self.cell(output)[0], h_n
+
+    module = Masked()
+    traced = torch.fx.symbolic_trace(module)
+    for actual, expected in zip(traced(X, lengths), module(X, lengths), strict=True):
+        assert torch.equal(actual, expected)

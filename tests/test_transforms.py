@@ -15,6 +15,7 @@ from tolerances import (
     run,
     twins,
 )
+from torch.autograd import forward_ad
 from torch.autograd import functional as older
 from torch.func import (
     functional_call,
@@ -766,3 +767,78 @@ def test_saved_tensors_may_be_changed_where_autograd_is_told_to_keep_copies(kind
         results.append([expected, input.grad])
     assert_all_close(results[1], results[0])
     assert_close(results[1][1], results[1][0])
+
+
+@pytest.mark.parametrize("kind", LAYERS)
+def test_a_backward_of_an_eager_call_can_be_transformed(kind):
+    """vjp and jvp of the gradient by the gradient of the output; it is linear in that."""
+    _, ours = twins(kind, 3, 4, 2, bidirectional=True)
+    input = random(5, 2, 3).requires_grad_()
+    output, _ = ours(input, random_state(ours, 2))
+    wanted = [input, *ours.parameters()]
+
+    def back(grad):
+        return torch.autograd.grad(output, wanted, grad, retain_graph=True)
+
+    grad, tangent = random(*output.shape, seed=7), random(*output.shape, seed=8)
+    values, tangents = jvp(back, (grad,), (tangent,))
+    for actual, expected in zip((*values, *tangents), (*back(grad), *back(tangent)), strict=True):
+        assert_close(actual, expected, tolerance=SECOND)
+    values, pullback = vjp(
+        lambda v: torch.autograd.grad(output, wanted, v, create_graph=True), grad
+    )
+    weights = [random(*value.shape, seed=9 + i) for i, value in enumerate(values)]
+    (found,) = pullback(tuple(weights))
+    expected = sum((w * value).sum() for w, value in zip(weights, back(tangent), strict=True))
+    assert_close((found * tangent).sum(), expected, tolerance=SECOND)
+    batch = torch.stack((grad, tangent))
+    many, slopes = jvp(vmap(back), (batch,), (batch.flip(0),))
+    for number, given in enumerate((grad, tangent)):
+        for actual, slope, expected, across in zip(
+            many, slopes, back(given), back(batch[1 - number]), strict=True
+        ):
+            assert_close(actual[number], expected, tolerance=SECOND)
+            assert_close(slope[number], across, tolerance=SECOND)
+
+
+@pytest.mark.parametrize("kind", LAYERS)
+def test_a_backward_of_an_eager_call_hands_tangents_on(kind):
+    _, ours = twins(kind, 3, 4)
+    input = random(5, 2, 3).requires_grad_()
+    output, _ = ours(input)
+    grad, tangent = random(*output.shape, seed=7), random(*output.shape, seed=8)
+    with forward_ad.dual_level():
+        (found,) = torch.autograd.grad(
+            output, input, forward_ad.make_dual(grad, tangent), retain_graph=True
+        )
+        value, slope = forward_ad.unpack_dual(found)
+    for actual, given in ((value, grad), (slope, tangent)):
+        (expected,) = torch.autograd.grad(output, input, given, retain_graph=True)
+        assert_close(actual, expected, tolerance=SECOND)
+
+
+@pytest.mark.parametrize("training", [False, True], ids=["inference", "training"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_trace_ahead_of_autograd_has_torchs_operators(kind, training):
+    theirs, ours = twins(kind, 3, 4)
+    input = random(2, 3) if kind in CELLS else random(6, 2, 3)
+    ours.requires_grad_(training)
+
+    def first(module):
+        def call(x):
+            result = module(x)
+            return result[0] if isinstance(result, tuple) else result
+
+        return call
+
+    traced = make_fx(first(ours), pre_dispatch=True)(input)
+    other = random(*input.shape, seed=5)
+    assert_close(traced(other), first(theirs)(other), tolerance=SECOND)
+
+
+@pytest.mark.parametrize("options", [{"layer_norm": True}, {"clip_hidden": 0.2}])
+def test_a_trace_ahead_of_autograd_of_what_torch_does_not_have_is_right(options):
+    module = triton_rnn.GRU(3, 4, **options).double()
+    traced = make_fx(lambda x: module(x)[0], pre_dispatch=True)(random(6, 2, 3))
+    other = random(6, 2, 3, seed=5)
+    assert_close(traced(other), module(other)[0], tolerance=SECOND)

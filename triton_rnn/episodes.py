@@ -211,6 +211,16 @@ def _check_resets(batch_first: bool, reset_mask: Any, input: Any, request: Reque
     return reset_mask.detach().to(request.device, copy=True)
 
 
+def check_reset_to(reset_to: Any) -> None:
+    """Raise if there is no such state to begin an episode with.
+
+    Raises:
+        ValueError: names the two that there are.
+    """
+    if reset_to not in ("zeros", "initial"):
+        raise ValueError(f"reset_to should be 'zeros' or 'initial', got {reset_to!r}")
+
+
 def checked(
     lengths: Any, reset_mask: Any, reset_to: Any, batch_first: bool, input: Any, request: Request
 ) -> Extras:
@@ -219,8 +229,7 @@ def checked(
     Raises:
         TypeError, ValueError: if they are not those of this batch.
     """
-    if reset_to not in ("zeros", "initial"):
-        raise ValueError(f"reset_to should be 'zeros' or 'initial', got {reset_to!r}")
+    check_reset_to(reset_to)
     if lengths is not None:
         lengths = _check_lengths(lengths, input, request)
     if reset_mask is not None:

@@ -16,7 +16,7 @@ from torch.nn.functional import dropout
 from torch.nn.utils.rnn import PackedSequence
 
 from triton_rnn import autocast, beyond, compiled, functional, normalized, recompute, stacking
-from triton_rnn.episodes import Episodes, checked
+from triton_rnn.episodes import Episodes, check_reset_to, checked
 from triton_rnn.extras import Extras
 from triton_rnn.layer import layer
 from triton_rnn.options import OFF, Options
@@ -69,7 +69,7 @@ def _locked(
     if episodes is not None:
         mask = episodes.take_locked(mask)
     elif batch_sizes:
-        mask = mask[torch.cat([torch.arange(size) for size in batch_sizes]).to(x.device)]
+        mask = mask[torch.cat([torch.arange(size, device=x.device) for size in batch_sizes])]
     return x * mask
 
 
@@ -202,6 +202,7 @@ def prepare(
         "reset_mask": reset_mask is not None,
         "all_states": all_states,
     }
+    check_reset_to(reset_to)
     names = tuple(name for name, value in used.items() if value) + _names_of(options, drawn)
     if not names:
         return None

@@ -13,14 +13,19 @@ from triton_rnn import reference
 from triton_rnn.profiling import ranges, session
 from triton_rnn.request import Request, zero_states
 
-# vmap comes in two makes: torch.func's, and the older one behind `is_grads_batched=True`.
-_of_vmap = torch._C._functorch.is_batchedtensor
+# Of torch.func's transforms; and of the older vmap, behind `is_grads_batched=True`.
+_of_transforms = torch._C._functorch.is_functorch_wrapped_tensor
 _of_older_vmap = torch._C._functorch.is_legacy_batchedtensor
+_forward_ad = torch.autograd.forward_ad
 
 
-def _is_batched(grad: Tensor | None) -> bool:
-    """Whether vmap is at work on a gradient."""
-    return grad is not None and (_of_vmap(grad) or _of_older_vmap(grad))
+def _is_more(grad: Tensor | None) -> bool:
+    """Whether a gradient is more than numbers: a batch of them, or one to be differentiated."""
+    return grad is not None and (_of_transforms(grad) or _of_older_vmap(grad))
+
+
+def _version(tensor: Tensor) -> int:
+    return 0 if tensor.is_inference() else tensor._version
 
 
 class LayerFunction(torch.autograd.Function):
@@ -47,21 +52,22 @@ class LayerFunction(torch.autograd.Function):
         ctx.layer = ranges.here.layer
         # What only the second derivative reads may change in place, as with torch.nn; should it be
         # read after all, its version tells.
-        single = request.seq_len == 1 and not ctx.needs_input_grad[4]
-        order = _order(request.biased, request.cell.fifth, request.directions, single)
-        ctx.order, ctx.unread = order, order.unread(weights)
-        ctx.versions = [weight._version for weight in ctx.unread]
-        ctx.save_for_backward(input, h_0, c_0, *order.read(weights), *saved)
+        order = _order_of(backend, request, ctx.needs_input_grad[3:])
+        given = (input, *weights)
+        ctx.order, ctx.unread = order, order.unread(given)
+        ctx.save_for_backward(h_0, c_0, *order.read(given), *saved)
+        ctx.versions = [_version(tensor) for tensor in ctx.unread]
         return results
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         request: Request = ctx.request
-        input, h_0, c_0, *others = ctx.saved_tensors
+        h_0, c_0, *others = ctx.saved_tensors
         needs = ctx.needs_input_grad[3:]
-        count = len(needs) - 3 - len(ctx.unread)
-        weights, saved = ctx.order.together((*others[:count], *ctx.unread)), others[count:]
-        if torch.is_grad_enabled() or any(map(_is_batched, grads)):
+        count = len(needs) - 2 - len(ctx.unread)
+        input, *weights = ctx.order.together((*others[:count], *ctx.unread))
+        saved = others[count:]
+        if torch.is_grad_enabled() or _forward_ad._current_level >= 0 or any(map(_is_more, grads)):
             found = _differentiable_backward(ctx, input, h_0, c_0, weights, grads)
             return None, None, None, *found
 
@@ -91,7 +97,7 @@ _Picker = Callable[[Sequence[Tensor]], Sequence[Tensor]]
 
 
 class _Order(NamedTuple):
-    """The weights of a layer in torch's order: those that the backward reads, the others; both."""
+    """Input and weights of a layer in torch's order: what the backward reads, the others; both."""
 
     read: _Picker
     unread: _Picker
@@ -101,18 +107,45 @@ class _Order(NamedTuple):
 def _picker(places: Sequence[int]) -> _Picker:
     if len(places) > 1:
         return itemgetter(*places)
-    return lambda weights: [weights[place] for place in places]
+    return lambda given: [given[place] for place in places]
 
 
-@functools.lru_cache(maxsize=32)
-def _order(biased: bool, fifth: bool, directions: int, single: bool) -> _Order:
-    """How to pick from weight_ih, weight_hh[, bias_ih, bias_hh][, a fifth] of each direction.
+def _order_of(backend: Any, request: Request, needs: Sequence[bool]) -> _Order:
+    """What a backend's backward reads of input and weights.
 
     Args:
-        single: whether there is one step, and nobody wants the gradient of the state before it.
+        needs: whether the gradient of the input, of h_0, of c_0 and of each weight is wanted.
     """
-    kinds = ("ru" if single else "rr") + "uu" * biased + "r" * fifth
-    kinds *= directions
+    cell, directions = request.cell, request.directions
+    if hasattr(backend, "READS_EVERYTHING"):
+        return _order(request.biased, cell.fifth, directions, True, True, True, True)
+    input = weight_ih = True
+    if hasattr(backend, "READS_AS_WANTED"):
+        # Each is there for the other's gradient alone.
+        input = any(needs[3 :: (len(needs) - 3) // directions])
+        weight_ih = needs[0]
+    # With one step, it is there for the gradient of the state before it.
+    weight_hh = request.seq_len > 1 or needs[1]
+    return _order(request.biased, cell.fifth, directions, input, weight_ih, weight_hh, False)
+
+
+@functools.lru_cache(maxsize=64)
+def _order(
+    biased: bool,
+    fifth: bool,
+    directions: int,
+    input: bool,
+    weight_ih: bool,
+    weight_hh: bool,
+    biases: bool,
+) -> _Order:
+    """How to pick those that are read, and the others.
+
+    From the input and weight_ih, weight_hh[, bias_ih, bias_hh][, a fifth] of each direction.
+    """
+    reads = [input]
+    reads += [weight_ih, weight_hh, *[biases] * (2 * biased), *[True] * fifth] * directions
+    kinds = "".join("r" if is_read else "u" for is_read in reads)
     read = [place for place, kind in enumerate(kinds) if kind == "r"]
     unread = [place for place, kind in enumerate(kinds) if kind == "u"]
     apart = read + unread
@@ -136,13 +169,15 @@ def _differentiable_backward(
         )
     create_graph = torch.is_grad_enabled()
     needs = ctx.needs_input_grad[3:]
+    if _inside_other_transforms():
+        return _by_vjp(ctx, [input, h_0, c_0, *weights], grads, needs)
     with torch.enable_grad():
         # Aliases: where one argument is a function of another, or the same tensor twice, the
         # gradient of each is wanted by itself, not by way of the other.
-        own_input = input.view_as(input)
-        own_h_0 = None if h_0 is None else h_0.view_as(h_0)
-        own_c_0 = None if c_0 is None else c_0.view_as(c_0)
-        own_weights = [weight.view_as(weight) for weight in weights]
+        own_input = _alias(input, needs[0])
+        own_h_0 = None if h_0 is None else _alias(h_0, needs[1])
+        own_c_0 = None if c_0 is None else _alias(c_0, needs[2])
+        own_weights = [_alias(*each) for each in zip(weights, needs[3:], strict=True)]
         # An extended layer has a definition of its own.
         definition = getattr(ctx.backend, "definition", _reference)
         results = definition(ctx.request, ctx.batch_sizes, own_input, own_h_0, own_c_0, own_weights)
@@ -160,6 +195,46 @@ def _differentiable_backward(
         )
     )
     return [next(found) if need else None for need in needs]
+
+
+def _inside_other_transforms() -> bool:
+    """Whether a transform of torch.func's other than vmap is at work; autograd rests there."""
+    levels = torch._C._functorch.get_interpreter_stack() or ()
+    return any(level.key() != torch._C._functorch.TransformType.Vmap for level in levels)
+
+
+def _by_vjp(
+    ctx: Any,
+    arguments: Sequence[Tensor | None],
+    grads: Sequence[Tensor | None],
+    needs: Sequence[bool],
+) -> list[Tensor | None]:
+    """As `_differentiable_backward`, by a transform, so that those around it see it."""
+    wanted = [place for place, need in enumerate(needs) if need and arguments[place] is not None]
+    given = [place for place, grad in enumerate(grads) if grad is not None]
+    definition = getattr(ctx.backend, "definition", _reference)
+
+    def results_of(*chosen: Any) -> tuple[Tensor, ...]:
+        every: list[Any] = list(arguments)
+        for place, argument in zip(wanted, chosen, strict=True):
+            every[place] = argument
+        input, h_0, c_0, *weights = every
+        results = definition(ctx.request, ctx.batch_sizes, input, h_0, c_0, weights)
+        return tuple(results[place] for place in given)
+
+    chosen = [arguments[place] for place in wanted]
+    pullback: Any = torch.func.vjp(results_of, *chosen)[1]
+    found = dict(zip(wanted, pullback(tuple(grads[place] for place in given)), strict=True))
+    return [found.get(place) for place in range(len(needs))]
+
+
+def _alias(tensor: Tensor, wanted: bool) -> Tensor:
+    """The tensor under another name, which a gradient can be asked for where one is wanted."""
+    alias = tensor.view_as(tensor)
+    if not wanted or alias.requires_grad:
+        return alias
+    # It was frozen after the forward: as to torch's own nodes, it is a constant from then on.
+    return tensor.detach().requires_grad_()
 
 
 def _reference(

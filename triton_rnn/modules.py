@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from triton_rnn import extended, functional, normalized, options, stacking
+from triton_rnn import extended, functional, normalized, options, stacking, symbolic
 from triton_rnn.normalized import LayerNormalized
 from triton_rnn.options import Option
 from triton_rnn.stacking import Stacking
@@ -72,6 +72,38 @@ class _Extended(torch.nn.RNNBase):
     def extra_repr(self) -> str:
         return super().extra_repr() + options.shown(self._options)
 
+    def forward(
+        self,
+        input: Any,
+        hx: Any = None,
+        *,
+        lengths: Tensor | None = None,
+        reset_mask: Tensor | None = None,
+        reset_to: str = "zeros",
+        all_states: bool = False,
+    ) -> Any:
+        """As torch.nn's; the keywords are those of `extended.forward`."""
+        beyond_torch = (
+            self._options is not None
+            or lengths is not None
+            or reset_mask is not None
+            or all_states
+            or reset_to != "zeros"
+        )
+        if type(input) is not Tensor and symbolic.is_proxy(input):
+            more: dict[str, Any] = {}
+            if beyond_torch:
+                more = {"lengths": lengths, "reset_mask": reset_mask, "reset_to": reset_to}
+                more["all_states"] = all_states
+            return symbolic.leaf(self, input, hx, **more)
+        if beyond_torch:
+            return extended.forward(self, input, hx, lengths, reset_mask, reset_to, all_states)
+        call: Callable[..., Any] = functional.forward
+        if self._stacking:
+            call = normalized.forward if self._normalized else stacking.forward
+        result = call(self, input, hx)
+        return super().forward(input, hx) if result is None else result
+
 
 class RNN(_Extended, Stacking, torch.nn.RNN):
     """`torch.nn.RNN`, faster. Arguments, shapes, errors and state_dict are torch's.
@@ -83,22 +115,6 @@ class RNN(_Extended, Stacking, torch.nn.RNN):
     bool or (N, T) with batch_first, reset_to "zeros" or "initial", all_states (see
     `extended.forward`, which has their errors too).
     """
-
-    def forward(
-        self,
-        input: Any,
-        hx: Tensor | None = None,
-        *,
-        lengths: Tensor | None = None,
-        reset_mask: Tensor | None = None,
-        reset_to: str = "zeros",
-        all_states: bool = False,
-    ) -> Any:
-        if self._options is not None or lengths is not None or reset_mask is not None or all_states:
-            return extended.forward(self, input, hx, lengths, reset_mask, reset_to, all_states)
-        call = stacking.forward if self._stacking else functional.forward
-        result = call(self, input, hx)
-        return super().forward(input, hx) if result is None else result
 
     def __prepare_scriptable__(self) -> torch.nn.Module:
         return _torch_twin(self, RNN, torch.nn.RNN)
@@ -115,24 +131,6 @@ class GRU(LayerNormalized, _Extended, Stacking, torch.nn.GRU):
     reset_to "zeros" or "initial", all_states (see `extended.forward`, which has their errors too).
     """
 
-    def forward(
-        self,
-        input: Any,
-        hx: Tensor | None = None,
-        *,
-        lengths: Tensor | None = None,
-        reset_mask: Tensor | None = None,
-        reset_to: str = "zeros",
-        all_states: bool = False,
-    ) -> Any:
-        if self._options is not None or lengths is not None or reset_mask is not None or all_states:
-            return extended.forward(self, input, hx, lengths, reset_mask, reset_to, all_states)
-        call: Callable[..., Any] = functional.forward
-        if self._stacking:
-            call = normalized.forward if self._normalized else stacking.forward
-        result = call(self, input, hx)
-        return super().forward(input, hx) if result is None else result
-
     def __prepare_scriptable__(self) -> torch.nn.Module:
         return _torch_twin(self, GRU, torch.nn.GRU)
 
@@ -148,24 +146,6 @@ class LSTM(LayerNormalized, _Extended, Stacking, torch.nn.LSTM):
     reset_to "zeros" or "initial", all_states (see `extended.forward`, which has their errors too).
     """
 
-    def forward(
-        self,
-        input: Any,
-        hx: tuple[Tensor, Tensor] | None = None,
-        *,
-        lengths: Tensor | None = None,
-        reset_mask: Tensor | None = None,
-        reset_to: str = "zeros",
-        all_states: bool = False,
-    ) -> Any:
-        if self._options is not None or lengths is not None or reset_mask is not None or all_states:
-            return extended.forward(self, input, hx, lengths, reset_mask, reset_to, all_states)
-        call: Callable[..., Any] = functional.forward
-        if self._stacking:
-            call = normalized.forward if self._normalized else stacking.forward
-        result = call(self, input, hx)
-        return super().forward(input, hx) if result is None else result
-
     def __prepare_scriptable__(self) -> torch.nn.Module:
         return _torch_twin(self, LSTM, torch.nn.LSTM)
 
@@ -177,6 +157,8 @@ class RNNCell(torch.nn.RNNCell):
     """
 
     def forward(self, input: Tensor, hx: Tensor | None = None) -> Tensor:
+        if type(input) is not Tensor and symbolic.is_proxy(input):
+            return symbolic.leaf(self, input, hx)
         result = functional.cell_forward(self, input, hx)
         return super().forward(input, hx) if result is None else result[0]
 
@@ -191,6 +173,8 @@ class GRUCell(torch.nn.GRUCell):
     """
 
     def forward(self, input: Tensor, hx: Tensor | None = None) -> Tensor:
+        if type(input) is not Tensor and symbolic.is_proxy(input):
+            return symbolic.leaf(self, input, hx)
         result = functional.cell_forward(self, input, hx)
         return super().forward(input, hx) if result is None else result[0]
 
@@ -207,6 +191,8 @@ class LSTMCell(torch.nn.LSTMCell):
     def forward(
         self, input: Tensor, hx: tuple[Tensor, Tensor] | None = None
     ) -> tuple[Tensor, Tensor]:
+        if type(input) is not Tensor and symbolic.is_proxy(input):
+            return symbolic.leaf(self, input, hx)
         result = functional.cell_forward(self, input, hx)
         return super().forward(input, hx) if result is None else (result[0], result[1])
 

@@ -1,5 +1,6 @@
 """What sends every call to torch.nn's own forward, whatever it is a call of."""
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -18,11 +19,17 @@ def _forward_mode() -> bool:
     return _forward_ad._current_level >= 0
 
 
+# Modes of `make_fx(pre_dispatch=True)` stand on a stack of their own; with any, this key is on.
+_before_dispatch = functools.partial(
+    torch._C._dispatch_tls_is_dispatch_key_included, torch._C.DispatchKey.PreDispatch
+)
+
 # What is asked, and what it means if the answer is not no.
 _OBSTACLES: tuple[tuple[Callable[[], Any], str], ...] = (
     (autocast_anywhere, "autocast is on"),
     (peek_functorch, "a torch.func transform is at work"),
     (torch._C._len_torch_dispatch_stack, "a torch dispatch mode is at work"),
+    (_before_dispatch, "a torch dispatch mode is at work ahead of autograd"),
     (is_compiling, "torch.compile is tracing the call"),
     (torch._C._get_tracing_state, "torch.jit.trace is tracing the call"),
     (_forward_mode, "forward-mode differentiation is at work"),

@@ -8,6 +8,7 @@ Eager calls do not go this way: `layer.LayerFunction` is the same thing with les
 """
 
 import contextlib
+import importlib
 import zlib
 from collections.abc import Sequence
 from pathlib import Path
@@ -123,10 +124,10 @@ def _check_results(
     shapes = [(*rows, directions * request.output_size)]
     shapes += [(directions, request.batch, request.output_size)]
     shapes += [(directions, request.batch, request.hidden_size)] * (request.cell.states - 1)
-    shown = [tuple(result.shape) for result in results]
+    shown, kept = [tuple(result.shape) for result in results], [tuple(s) for s in saved]
     if (
         [tuple(grad.shape) for grad in grads] != shapes
-        or shown not in (shapes, [*shapes, *map(tuple, saved)])
+        or shown not in (shapes, [*shapes, *kept], kept)
         or any(t.dtype != request.dtype or t.device != request.device for t in (*grads, *results))
     ):
         raise RuntimeError(
@@ -138,8 +139,10 @@ def _check_results(
 BY_AUTO = "auto/"
 
 
-def _module(request: Request, backend: str, differentiable: bool) -> ModuleType:
-    """The backend's module; for "auto" the one that is fastest, with a backward if one is needed.
+def _module(request: Request, backend: str, differentiable: bool) -> Any:
+    """The backend's module, or what has its functions.
+
+    For "auto" it is the fastest one's, or of those with a backward if one is needed.
 
     Raises:
         BackendError: if the backend cannot serve the request.
@@ -152,12 +155,15 @@ def _module(request: Request, backend: str, differentiable: bool) -> ModuleType:
             raise
         name = dispatch.choose(request, "auto").backend
     module = dispatch.backend_module(name)
-    if differentiable and not hasattr(module, "backward"):
-        # torch's own kernels keep to themselves what they save.
-        native = dispatch.backend_module("native")
-        name = "torchscript" if native.supports(request) else "native"
+    if not differentiable or hasattr(module, "backward"):
+        return module
+    # torch's own kernels keep to themselves what they save.
+    for name in ("native", "torchscript"):
         module = dispatch.backend_module(name)
-    return module
+        if module.supports(request) is None:
+            return module
+    # Imported late, for it imports this file.
+    return importlib.import_module("triton_rnn.recompute").Reference
 
 
 _NOTHING = contextlib.nullcontext()
@@ -298,7 +304,8 @@ def layer_backward(
     """Gradients of input, h_0[, c_0] and every weight.
 
     Args:
-        grads: of output, h_n[, c_n]. results: all that the forward returned.
+        grads: of output, h_n[, c_n].
+        results: all that the forward returned; what a backend that `SAVES_ALL` saved is enough.
 
     Raises:
         RuntimeError: for tensors that do not fit together.
@@ -314,8 +321,9 @@ def layer_backward(
     rows = grads[0].reshape(-1, grads[0].size(-1))
     needs = [True] * (3 + len(weights))
     with _without_autocast(input):
-        if saves is module and len(results) == count + len(shapes):
-            saved = module.saved_of(request, results[:count], results[count:])
+        first = len(results) - len(shapes)
+        if saves is module and (first == count or (first == 0 and hasattr(module, "SAVES_ALL"))):
+            saved = module.saved_of(request, results[:first], results[first:])
         else:
             _, saved = module.forward(*arguments)
         found = module.backward(*arguments, saved, [rows, *grads[1:]], needs)
@@ -341,6 +349,11 @@ def _(
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
     input, h_0, c_0, weights, cell, biased, _, backend, _ = inputs
+    request = _request(input, h_0, weights, cell, biased, True)
+    saves = _saves(request, backend)
+    if saves is None or hasattr(saves, "SAVES_ALL"):
+        # Not read again, and so they may be changed in place.
+        output = output[1 + CELLS[cell].states :]
     ctx.save_for_backward(input, h_0, c_0, *weights, *output)
     ctx.cell, ctx.biased, ctx.backend = cell, biased, backend
     ctx.weights = len(weights)
@@ -349,10 +362,11 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> N
 def _backward(ctx: Any, grads: list[Tensor | None]) -> tuple[Any, ...]:
     input, h_0, c_0, *others = ctx.saved_tensors
     weights, results = others[: ctx.weights], others[ctx.weights :]
-    count = 1 + CELLS[ctx.cell].states
+    width = h_0.size(0) * h_0.size(2)
+    shapes = [(*input.shape[:-1], width), h_0.shape, *([] if c_0 is None else [c_0.shape])]
     dense = [
-        torch.zeros_like(result) if grad is None else grad
-        for grad, result in zip(grads[:count], results, strict=False)
+        input.new_zeros(shape) if grad is None else grad
+        for grad, shape in zip(grads, shapes, strict=False)
     ]
     found = layer_backward(
         dense, input, h_0, c_0, weights, results, ctx.cell, ctx.biased, ctx.backend

@@ -81,6 +81,14 @@ def _checked(module: nn.RNNBase, name: str, value: Any) -> Any:
     return _probability(name, value)
 
 
+def users(module: Any, name: str, ours: Any) -> Any:
+    """What a user's subclass, made ours by `replace`, has of its own under a name of ours."""
+    for table in (module.__dict__, module._parameters, module._buffers, module._modules):
+        if name in table:
+            return table[name]
+    return ours
+
+
 class Option:
     """An attribute of a module that is a field of its `_options`."""
 
@@ -88,9 +96,14 @@ class Option:
         self.name = name
 
     def __get__(self, module: Any, owner: type | None = None) -> Any:
-        return getattr(OFF if module is None else module._options or OFF, self.name)
+        if module is None:
+            return getattr(OFF, self.name)
+        return users(module, self.name, getattr(module._options or OFF, self.name))
 
     def __set__(self, module: Any, value: Any) -> None:
+        if self.name in module.__dict__:
+            module.__dict__[self.name] = value
+            return
         value = _checked(module, self.name, value)
         options = (module._options or OFF)._replace(**{self.name: value})
         if options.given():

@@ -16,7 +16,7 @@ from triton_rnn import dispatch, functional, obstacles, reference
 from triton_rnn.request import Request
 
 
-class _Reference:
+class Reference:
     """The reference as a backend with a backward, which goes forward once more by itself."""
 
     @staticmethod
@@ -53,7 +53,7 @@ class _Reference:
             first, h, c, *own = arguments
             assert first is not None and h is not None
             layer_weights = [weight for weight in own if weight is not None]
-            results, _ = _Reference.forward(request, first, batch_sizes, h, c, layer_weights)
+            results, _ = Reference.forward(request, first, batch_sizes, h, c, layer_weights)
         pairs = [
             (result, grad.reshape(result.shape))
             for result, grad in zip(results, grads, strict=True)
@@ -145,6 +145,9 @@ class Recomputing:
         steps: of a segment; 0 for the square root of the sequence's.
     """
 
+    # Going forward again takes all that going forward took.
+    READS_EVERYTHING = True
+
     def __init__(self, inner: Any, steps: int) -> None:
         self.inner = inner
         self.steps = steps
@@ -174,15 +177,17 @@ class Recomputing:
     ) -> tuple[tuple[Tensor, ...], list[Tensor]]:
         """As a backend's; saved are the states ahead of every segment, of each direction."""
         plain = request._replace(needs_grad=False)
-        rows, size = math.prod(input.shape[:-1]), request.output_size
-        output = input.new_empty((rows, request.directions * size))
+        size = request.output_size
+        # Not a view of its rows: what autograd is given as a view cannot be changed in place.
+        output = input.new_empty((*input.shape[:-1], request.directions * size))
+        rows = output.view(-1, request.directions * size)
         count = len(weights) // request.directions
         saved: list[Tensor] = []
         finals: list[list[Tensor]] = []
         for d in range(request.directions):
             # Written in place from here on, and never the caller's.
             states = [state[d : d + 1].clone() for state in (h_0, c_0) if state is not None]
-            shown = output[:, d * size : (d + 1) * size]
+            shown = rows[:, d * size : (d + 1) * size]
             for part in self._segments(plain, batch_sizes, input.device, d):
                 before = [state[:, : part.batch].clone() for state in states]
                 saved += before
@@ -199,7 +204,7 @@ class Recomputing:
                     state[:, : part.batch] = after
             finals.append(states)
         last = [torch.cat(states) for states in zip(*finals, strict=True)]
-        return (output.view(*input.shape[:-1], request.directions * size), *last), saved
+        return (output, *last), saved
 
     def backward(
         self,
@@ -302,7 +307,7 @@ def refuse_obstacles() -> None:
 def backend(request: Request, wanted: str, steps: int) -> Recomputing:
     """A backend of segments of so many steps, 0 for any, made of the one that `choose` chooses."""
     name = choose(request, wanted).backend
-    inner: Any = _Reference if name == "reference" else dispatch.backend_module(name)
+    inner: Any = Reference if name == "reference" else dispatch.backend_module(name)
     return Recomputing(inner, steps)
 
 

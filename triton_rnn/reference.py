@@ -258,6 +258,9 @@ def _extended_direction(
     """
     step = STEPS[cell.name]
     split = _split(weights, cell)
+    if runs is not None:
+        # No number beyond an end has a part in anything: zero times a NaN would be one.
+        input = torch.where(runs.unsqueeze(-1), input, input.new_zeros(()))
     preacts = linear(input, split.weight_ih, split.bias_ih)
     mask = None if extras.recurrent_mask is None else extras.recurrent_mask[d]
     starts = extras.reset_mask

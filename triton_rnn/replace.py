@@ -24,6 +24,17 @@ _OURS: dict[type, type] = {
     torch.nn.LSTMCell: modules.LSTMCell,
 }
 _THEIRS = {ours: theirs for theirs, ours in _OURS.items()}
+# What ours keep of themselves, in the class until something is other than torch.nn's has it.
+_PRIVATE = ("_options", "_stacking", "_residual", "_recompute", "_layered", "_normalized")
+# What torch.nn's forward calls, and ours does not.
+_CALLED = (
+    "forward",
+    "check_forward_args",
+    "check_input",
+    "check_hidden_size",
+    "get_expected_hidden_size",
+    "permute_hidden",
+)
 
 
 class _Combined:
@@ -64,17 +75,33 @@ def _rebased(kind: type, base: type) -> type:
 def _replaced(kind: type) -> type | None:
     """The class that takes the place of torch.nn's class `kind` or of a user's subclass of it.
 
-    None if the class is ours already, or not a recurrent module, or overrides forward.
+    None if the class is ours already, or not a recurrent module, or does not go together with ours.
     """
     if kind in _OURS:
         return _OURS[kind]
     theirs = next((base for base in kind.__mro__ if base in _OURS), None)
-    if theirs is None or kind.forward is not theirs.forward:  # type: ignore[attr-defined]
+    if theirs is None or _why_not(kind, theirs):
         return None
     if _is_parametrized(kind):
         base = _replaced(kind.__bases__[0])
         return None if base is None else _rebased(kind, base)
     return _combine(kind, _OURS[theirs])
+
+
+def _why_not(kind: type, theirs: type) -> str:
+    """What a user's subclass of torch.nn's has that ours would not have; "" where it can be ours.
+
+    What a module is called with, its arguments and state, is ours to check; and what is kept under
+    the names of `_PRIVATE` is ours.
+    """
+    for name in _CALLED:
+        if getattr(kind, name, None) is not getattr(theirs, name, None):
+            return f"overrides {name}"
+    own = [each for each in kind.__mro__ if each not in theirs.__mro__]
+    for name in _PRIVATE:
+        if any(name in vars(each) for each in own):
+            return f"has an attribute {name}"
+    return ""
 
 
 def _restored(kind: type) -> type | None:
@@ -93,9 +120,10 @@ def replace(model: _Model) -> _Model:
     """Make every torch.nn recurrent module in a model, itself included, one of this package.
 
     The modules stay the same objects with the same Parameters, hooks, mode and device; only their
-    class changes. A user's subclass that overrides `forward` is left alone, and a warning to the
-    logger ``triton_rnn`` names it; one that does not override it is taken as well and stays an
-    instance of its class.
+    class changes. A user's subclass that overrides `forward`, or a method that checks its
+    arguments, is left alone, and a warning to the logger ``triton_rnn`` names it; so is one with an
+    attribute under a name that ours keep for themselves. Any other is taken as well and stays an
+    instance of its class, with its own attributes.
 
     Args:
         model: any module. It is changed in place.
@@ -107,16 +135,17 @@ def replace(model: _Model) -> _Model:
     """
     for name, module in model.named_modules():
         kind = type(module)
-        replaced = _replaced(kind)
-        if replaced is not None:
+        theirs = next((base for base in kind.__mro__ if base in _OURS), None)
+        if theirs is None or any(base in _THEIRS for base in kind.__mro__):
+            continue
+        names = [each for each in _PRIVATE if each in vars(module)]
+        reason = f"has an attribute {names[0]}" if names else _why_not(kind, theirs)
+        replaced = None if reason else _replaced(kind)
+        if replaced is None:
+            _log.warning("left %s alone: %s %s", name or "the model", kind.__qualname__, reason)
+        else:
             module.__class__ = replaced
             _log.info("replaced %s (%s)", name or "the model", kind.__name__)
-        elif any(base in _OURS for base in kind.__mro__) and not any(
-            base in _THEIRS for base in kind.__mro__
-        ):
-            _log.warning(
-                "left %s alone: %s overrides forward", name or "the model", kind.__qualname__
-            )
     return model
 
 
@@ -143,4 +172,7 @@ def restore(model: _Model) -> _Model:
         restored = _restored(type(module))
         if restored is not None:
             module.__class__ = restored
+            for name in _PRIVATE:
+                # As it was by default, else it had been refused.
+                module.__dict__.pop(name, None)
     return model

@@ -12,7 +12,7 @@ from torch.nn.functional import dropout
 from torch.nn.utils.rnn import PackedSequence
 
 from triton_rnn import autocast, compiled, dispatch, functional, recompute
-from triton_rnn.options import of_layer
+from triton_rnn.options import of_layer, users
 from triton_rnn.request import Request
 
 
@@ -122,13 +122,6 @@ class Stacking(torch.nn.RNNBase):
         if isinstance(self.hidden_size, int):
             super().flatten_parameters()
 
-    def _users(self, name: str, ours: Any) -> Any:
-        """What a user's subclass, made ours by `replace`, has under the name of a property."""
-        for table in (self.__dict__, self._parameters, self._buffers, self._modules):
-            if name in table:
-                return table[name]
-        return ours
-
     @property
     def residual(self) -> bool:
         """Whether layers have residual connections: their input is added to their output.
@@ -137,7 +130,7 @@ class Stacking(torch.nn.RNNBase):
         its output is as wide as its input; `residual_layers` are those. What is added comes from
         before the dropout between the layers.
         """
-        return cast(bool, self._users("residual", self._residual))
+        return cast(bool, users(self, "residual", self._residual))
 
     @property
     def residual_layers(self) -> tuple[int, ...]:
@@ -161,10 +154,13 @@ class Stacking(torch.nn.RNNBase):
         Raises:
             ValueError: when it is set, for anything else, and on a module with layer_norm.
         """
-        return cast(bool | int, self._users("recompute", self._recompute))
+        return cast(bool | int, users(self, "recompute", self._recompute))
 
     @recompute.setter
     def recompute(self, value: bool | int) -> None:
+        if "recompute" in self.__dict__:
+            self.__dict__["recompute"] = value
+            return
         if type(value) not in (bool, int) or (type(value) is int and value < 1):
             raise ValueError(
                 f"recompute is True, False or a number of steps, at least 1, not {value!r}"

@@ -334,7 +334,7 @@ def forward(
     """What `module(input, hx)` returns.
 
     Args:
-        more: lengths, reset_mask and reset_to, if any of the first two is given.
+        more: lengths, reset_mask and reset_to, if any of them is given.
 
     Raises:
         RuntimeError, ValueError, TypeError: the call is malformed.

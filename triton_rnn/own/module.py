@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from triton_rnn import symbolic
 from triton_rnn.cells import OwnCell
 from triton_rnn.own import call, program, trace
 
@@ -247,10 +248,13 @@ class Recurrent(torch.nn.Module):
             TypeError, ValueError: for lengths and resets that are not those of this batch.
             BackendError: a backend was asked for by name that cannot run the call.
         """
+        if type(input) is not Tensor and symbolic.is_proxy(input):
+            more = {"lengths": lengths, "reset_mask": reset_mask, "reset_to": reset_to}
+            return symbolic.leaf(self, input, hx, **more)
         run = call.forward
         if torch.compiler.is_compiling():
             call.break_graphs()
             run = call.outside_of_graphs
-        if lengths is None and reset_mask is None:
+        if lengths is None and reset_mask is None and reset_to == "zeros":
             return run(self, input, hx)
         return run(self, input, hx, (lengths, reset_mask, reset_to))

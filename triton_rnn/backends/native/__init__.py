@@ -32,6 +32,10 @@ from triton_rnn.request import Request
 WHOLE = "native"
 # States that are zeros need not be there.
 TAKES_NO_STATE = True
+# See `layer._order_of`.
+READS_AS_WANTED = True
+# A backward reads none of the results, see `op`.
+SAVES_ALL = True
 # Which module has the `ExtendedLayer` of this backend.
 TAKES_EXTRAS = f"{__name__}.extended"
 
@@ -204,8 +208,18 @@ def saved_of(request: Request, results: Sequence[Tensor], shown: Sequence[Tensor
 
 
 def _lies_somewhere(tensor: Tensor) -> bool:
-    """Whether its numbers are in memory as they are: no minus to do, none of autograd's zeros."""
-    return not (tensor.is_neg() or tensor._is_zerotensor())
+    """Whether its numbers are in memory as they are: no minus to do, none of autograd's zeros.
+
+    Raises:
+        RuntimeError: in torch's words, if there is no memory: its storage was freed.
+    """
+    if tensor.is_neg() or tensor._is_zerotensor():
+        return False
+    if not tensor.data_ptr() and tensor.numel():
+        raise RuntimeError(
+            "The tensor has a non-zero number of elements, but its data is not allocated yet."
+        )
+    return True
 
 
 def _dense(tensor: Tensor) -> Tensor:

@@ -32,6 +32,9 @@ from triton_rnn.request import Request, with_zeros
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 _compiling = threading.Lock()
 
+# See `layer._order_of`.
+READS_AS_WANTED = True
+
 # Below autograd's dispatch keys a small operation costs a third less. The context manager is
 # private to torch, so its absence is survived.
 _below_autograd: Callable[[], Any] = getattr(
