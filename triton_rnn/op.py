@@ -127,7 +127,7 @@ def _check_results(
     shown, kept = [tuple(result.shape) for result in results], [tuple(s) for s in saved]
     if (
         [tuple(grad.shape) for grad in grads] != shapes
-        or shown not in (shapes, [*shapes, *kept], kept)
+        or shown not in ([], shapes, [*shapes, *kept], kept)
         or any(t.dtype != request.dtype or t.device != request.device for t in (*grads, *results))
     ):
         raise RuntimeError(
@@ -305,7 +305,8 @@ def layer_backward(
 
     Args:
         grads: of output, h_n[, c_n].
-        results: all that the forward returned; what a backend that `SAVES_ALL` saved is enough.
+        results: all that the forward returned; of a backend that `SAVES_ALL` what it saved is
+            enough. Without what was saved, it goes forward again.
 
     Raises:
         RuntimeError: for tensors that do not fit together.
