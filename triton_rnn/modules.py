@@ -72,17 +72,16 @@ class _Extended(torch.nn.RNNBase):
     def extra_repr(self) -> str:
         return super().extra_repr() + options.shown(self._options)
 
-    def forward(
+    def _run(
         self,
         input: Any,
-        hx: Any = None,
-        *,
-        lengths: Tensor | None = None,
-        reset_mask: Tensor | None = None,
-        reset_to: str = "zeros",
-        all_states: bool = False,
+        hx: Any,
+        lengths: Tensor | None,
+        reset_mask: Tensor | None,
+        reset_to: str,
+        all_states: bool,
     ) -> Any:
-        """As torch.nn's; the keywords are those of `extended.forward`."""
+        """A call; arguments as of `extended.forward`."""
         beyond_torch = (
             self._options is not None
             or lengths is not None
@@ -102,6 +101,7 @@ class _Extended(torch.nn.RNNBase):
         if self._stacking:
             call = normalized.forward if self._normalized else stacking.forward
         result = call(self, input, hx)
+        # torch's, whichever it is of: no class between has a forward.
         return super().forward(input, hx) if result is None else result
 
 
@@ -112,9 +112,20 @@ class RNN(_Extended, Stacking, torch.nn.RNN):
     Beyond torch's, in the constructor: a list for `hidden_size`, residual and recompute (see
     `stacking.Stacking`); input_dropout, recurrent_dropout, weight_dropout, zoneout, clip_hidden and
     clip_cell (see `options.Options`). In a call, by keyword: lengths (N,) int64, reset_mask (T, N)
-    bool or (N, T) with batch_first, reset_to "zeros" or "initial", all_states (see
-    `extended.forward`, which has their errors too).
+    bool or (N, T) with batch_first, reset_to "zeros" or "initial", all_states; see `forward`.
     """
+
+    def forward(
+        self,
+        input: Any,
+        hx: Tensor | None = None,
+        *,
+        lengths: Tensor | None = None,
+        reset_mask: Tensor | None = None,
+        reset_to: str = "zeros",
+        all_states: bool = False,
+    ) -> Any:
+        return self._run(input, hx, lengths, reset_mask, reset_to, all_states)
 
     def __prepare_scriptable__(self) -> torch.nn.Module:
         return _torch_twin(self, RNN, torch.nn.RNN)
@@ -128,8 +139,20 @@ class GRU(LayerNormalized, _Extended, Stacking, torch.nn.GRU):
     `stacking.Stacking`); layer_norm (see `normalized.LayerNormalized`); input_dropout,
     recurrent_dropout, weight_dropout, zoneout, clip_hidden and clip_cell (see `options.Options`).
     In a call, by keyword: lengths (N,) int64, reset_mask (T, N) bool or (N, T) with batch_first,
-    reset_to "zeros" or "initial", all_states (see `extended.forward`, which has their errors too).
+    reset_to "zeros" or "initial", all_states; see `forward`.
     """
+
+    def forward(
+        self,
+        input: Any,
+        hx: Tensor | None = None,
+        *,
+        lengths: Tensor | None = None,
+        reset_mask: Tensor | None = None,
+        reset_to: str = "zeros",
+        all_states: bool = False,
+    ) -> Any:
+        return self._run(input, hx, lengths, reset_mask, reset_to, all_states)
 
     def __prepare_scriptable__(self) -> torch.nn.Module:
         return _torch_twin(self, GRU, torch.nn.GRU)
@@ -143,11 +166,27 @@ class LSTM(LayerNormalized, _Extended, Stacking, torch.nn.LSTM):
     `stacking.Stacking`); layer_norm (see `normalized.LayerNormalized`); input_dropout,
     recurrent_dropout, weight_dropout, zoneout, clip_hidden and clip_cell (see `options.Options`).
     In a call, by keyword: lengths (N,) int64, reset_mask (T, N) bool or (N, T) with batch_first,
-    reset_to "zeros" or "initial", all_states (see `extended.forward`, which has their errors too).
+    reset_to "zeros" or "initial", all_states; see `forward`.
     """
+
+    def forward(
+        self,
+        input: Any,
+        hx: tuple[Tensor, Tensor] | None = None,
+        *,
+        lengths: Tensor | None = None,
+        reset_mask: Tensor | None = None,
+        reset_to: str = "zeros",
+        all_states: bool = False,
+    ) -> Any:
+        return self._run(input, hx, lengths, reset_mask, reset_to, all_states)
 
     def __prepare_scriptable__(self) -> torch.nn.Module:
         return _torch_twin(self, LSTM, torch.nn.LSTM)
+
+
+for _layer in (RNN, GRU, LSTM):
+    _layer.forward.__doc__ = extended.forward.__doc__
 
 
 class RNNCell(torch.nn.RNNCell):
