@@ -85,7 +85,7 @@ class Case:
 
 
 # The sizes that the targets are set over.
-ISSUE_GRID = (
+STANDARD_SIZES = (
     Size(1, 5, 4, 3),
     Size(1, 50, 1, 16),
     Size(10, 3, 100, 20, layers=4),
@@ -128,7 +128,7 @@ SMALL_SIZES = (
     *(Size(batch, 50, size, size) for size in (256, 512) for batch in (1, 8)),
 )
 
-GRIDS = {"issue": ISSUE_GRID, "other": OTHER_SIZES, "small": SMALL_SIZES}
+GRIDS = {"standard": STANDARD_SIZES, "other": OTHER_SIZES, "small": SMALL_SIZES}
 
 # Where a GPU is at hand. Small and large states, few and many sequences; the first is for --quick.
 GPU_SIZES = (
@@ -188,5 +188,5 @@ def case_by_id(case_id: str) -> Case:
     Raises:
         KeyError: there is none.
     """
-    sizes = dict.fromkeys((*ISSUE_GRID, *OTHER_SIZES, *SMALL_SIZES))
+    sizes = dict.fromkeys((*STANDARD_SIZES, *OTHER_SIZES, *SMALL_SIZES))
     return {case.id: case for case in cases_of(sizes, CELLS + EXTRA_CELLS)}[case_id]

@@ -34,7 +34,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         help="only this cell (repeatable); rnn-relu is measured only when asked for",
     )
     group.addoption("--case", default="", metavar="TEXT", help="only cases with TEXT in their id")
-    group.addoption("--grid", choices=GRIDS, default="issue", help="which list of sizes")
+    group.addoption("--grid", choices=GRIDS, default="standard", help="which list of sizes")
     group.addoption(
         "--provider",
         action="append",
@@ -103,7 +103,7 @@ def pytest_configure(config: pytest.Config) -> None:
     title = " ".join(
         [f"triton_rnn over torch.nn, grid '{grid}'", *(["--quick"] if quick else []), *narrowed]
     )
-    complete = grid in ("issue", "small") and not quick and not narrowed
+    complete = grid in ("standard", "small") and not quick and not narrowed
     targets = tables.SMALL_TARGETS if grid == "small" else tables.TARGETS
     config.stash[report_key] = Report(title, complete, quick, targets, describe_machine())
 

@@ -348,7 +348,7 @@ def _summary_table(report: Report) -> Rows:
         row = [target.group, _ratio(summary.padded), _ratio(summary.packed), _ratio(summary.both)]
         row += [_ratio(target.mean), _ratio(summary.worst.ratio), _ratio(target.worst)]
         rows.append([*row, _place(summary.worst.case), _yes(summary.reached)])
-    note = "" if report.complete else " (a selection: the targets are for the whole issue grid)"
+    note = "" if report.complete else " (a selection: the targets are for the whole standard grid)"
     return f"Ratios over torch.nn beside the targets{note}", header, rows
 
 

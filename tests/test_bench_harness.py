@@ -56,8 +56,8 @@ def sizes_of(selected: list[cases.Case]) -> set[tuple[int, ...]]:
     }
 
 
-def test_every_case_of_the_issue_is_measured() -> None:
-    selected = cases.select("issue")
+def test_every_case_of_the_standard_grid_is_measured() -> None:
+    selected = cases.select("standard")
     kinds = [("inference", False), ("inference", True), ("training", False), ("training", True)]
     kinds.append(("step", False))
     assert len(selected) == len(ISSUE) * 3 * len(kinds)
@@ -68,8 +68,8 @@ def test_every_case_of_the_issue_is_measured() -> None:
 
 
 def test_cases_of_a_gpu_are_there_only_where_one_is_asked_for() -> None:
-    assert {case.device for case in cases.select("issue")} == {"cpu"}
-    both = cases.select("issue", devices=("cpu", "cuda"))
+    assert {case.device for case in cases.select("standard")} == {"cpu"}
+    both = cases.select("standard", devices=("cpu", "cuda"))
     on_gpu = [case for case in both if case.device == "cuda"]
     assert {case.dtype for case in on_gpu} == set(cases.GPU_DTYPES)
     assert {case.mode for case in on_gpu} == set(cases.MODES)
@@ -119,13 +119,15 @@ def test_a_peer_is_compared_in_a_line() -> None:
 
 
 def test_every_cell_and_mode_is_in_the_quick_selection() -> None:
-    quick = cases.select("issue", quick=True)
+    quick = cases.select("standard", quick=True)
     kinds = {(case.cell, case.mode, case.packed) for case in quick}
     assert len(kinds) == 15
     assert len(quick) < 75
 
 
-@pytest.mark.parametrize("size", [*cases.ISSUE_GRID, *cases.OTHER_SIZES], ids=lambda size: size.id)
+@pytest.mark.parametrize(
+    "size", [*cases.STANDARD_SIZES, *cases.OTHER_SIZES], ids=lambda size: size.id
+)
 def test_lengths_descend_from_all_steps_to_half_of_them(size: cases.Size) -> None:
     lengths = size.lengths()
     assert len(lengths) == size.batch
@@ -433,7 +435,7 @@ def test_a_summary_reaches_its_target_only_by_mean_and_by_worst_case() -> None:
     assert not summary.reached
 
 
-def test_the_targets_are_the_issues() -> None:
+def test_the_targets_are_these() -> None:
     targets = {target.group: (target.mean, target.worst) for target in tables.TARGETS}
     assert targets == {
         "RNN inference": (2.0, 1.0),

@@ -15,7 +15,7 @@ from torch.nn.functional import dropout, linear
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 import triton_rnn
-from triton_rnn import beyond, dispatch, episodes
+from triton_rnn import dispatch, episodes, route
 from triton_rnn.extras import Extras
 
 STEPS, BATCH, INPUT, HIDDEN = 6, 4, 3, 5
@@ -591,8 +591,8 @@ def test_explain_tells_of_a_modules_options(monkeypatch, size, dtype, backend):
     input = torch.zeros(3, 2, 6, dtype=dtype)
     found = triton_rnn.explain(module, input)
     ran = []
-    choose = beyond.choose
-    monkeypatch.setattr(beyond, "choose", lambda request: ran.append(choose(request)) or ran[-1])
+    choose = route.choose
+    monkeypatch.setattr(route, "choose", lambda request: ran.append(choose(request)) or ran[-1])
     module(input)
     assert found.backend == ran[0].backend == backend
     assert "zoneout" in found.request.extras
@@ -624,8 +624,8 @@ def test_explain_tells_of_a_call_with_more(monkeypatch, more, size):
     input = torch.zeros(3, 2, 6)
     found = triton_rnn.explain(module, input, **more)
     ran = []
-    choose = beyond.choose
-    monkeypatch.setattr(beyond, "choose", lambda request: ran.append(choose(request)) or ran[-1])
+    choose = route.choose
+    monkeypatch.setattr(route, "choose", lambda request: ran.append(choose(request)) or ran[-1])
     module(input, **more)
     assert found.backend == ran[0].backend == "native"
     assert found.request.extras == (next(iter(more)),)

@@ -416,6 +416,10 @@ def test_torch_has_no_module_for_it():
     with pytest.raises(RuntimeError, match=r"torch\.jit\.script"):
         torch.jit.script(module)
     assert type(module) is triton_rnn.GRU
+
+
+def test_autocast_is_refused():
+    module = normalized("GRU", 3, 5)
     with (
         torch.autocast("cpu"),
         pytest.raises(triton_rnn.BackendError, match="layer_norm: autocast is on"),

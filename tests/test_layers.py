@@ -806,7 +806,7 @@ def test_backends_agree_within_one_graph():
     _, ours = twins("gru", 3, 4)
     input = random(5, 2, 3)
     expected = run(ours, input)
-    for first, second in itertools.permutations(("torchscript", "reference"), 2):
+    for first, second in itertools.permutations(("native", "torchscript", "aten", "reference"), 2):
         with triton_rnn.use_backend(first):
             output, state = ours(input[:3])
         with triton_rnn.use_backend(second):

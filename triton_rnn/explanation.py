@@ -7,7 +7,6 @@ import torch
 
 from triton_rnn import (
     autocast,
-    beyond,
     dispatch,
     extended,
     functional,
@@ -20,7 +19,7 @@ from triton_rnn.episodes import Episodes
 from triton_rnn.own import call as own
 from triton_rnn.own.module import Recurrent
 from triton_rnn.request import Request
-from triton_rnn.route import Prepared, route
+from triton_rnn.route import Prepared, choose, route
 
 _MALFORMED = "malformed or out of the ordinary: torch.nn's own forward answers it"
 
@@ -117,7 +116,7 @@ def explain(
         call = normalized.prepare(module, input, hx)
         if call is None:
             return _left_to_torch(_MALFORMED)
-        taken = beyond.choose(call.request)
+        taken = choose(call.request)
         lines = tuple(_plan(call, taken.backend, module.num_layers))
         return Explanation(taken.backend, taken.reasons, lines, call.request)
     wanted = dispatch.requested()

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn.functional import dropout
 from torch.nn.utils.rnn import PackedSequence
 
-from triton_rnn import autocast, beyond, compiled, functional, normalized, recompute, stacking
+from triton_rnn import autocast, compiled, functional, malformed, normalized, recompute, stacking
 from triton_rnn.episodes import Episodes, check_reset_to, checked
 from triton_rnn.extras import Extras
 from triton_rnn.layer import layer
@@ -171,7 +171,7 @@ def _plain(module: Any, input: Any, hx: Any) -> Any:
         result = functional.forward(module, input, hx)
     else:
         result = recompute.forward(module, input, hx, segment)
-    return beyond.TORCHS[module.mode].forward(module, input, hx) if result is None else result
+    return malformed.TORCHS[module.mode].forward(module, input, hx) if result is None else result
 
 
 def _segment_of(module: Any) -> int | None:
@@ -210,7 +210,7 @@ def prepare(
     kind = normalized if getattr(module, "_normalized", False) else functional
     call = kind.prepare(module, input, hx)
     if call is None:
-        beyond.refuse_malformed(module, input, hx, names)
+        malformed.refuse(module, input, hx, names)
     request = call.request._replace(extras=names)
     given = checked(lengths, reset_mask, reset_to, module.batch_first, input, request)
     extras = given._replace(

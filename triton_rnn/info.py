@@ -48,7 +48,7 @@ def collect() -> dict[str, Any]:
         },
         "gpu": {"torch_built_for": _accelerator_of_this_build(), "devices": _gpus()},
         # A reason why not, or null for a backend that runs.
-        "backends": {name: dispatch.unavailable(name) for name in _backend_names()},
+        "backends": {name: dispatch.unavailable(name) for name in dispatch.BACKENDS},
         "native": _native(),
         "torchscript": _torchscript(),
         "settings": {name: os.environ.get(name) for name in SETTINGS},
@@ -64,10 +64,6 @@ def show(as_json: bool = False) -> None:
         print(_plain_text(_in_words(information)))
     else:
         _print_table(_in_words(information))
-
-
-def _backend_names() -> list[str]:
-    return [name for name in dispatch.BACKENDS if name != "auto"]
 
 
 def _triton_version() -> str | None:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from triton_rnn import beyond, compiled, dispatch, functional
+from triton_rnn import compiled, dispatch, functional, malformed, route
 from triton_rnn.cells import NORMALIZED
 from triton_rnn.options import OFF
 from triton_rnn.profiling import ranges
@@ -178,8 +178,8 @@ def forward(module: torch.nn.RNNBase, input: Any, hx: Any) -> tuple[Any, Any]:
     functional.refuse_unsafe_state(module, input, hx)
     call = prepare(module, input, hx)
     if call is None:
-        beyond.refuse_malformed(module, input, hx, ("layer_norm",))
-    backend = dispatch.backend_module(beyond.choose(call.request).backend)
+        malformed.refuse(module, input, hx, ("layer_norm",))
+    backend = dispatch.backend_module(route.choose(call.request).backend)
     drop = module.dropout if module.training else 0.0
     with ranges.call(call.request.cell):
         output, *states = functional.stack(call, backend, module.num_layers, drop)

@@ -11,7 +11,9 @@ import importlib
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from triton_rnn import beyond, dispatch, functional, obstacles, recompute
+import torch
+
+from triton_rnn import dispatch, functional, obstacles, recompute
 from triton_rnn.cells import CELLS
 from triton_rnn.episodes import Episodes, episodes_of
 from triton_rnn.extras import Extras
@@ -65,6 +67,26 @@ class Route(NamedTuple):
     episodes: Episodes | None
 
 
+def choose(request: Request) -> dispatch.Choice:
+    """The backend that knows all extras of a request here and now, and why each other one does not.
+
+    Raises:
+        BackendError: if the one that was asked for cannot, or none can.
+    """
+    wanted = dispatch.requested()
+    reason = obstacles.obstacle()
+    if reason is None:
+        return dispatch.choose(request, wanted)
+    what = ", ".join(request.extras)
+    if obstacles.autocast_anywhere() or torch._C._get_tracing_state() is not None:
+        raise dispatch.BackendError(f"no backend can run a call with {what}: {reason}")
+    if wanted not in ("auto", "reference"):
+        raise dispatch.BackendError(f"backend {wanted!r} cannot run this call: {reason}")
+    # Plain torch code, which transforms and modes understand.
+    others = {name: reason for name in dispatch.BACKENDS if name != "reference"}
+    return dispatch.Choice("reference", others)
+
+
 def route(prepared: Prepared) -> Route:
     """How a call is done here and now.
 
@@ -79,9 +101,9 @@ def route(prepared: Prepared) -> Route:
         return _around_others(prepared, inside)
     knows = wanted != "auto" and hasattr(dispatch.backend_module(wanted), "TAKES_EXTRAS")
     if knows or obstacles.obstacle() is not None:
-        return _knowing(beyond.choose(request), prepared.call)
+        return _knowing(choose(request), prepared.call)
     if wanted == "auto":
-        best = beyond.choose(request)
+        best = choose(request)
         if best.backend != "reference":
             return _knowing(best, prepared.call)
         if not inside:
@@ -97,7 +119,7 @@ def route(prepared: Prepared) -> Route:
     if wanted == "triton":
         return _generated(prepared, inside, None)
     # Which says why not.
-    return _knowing(beyond.choose(request._replace(extras=inside)), prepared.call)
+    return _knowing(choose(request._replace(extras=inside)), prepared.call)
 
 
 def _knowing(choice: dispatch.Choice, call: functional.Call) -> Route:
@@ -214,7 +236,7 @@ def _around_others(prepared: Prepared, inside: Sequence[str]) -> Route:
     call, episodes = found
     if prepared.segment is None:
         call = call._replace(request=call.request._replace(extras=("layer_norm",)))
-        choice = beyond.choose(call.request)
+        choice = choose(call.request)
         return Route(choice, dispatch.backend_module(choice.backend), call, None, episodes)
     recompute.refuse_obstacles()
     choice = recompute.choose(call.request, wanted)

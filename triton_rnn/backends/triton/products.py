@@ -1,4 +1,4 @@
-"""The products that do not depend on time: the input's projection, and the gradients of weights.
+"""Who makes the products that do not depend on time: the kernel of `kernels.matmul`, or cuBLAS.
 
 The projection is the Triton kernel, which reads the input where it lies and writes both directions
 at once; large ones that lie as cuBLAS likes them are cuBLAS'. The gradients are cuBLAS'. All that
