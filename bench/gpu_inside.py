@@ -20,7 +20,7 @@ from triton_rnn.kernels import planner
 from triton_rnn.kernels.chips import INTERPRETER
 from triton_rnn.kernels.plan import Plan
 from triton_rnn.own import call as own
-from triton_rnn.request import Request
+from triton_rnn.request import Call, Request
 
 # The functions that a training step's device time is split by.
 PHASES = (
@@ -129,7 +129,7 @@ def requests_of(module: Any, input: Any, hx: Any = None, **more: Any) -> list[Re
         beyond = extended.prepare(module, input, hx, **more)
     if beyond is not None:
         with dispatch.use_backend("triton"):
-            call: functional.Call | None = route.route(beyond).call
+            call: Call | None = route.route(beyond).call
     else:
         call = prepare(module, input, hx)
     if call is None:

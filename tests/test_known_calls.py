@@ -20,7 +20,7 @@ from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 from torch.utils._pytree import tree_leaves
 
 import triton_rnn
-from triton_rnn import functional, health
+from triton_rnn import cell_call, functional, health, known
 from triton_rnn.backends import native
 from triton_rnn.backends.native import calls, parts
 from triton_rnn.profiling import ranges
@@ -51,7 +51,7 @@ def decides_nothing(monkeypatch):
         raise AssertionError("the call was decided anew")
 
     monkeypatch.setattr(functional, "prepare", refuse)
-    monkeypatch.setattr(functional, "prepare_cell", refuse)
+    monkeypatch.setattr(cell_call, "prepare", refuse)
 
 
 def outcome(module, *args):
@@ -497,7 +497,7 @@ def elsewhere():
 
 def key_of(module, input, hx=None):
     names = module._flat_weights_names
-    return functional.seen_before(module, input, hx, "layer", functional._TORCHS_DECIDING, names)
+    return known.seen_before(module, input, hx, "layer", functional.TORCHS_DECIDING, names)
 
 
 def test_a_call_elsewhere_is_known_by_its_device_and_python_does_it(elsewhere, monkeypatch):
@@ -701,11 +701,11 @@ def test_no_memory_raises_in_a_known_call(monkeypatch):
     with torch.no_grad():
         gru(x)
         with triton_rnn.use_backend("reference"):
-            key = functional.seen_before(
-                gru, x, None, "layer", functional._TORCHS_DECIDING, gru._flat_weights_names
+            key = known.seen_before(
+                gru, x, None, "layer", functional.TORCHS_DECIDING, gru._flat_weights_names
             )
         monkeypatch.setattr(functions, "forward", parts.Function.of(failing, 1))
-        decided = functional.Decided(request._replace(needs_grad=False), native, "padded", 1, 0.0)
+        decided = known.Decided(request._replace(needs_grad=False), native, "padded", 1, 0.0)
         native.remember(key, decided, 10)
         with triton_rnn.use_backend("reference"), pytest.raises(MemoryError, match="layer"):
             gru(x)

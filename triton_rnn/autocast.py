@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
 from triton_rnn import dispatch, functional, obstacles
+from triton_rnn.request import Call
 
 CAST = (torch.float32, torch.float16, torch.bfloat16)
 # Before, bfloat16 is none of cuDNN's dtypes, and torch's other kernels follow other rules.
@@ -79,9 +80,7 @@ def off(input: Any) -> Any:
     return torch.autocast(data.device.type, enabled=False)
 
 
-def prepare(
-    module: torch.nn.RNNBase, input: Any, hx: Any
-) -> tuple[functional.Call, dispatch.Choice] | None:
+def prepare(module: torch.nn.RNNBase, input: Any, hx: Any) -> tuple[Call, dispatch.Choice] | None:
     """A call in float16 and its backend; None if torch.nn's own forward is to answer.
 
     Raises:

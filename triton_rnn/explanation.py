@@ -7,6 +7,7 @@ import torch
 
 from triton_rnn import (
     autocast,
+    cell_call,
     dispatch,
     extended,
     functional,
@@ -18,7 +19,7 @@ from triton_rnn import (
 from triton_rnn.episodes import Episodes
 from triton_rnn.own import call as own
 from triton_rnn.own.module import Recurrent
-from triton_rnn.request import Request
+from triton_rnn.request import Call, Request
 from triton_rnn.route import Prepared, choose, route
 
 _MALFORMED = "malformed or out of the ordinary: torch.nn's own forward answers it"
@@ -139,13 +140,13 @@ def explain(
         call = functional.prepare(module, input, hx)
     else:
         layers = 1
-        call = functional.prepare_cell(module, input, hx)
+        call = cell_call.prepare(module, input, hx)
     if call is None:
         return _left_to_torch(_MALFORMED)
     recomputed = call.request.needs_grad and recomputed
     choice: dispatch.Choice | None
     if isinstance(module, torch.nn.RNNCellBase):
-        choice = functional.choose_for_cell(call.request, wanted)
+        choice = cell_call.choose(call.request, wanted)
         if choice is None:
             return _left_to_torch("auto leaves this step to torch's own cells")
     else:
@@ -183,12 +184,12 @@ def _extended(prepared: Prepared, layers: int) -> Explanation:
     return Explanation(choice.backend, choice.reasons, tuple(plan), prepared.call.request)
 
 
-def _segments(call: functional.Call, given: int) -> str:
+def _segments(call: Call, given: int) -> str:
     steps = recompute.Recomputing(None, given).steps_of(call.request.seq_len)
     return f"in segments of {steps} steps, each gone through again in the backward"
 
 
-def _plan(call: functional.Call, backend: str, layers: int) -> list[str]:
+def _plan(call: Call, backend: str, layers: int) -> list[str]:
     """How the backend goes about each layer, as far as it tells."""
     describe = getattr(dispatch.backend_module(backend), "describe", None)
     plan: list[str] = []

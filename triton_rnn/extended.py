@@ -21,7 +21,7 @@ from triton_rnn.extras import Extras
 from triton_rnn.layer import layer
 from triton_rnn.options import OFF, Options
 from triton_rnn.profiling import ranges
-from triton_rnn.request import zero_states
+from triton_rnn.request import Call, zero_states
 from triton_rnn.route import Drawn, Prepared, Route, route
 
 
@@ -148,7 +148,7 @@ def _stack(
         elif h is None and not hasattr(backend, "TAKES_NO_STATE"):
             h, c = zero_states(request, x)
         if hasattr(backend, "stack"):
-            one = functional.Call(request, x, batch_sizes, h, c, own)
+            one = Call(request, x, batch_sizes, h, c, own)
             x, *states = backend.stack(one, backend, 1, 0.0)
         else:
             x, *states = layer(knows, request, batch_sizes, x, h, c, own)

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from triton_rnn import extended, functional, normalized, options, stacking, symbolic
+from triton_rnn import cell_call, extended, functional, normalized, options, stacking, symbolic
 from triton_rnn.normalized import LayerNormalized
 from triton_rnn.options import Option
 from triton_rnn.stacking import Stacking
@@ -198,7 +198,7 @@ class RNNCell(torch.nn.RNNCell):
     def forward(self, input: Tensor, hx: Tensor | None = None) -> Tensor:
         if type(input) is not Tensor and symbolic.is_proxy(input):
             return symbolic.leaf(self, input, hx)
-        result = functional.cell_forward(self, input, hx)
+        result = cell_call.forward(self, input, hx)
         return super().forward(input, hx) if result is None else result[0]
 
     def __prepare_scriptable__(self) -> torch.nn.Module:
@@ -214,7 +214,7 @@ class GRUCell(torch.nn.GRUCell):
     def forward(self, input: Tensor, hx: Tensor | None = None) -> Tensor:
         if type(input) is not Tensor and symbolic.is_proxy(input):
             return symbolic.leaf(self, input, hx)
-        result = functional.cell_forward(self, input, hx)
+        result = cell_call.forward(self, input, hx)
         return super().forward(input, hx) if result is None else result[0]
 
     def __prepare_scriptable__(self) -> torch.nn.Module:
@@ -232,7 +232,7 @@ class LSTMCell(torch.nn.LSTMCell):
     ) -> tuple[Tensor, Tensor]:
         if type(input) is not Tensor and symbolic.is_proxy(input):
             return symbolic.leaf(self, input, hx)
-        result = functional.cell_forward(self, input, hx)
+        result = cell_call.forward(self, input, hx)
         return super().forward(input, hx) if result is None else (result[0], result[1])
 
     def __prepare_scriptable__(self) -> torch.nn.Module:

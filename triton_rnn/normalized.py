@@ -16,6 +16,7 @@ from triton_rnn import compiled, dispatch, functional, malformed, route
 from triton_rnn.cells import NORMALIZED
 from triton_rnn.options import OFF
 from triton_rnn.profiling import ranges
+from triton_rnn.request import Call
 
 
 @functools.lru_cache(maxsize=1024)
@@ -136,7 +137,7 @@ def _fifth_weights(module: Any, like: Tensor) -> list[Tensor] | None:
         parts: list[Tensor] = []
         for name, length in names:
             weight: Any = getattr(module, name, None)
-            if not functional._is_plain(weight, (length * size,), like.dtype, like.device):
+            if not functional.is_plain(weight, (length * size,), like.dtype, like.device):
                 return None
             parts.append(weight)
         if module.mode == "LSTM" and not module.bias:
@@ -145,7 +146,7 @@ def _fifth_weights(module: Any, like: Tensor) -> list[Tensor] | None:
     return found
 
 
-def prepare(module: torch.nn.RNNBase, input: Any, hx: Any) -> functional.Call | None:
+def prepare(module: torch.nn.RNNBase, input: Any, hx: Any) -> Call | None:
     """Take a call of a module with layer normalization apart; None if it is malformed."""
     call = functional.prepare(module, input, hx)
     if call is None:

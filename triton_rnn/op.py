@@ -21,7 +21,7 @@ from torch import Tensor
 from triton_rnn import dispatch
 from triton_rnn.cells import CELLS
 from triton_rnn.obstacles import autocast_anywhere
-from triton_rnn.request import Request, weight_shapes
+from triton_rnn.request import Call, Request, weight_shapes
 from triton_rnn.version import __version__
 
 # What backends save differs between versions of this package, and a compiler that keeps graphs on
@@ -242,7 +242,7 @@ def layer(
     with _without_autocast(input):
         if not hasattr(module, "forward"):
             # Imported late, for it imports this file.
-            from triton_rnn.functional import Call, stack
+            from triton_rnn.functional import stack
 
             call = Call(request, input, [], h_0, c_0, list(weights))
             return list(getattr(module, "stack", stack)(call, module, 1, 0.0))

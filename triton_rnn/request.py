@@ -42,6 +42,26 @@ class Request(NamedTuple):
     extras: tuple[str, ...] = ()
 
 
+class Call(NamedTuple):
+    """A well-formed call of a recurrent module, in the form that the layer op takes.
+
+    Attributes:
+        request: the first layer's.
+        input: (T, N, I) or, packed, (sum of lengths, I).
+        batch_sizes: rows of every step of a packed batch, empty for a padded one.
+        h_0: (L * D, N, H_out), or None for zeros.
+        c_0: (L * D, N, H), or None for zeros or where the cell has none.
+        weights: of all layers and directions, in torch's order.
+    """
+
+    request: Request
+    input: Tensor
+    batch_sizes: list[int]
+    h_0: Tensor | None
+    c_0: Tensor | None
+    weights: list[Tensor]
+
+
 @functools.lru_cache(maxsize=1024)
 def weight_shapes(
     gate_rows: int,

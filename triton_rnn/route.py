@@ -13,11 +13,11 @@ from typing import Any, NamedTuple
 
 import torch
 
-from triton_rnn import dispatch, functional, obstacles, recompute
+from triton_rnn import dispatch, obstacles, recompute
 from triton_rnn.cells import CELLS
 from triton_rnn.episodes import Episodes, episodes_of
 from triton_rnn.extras import Extras
-from triton_rnn.request import Request
+from triton_rnn.request import Call, Request
 
 # What can be done around loops that know nothing of it. So can all states of a cell without c.
 _AROUND = ("lengths", "reset_mask", "input_dropout", "weight_dropout")
@@ -43,7 +43,7 @@ class Prepared(NamedTuple):
         segment: steps of a segment if its backward is to go forward again, 0 for any; else None.
     """
 
-    call: functional.Call
+    call: Call
     extras: Extras
     drawn: Drawn
     segment: int | None = None
@@ -62,7 +62,7 @@ class Route(NamedTuple):
 
     choice: dispatch.Choice
     backend: Any
-    call: functional.Call
+    call: Call
     home: str | None
     episodes: Episodes | None
 
@@ -122,13 +122,13 @@ def route(prepared: Prepared) -> Route:
     return _knowing(choose(request._replace(extras=inside)), prepared.call)
 
 
-def _knowing(choice: dispatch.Choice, call: functional.Call) -> Route:
+def _knowing(choice: dispatch.Choice, call: Call) -> Route:
     """By loops that know all extras."""
     backend = dispatch.backend_module(choice.backend)
     return Route(choice, backend, call, backend.TAKES_EXTRAS, None)
 
 
-def _no_steps(call: functional.Call) -> Route:
+def _no_steps(call: Call) -> Route:
     """Of a batch whose sequences are all empty, of which nobody asks what a step would be."""
     others = {name: "there is no step" for name in dispatch.BACKENDS if name != "reference"}
     request, _, _, _, _, weights = call
@@ -141,7 +141,7 @@ def _no_steps(call: functional.Call) -> Route:
     return _knowing(dispatch.Choice("reference", others), call)
 
 
-def _packed(prepared: Prepared) -> tuple[functional.Call, Episodes | None] | None:
+def _packed(prepared: Prepared) -> tuple[Call, Episodes | None] | None:
     """A call without extras, as a packed batch of episodes if need be; None if it has no step."""
     call, extras, *_ = prepared
     request = call.request._replace(extras=())
@@ -153,11 +153,11 @@ def _packed(prepared: Prepared) -> tuple[functional.Call, Episodes | None] | Non
     return by_episodes(call._replace(request=request), episodes), episodes
 
 
-def by_episodes(call: functional.Call, episodes: Episodes) -> functional.Call:
+def by_episodes(call: Call, episodes: Episodes) -> Call:
     """A padded call as one of a packed batch of episodes."""
     request, x, _, h_0, c_0, weights = call
     directions, sizes = request.directions, episodes.batch_sizes
-    return functional.Call(
+    return Call(
         request._replace(seq_len=len(sizes), batch=sizes[0], packed=True),
         episodes.take(x),
         sizes,

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import triton_rnn
-from triton_rnn import dispatch, functional, health
+from triton_rnn import dispatch, health, known
 from triton_rnn.backends.triton import check, launch, rules
 from triton_rnn.cells import CELLS
 from triton_rnn.kernels.chips import CHIPS
@@ -130,13 +130,13 @@ def test_a_choice_during_a_capture_holds_for_its_call_alone(monkeypatch):
     assert not decided
     call = SimpleNamespace(input=torch.empty(3, 2, 16))
     made = SimpleNamespace(request=asked, backend=dispatch.backend_module("native"))
-    monkeypatch.setattr(functional, "_known", None)
-    functional.remember(None, made, call)
-    assert functional._known is None
+    monkeypatch.setattr(known, "_known", None)
+    known.remember(None, made, call)
+    assert known._known is None
     monkeypatch.setattr(dispatch, "capturing", lambda device: False)
     dispatch.choose(asked, "auto")
-    functional.remember(None, made, call)
-    assert decided and functional._known is not None
+    known.remember(None, made, call)
+    assert decided and known._known is not None
 
 
 def test_threads_that_come_first_together_have_one_word_for_errors(monkeypatch):

@@ -6,17 +6,13 @@ the call that torch.nn's forward makes, after our checks in place of torch.nn's.
 
 from collections.abc import Callable
 from types import ModuleType
-from typing import TYPE_CHECKING
 
 import torch
 from torch import _VF, Tensor
 
 from triton_rnn.cells import OwnCell
 from triton_rnn.profiling import ranges, session
-from triton_rnn.request import Request
-
-if TYPE_CHECKING:
-    from triton_rnn.functional import Call
+from triton_rnn.request import Call, Request
 
 _FUNCTIONS: dict[str, Callable[..., tuple[Tensor, ...]]] = {
     "rnn_tanh": _VF.rnn_tanh,
@@ -34,7 +30,7 @@ def supports(request: Request) -> str | None:
     return None
 
 
-def stack(call: "Call", backend: ModuleType, layers: int, drop: float) -> tuple[Tensor, ...]:
+def stack(call: Call, backend: ModuleType, layers: int, drop: float) -> tuple[Tensor, ...]:
     """All layers at once: output, h_n and, if the cell has it, c_n, time-major."""
     request, x, _, h_0, c_0, weights = call
     directions = request.directions

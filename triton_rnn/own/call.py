@@ -15,12 +15,12 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
-from triton_rnn import dispatch, functional, obstacles
+from triton_rnn import dispatch, functional, known, obstacles
 from triton_rnn.cells import OwnCell
 from triton_rnn.episodes import Episodes, checked, episodes_of
 from triton_rnn.obstacles import autocast_anywhere
 from triton_rnn.profiling import ranges
-from triton_rnn.request import Request, zero_states
+from triton_rnn.request import Call, Request, zero_states
 from triton_rnn.route import by_episodes
 
 if TYPE_CHECKING:
@@ -195,7 +195,7 @@ def _batch_sizes(input: PackedSequence, rows: int) -> list[int]:
     return found
 
 
-def prepare(module: "Recurrent", input: Any, hx: Any) -> functional.Call:
+def prepare(module: "Recurrent", input: Any, hx: Any) -> Call:
     """Take a call apart.
 
     Raises:
@@ -245,10 +245,10 @@ def prepare(module: "Recurrent", input: Any, hx: Any) -> functional.Call:
         bool(batch_sizes),
         needs_grad,
     )
-    return functional.Call(request, data, batch_sizes, h_0, c_0, weights)
+    return Call(request, data, batch_sizes, h_0, c_0, weights)
 
 
-def obstacle(call: functional.Call) -> str | None:
+def obstacle(call: Call) -> str | None:
     """Why only the plain loop can serve a call here and now, or None."""
     tensors = [call.input, *call.weights]
     tensors += [state for state in (call.h_0, call.c_0) if state is not None]
@@ -257,7 +257,7 @@ def obstacle(call: functional.Call) -> str | None:
     return obstacles.obstacle()
 
 
-def choose(call: functional.Call) -> dispatch.Choice:
+def choose(call: Call) -> dispatch.Choice:
     """The backend of a call.
 
     Raises:
@@ -274,8 +274,8 @@ def choose(call: functional.Call) -> dispatch.Choice:
 
 
 def in_episodes(
-    module: "Recurrent", input: Any, call: functional.Call, more: tuple[Any, Any, Any]
-) -> tuple[functional.Call, Episodes | None]:
+    module: "Recurrent", input: Any, call: Call, more: tuple[Any, Any, Any]
+) -> tuple[Call, Episodes | None]:
     """A call with lengths and resets as one of a packed batch of episodes; None if it has no step.
 
     Args:
@@ -343,20 +343,20 @@ def forward(
     if more is not None:
         return _forward_in_episodes(module, input, hx, more)
     kind, names = f"own{module.cell.number}", _names_of(module)
-    seen = functional.seen_before(module, input, hx, kind, functional.DECIDING, names)
+    seen = known.seen_before(module, input, hx, kind, known.DECIDING, names)
     if type(seen) is tuple:
         return seen
     if type(seen) is list:
         decided = seen.pop()
-        call = functional.again(decided, input, hx, _with_empty(module, seen))
+        call = known.again(decided, input, hx, _with_empty(module, seen))
     else:
         call = prepare(module, input, hx)
         backend = dispatch.backend_module(choose(call).backend)
         drop = module.dropout if module.training else 0.0
-        form = functional.form_of(module, input)
-        decided = functional.Decided(call.request, backend, form, module.num_layers, drop)
+        form = known.form_of(module, input)
+        decided = known.Decided(call.request, backend, form, module.num_layers, drop)
         if module.cell.states <= 2:
-            functional.remember(seen, decided, call)
+            known.remember(seen, decided, call)
     with ranges.call(module.cell):
         output, *states = functional.stack(call, decided.backend, decided.layers, decided.drop)
     return functional.in_callers_form(module, input, output, _apart(module, states))

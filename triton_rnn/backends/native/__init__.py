@@ -507,7 +507,7 @@ def remember(key: bytes, decided: Any, rows: int) -> None:
 
     Args:
         key: what the call is known by.
-        decided: a `functional.Decided`.
+        decided: a `known.Decided`.
         rows: of all its steps together; other calls of the kind have as many in a step on average.
     """
     request, layers, form = decided.request, decided.layers, _FORMS.get(decided.form)
