@@ -24,8 +24,12 @@ def _is_more(grad: Tensor | None) -> bool:
     return grad is not None and (_of_transforms(grad) or _of_older_vmap(grad))
 
 
-def _version(tensor: Tensor) -> int:
-    return 0 if tensor.is_inference() else tensor._version
+def _versions(tensors: Sequence[Tensor]) -> list[int]:
+    try:
+        return [tensor._version for tensor in tensors]
+    except RuntimeError:
+        # Those that were made in inference mode have none, and cannot change here.
+        return [0 if tensor.is_inference() else tensor._version for tensor in tensors]
 
 
 class LayerFunction(torch.autograd.Function):
@@ -52,11 +56,14 @@ class LayerFunction(torch.autograd.Function):
         ctx.layer = ranges.here.layer
         # What only the second derivative reads may change in place, as with torch.nn; should it be
         # read after all, its version tells.
-        order = _order_of(backend, request, ctx.needs_input_grad[3:])
+        cell, reads = request.cell, getattr(backend, "READS", "")
+        single = request.seq_len == 1
+        needs = ctx.needs_input_grad
+        order = _order(reads, request.biased, cell.fifth, request.directions, single, needs)
         given = (input, *weights)
         ctx.order, ctx.unread = order, order.unread(given)
         ctx.save_for_backward(h_0, c_0, *order.read(given), *saved)
-        ctx.versions = [_version(tensor) for tensor in ctx.unread]
+        ctx.versions = _versions(ctx.unread)
         return results
 
     @staticmethod
@@ -110,46 +117,36 @@ def _picker(places: Sequence[int]) -> _Picker:
     return lambda given: [given[place] for place in places]
 
 
-def _order_of(backend: Any, request: Request, needs: Sequence[bool]) -> _Order:
-    """What a backend's backward reads of input and weights.
-
-    Args:
-        needs: whether the gradient of the input, of h_0, of c_0 and of each weight is wanted.
-    """
-    cell, directions = request.cell, request.directions
-    if hasattr(backend, "READS_EVERYTHING"):
-        return _order(request.biased, cell.fifth, directions, True, True, True, True)
-    input = weight_ih = True
-    if hasattr(backend, "READS_AS_WANTED"):
-        # Each is there for the other's gradient alone.
-        input = any(needs[3 :: (len(needs) - 3) // directions])
-        weight_ih = needs[0]
-    # With one step, it is there for the gradient of the state before it.
-    weight_hh = request.seq_len > 1 or needs[1]
-    return _order(request.biased, cell.fifth, directions, input, weight_ih, weight_hh, False)
-
-
-@functools.lru_cache(maxsize=64)
+@functools.lru_cache(maxsize=256)
 def _order(
+    reads: str,
     biased: bool,
     fifth: bool,
     directions: int,
-    input: bool,
-    weight_ih: bool,
-    weight_hh: bool,
-    biases: bool,
+    single: bool,
+    needs: tuple[bool, ...],
 ) -> _Order:
-    """How to pick those that are read, and the others.
+    """How to pick from the input and each direction's weights, those that are read and the others.
 
-    From the input and weight_ih, weight_hh[, bias_ih, bias_hh][, a fifth] of each direction.
+    Args:
+        reads: "everything" for a backend that goes forward again; "as wanted" for one that reads
+            the input and W_ih for the gradient of the other one, where that is wanted.
+        single: whether there is one step, where W_hh is read for the gradient of h_0 alone.
+        needs: `needs_input_grad` of the node: from 3 on input, h_0, c_0 and every weight.
     """
-    reads = [input]
-    reads += [weight_ih, weight_hh, *[biases] * (2 * biased), *[True] * fifth] * directions
-    kinds = "".join("r" if is_read else "u" for is_read in reads)
-    read = [place for place, kind in enumerate(kinds) if kind == "r"]
-    unread = [place for place, kind in enumerate(kinds) if kind == "u"]
+    # weight_ih, weight_hh[, bias_ih, bias_hh][, a fifth].
+    count = 2 + 2 * biased + fifth
+    all_of_it = reads == "everything"
+    input = weight_ih = True
+    if reads == "as wanted":
+        input, weight_ih = any(needs[6::count]), needs[3]
+    weight_hh = all_of_it or not single or needs[4]
+    which = [input]
+    which += [weight_ih, weight_hh, *[all_of_it] * (2 * biased), *[True] * fifth] * directions
+    read = [place for place, is_read in enumerate(which) if is_read]
+    unread = [place for place, is_read in enumerate(which) if not is_read]
     apart = read + unread
-    together = [apart.index(place) for place in range(len(kinds))]
+    together = [apart.index(place) for place in range(len(which))]
     return _Order(_picker(read), _picker(unread), _picker(together))
 
 
@@ -162,7 +159,7 @@ def _differentiable_backward(
     grads: Sequence[Tensor | None],
 ) -> list[Tensor | None]:
     """The same gradients as functions that can be differentiated again (`create_graph=True`)."""
-    if [weight._version for weight in ctx.unread] != ctx.versions:
+    if _versions(ctx.unread) != ctx.versions:
         raise RuntimeError(
             "one of the variables needed for gradient computation has been modified by an inplace "
             "operation: a weight of a recurrent layer"

@@ -82,27 +82,27 @@ class _Extended(torch.nn.RNNBase):
         all_states: bool,
     ) -> Any:
         """A call; arguments as of `extended.forward`."""
-        beyond_torch = (
+        if (
             self._options is not None
             or lengths is not None
             or reset_mask is not None
             or all_states
             or reset_to != "zeros"
-        )
-        if type(input) is not Tensor and symbolic.is_proxy(input):
-            more: dict[str, Any] = {}
-            if beyond_torch:
+        ):
+            if symbolic.is_proxy(input):
                 more = {"lengths": lengths, "reset_mask": reset_mask, "reset_to": reset_to}
-                more["all_states"] = all_states
-            return symbolic.leaf(self, input, hx, **more)
-        if beyond_torch:
+                return symbolic.leaf(self, input, hx, all_states=all_states, **more)
             return extended.forward(self, input, hx, lengths, reset_mask, reset_to, all_states)
         call: Callable[..., Any] = functional.forward
-        if self._stacking:
+        if self._stacking and not symbolic.is_proxy(input):
             call = normalized.forward if self._normalized else stacking.forward
         result = call(self, input, hx)
+        if result is not None:
+            return result
+        if symbolic.is_proxy(input):
+            return symbolic.leaf(self, input, hx)
         # torch's, whichever it is of: no class between has a forward.
-        return super().forward(input, hx) if result is None else result
+        return super().forward(input, hx)
 
 
 class RNN(_Extended, Stacking, torch.nn.RNN):

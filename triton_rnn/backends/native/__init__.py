@@ -32,8 +32,8 @@ from triton_rnn.request import Request
 WHOLE = "native"
 # States that are zeros need not be there.
 TAKES_NO_STATE = True
-# See `layer._order_of`.
-READS_AS_WANTED = True
+# Of the input and W_ih, see `layer._order`.
+READS = "as wanted"
 # A backward reads none of the results, see `op`.
 SAVES_ALL = True
 # Which module has the `ExtendedLayer` of this backend.

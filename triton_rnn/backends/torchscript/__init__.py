@@ -32,8 +32,8 @@ from triton_rnn.request import Request, with_zeros
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 _compiling = threading.Lock()
 
-# See `layer._order_of`.
-READS_AS_WANTED = True
+# Of the input and W_ih, see `layer._order`.
+READS = "as wanted"
 
 # Below autograd's dispatch keys a small operation costs a third less. The context manager is
 # private to torch, so its absence is survived.

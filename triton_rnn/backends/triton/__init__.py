@@ -25,8 +25,8 @@ REGULARIZES = f"{__name__}.extended"
 
 # For states that are not given nothing is made: see `launch.zeros`.
 TAKES_NO_STATE = True
-# See `layer._order_of`.
-READS_AS_WANTED = True
+# Of the input and W_ih, see `layer._order`.
+READS = "as wanted"
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
