@@ -1159,6 +1159,20 @@ def test_what_no_gradient_reads_may_change_before_the_backward(kind, backend):
         assert_close(results[1], results[0])
 
 
+@pytest.mark.parametrize("which", ["input", "weight_ih_l0", "weight_hh_l0"])
+@pytest.mark.parametrize("backend", ["native", "torchscript"])
+@pytest.mark.parametrize("kind", LAYERS)
+def test_what_a_gradient_reads_may_not_change_before_the_backward(kind, backend, which):
+    _, module = twins(kind, 3, 4)
+    input = random(5, 2, 3).requires_grad_()
+    with triton_rnn.use_backend(backend):
+        output = first_output(module, input)
+    with torch.no_grad():
+        (input if which == "input" else getattr(module, which)).add_(0.1)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        output.sum().backward()
+
+
 @pytest.mark.parametrize("kind", ["gru", "lstm"])
 def test_what_changed_is_told_by_the_second_derivative_that_reads_it(kind):
     _, module = twins(kind, 3, 4)

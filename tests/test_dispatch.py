@@ -152,7 +152,11 @@ def test_the_choice_ends_with_the_block_also_after_an_error(gru):
 
 def test_blocks_nest_and_one_object_can_be_entered_twice():
     block = triton_rnn.use_backend("reference")
-    with block, triton_rnn.use_backend("aten"), block:
+    with block:
+        with triton_rnn.use_backend("aten"):
+            with block:
+                assert dispatch.requested() == "reference"
+            assert dispatch.requested() == "aten"
         assert dispatch.requested() == "reference"
     assert dispatch.requested() == "auto"
 
