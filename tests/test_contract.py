@@ -1194,3 +1194,30 @@ def test_weights_made_in_inference_mode_have_torchs_error_when_trained(kind):
             module(torch.randn(5, 2, 3, requires_grad=True))
         messages.append(str(caught.value))
     assert messages[0] == messages[1]
+
+
+@pytest.mark.parametrize("backend", ["auto", "native", "reference"])
+def test_packed_sequences_of_one_length_and_the_wrong_width_are_refused(backend):
+    """By torch.nn.GRU and RNN too; torch.nn.LSTM's oneDNN reads beyond the weights."""
+    packed = pack_sequence([torch.randn(2, 64), torch.randn(2, 64)])
+    for name in ("RNN", "GRU", "LSTM"):
+        for options in ({}, {"recompute": True}, {"zoneout": 0.1}):
+            module = getattr(triton_rnn, name)(2, 3, **options)
+            with triton_rnn.use_backend(backend), pytest.raises(RuntimeError) as caught:
+                module(packed)
+            assert str(caught.value) == (
+                "input.size(-1) must be equal to input_size. Expected 2, got 64"
+            )
+
+
+@pytest.mark.parametrize("name", ["GRUCell", "RNNCell", "LSTMCell"])
+def test_what_a_cell_said_of_its_biases_when_it_was_made_is_not_asked_again(name):
+    theirs = getattr(torch.nn, name)(3, 3)
+    ours = getattr(triton_rnn, name)(3, 3)
+    ours.load_state_dict(theirs.state_dict())
+    theirs.bias = ours.bias = False
+    input = torch.randn(2, 3)
+    for context in (torch.enable_grad, torch.no_grad):
+        with context():
+            for _ in range(4):
+                assert_close(first_output(ours, input), first_output(theirs, input))

@@ -678,3 +678,15 @@ def test_no_other_word_for_the_state_of_an_episode_is_taken(arguments):
         module(torch.randn(STEPS, BATCH, INPUT), reset_to="hx", **arguments)
     with pytest.raises(ValueError, match="'zeros' or 'initial', got 'hx'"):
         triton_rnn.IndRNN(INPUT, 5)(torch.randn(STEPS, BATCH, INPUT), reset_to="hx")
+
+
+@pytest.mark.parametrize("backend", ["native", "reference"])
+def test_zoneout_takes_an_empty_batch(backend):
+    for kind in (triton_rnn.GRU, triton_rnn.LSTM):
+        module = kind(4, 5, zoneout=0.1, bidirectional=True)
+        input = torch.randn(6, 0, 4, requires_grad=True)
+        with triton_rnn.use_backend(backend):
+            output, _ = module(input)
+            assert output.shape == (6, 0, 10)
+            (slope,) = torch.autograd.grad(output.sum(), input, create_graph=True)
+        assert slope.shape == input.shape

@@ -6,10 +6,13 @@ import stat
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 
 from triton_rnn.backends.native import build
+
+ROOT = Path(__file__).parent.parent
 
 pytestmark = pytest.mark.skipif(build.compiler() is None, reason="no C compiler on this machine")
 
@@ -289,3 +292,81 @@ def test_old_libraries_are_forgotten(source, tmp_path, monkeypatch):
         for path in files(tmp_path / "cache"):
             os.utime(path, ns=(path.stat().st_mtime_ns - 10**9,) * 2)
     assert len(files(tmp_path / "cache")) == 2
+
+
+LATE = """
+import atexit, sys, threading, time, torch, triton_rnn
+
+def first_calls():
+    time.sleep(0.3)  # the main thread has ended by then
+    output, _ = triton_rnn.GRU(3, 4)(torch.randn(5, 2, 3))
+    output.sum().backward()
+    print("trained")
+
+if sys.argv[1] == "thread":
+    threading.Thread(target=first_calls).start()
+else:
+    atexit.register(first_calls)
+"""
+
+
+@pytest.mark.parametrize("when", ["thread", "atexit"])
+@pytest.mark.parametrize("warm", [False, True], ids=["compiling", "cached"])
+def test_a_first_call_may_come_when_the_interpreter_ends(when, warm, tmp_path):
+    """No thread can be begun then, so the parts are made one after the other."""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    if not warm:
+        environment["TRITON_RNN_CACHE"] = str(tmp_path)
+    done = subprocess.run(
+        [sys.executable, "-c", LATE, when],
+        env=environment, capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+    assert (done.stdout, done.returncode) == ("trained\n", 0), done.stderr
+
+
+INTERRUPTED = """
+import os, signal, sys, threading, time, torch, triton_rnn
+from triton_rnn.backends.native import build
+
+made, slowly = triton_rnn.LSTM(3, 4), build.library
+x, done = torch.randn(5, 2, 3), []
+
+def library(*given):
+    begun.set()
+    time.sleep(1.0)
+    return slowly(*given)
+
+begun, build.library = threading.Event(), library
+if sys.argv[1] == "fork":
+    thread = threading.Thread(target=lambda: made(x))
+    thread.start()
+    begun.wait()
+    child = os.fork()
+    if child == 0:
+        triton_rnn.LSTM(3, 4)(x)
+        os._exit(0)
+    assert os.waitpid(child, 0)[1] == 0
+    thread.join()
+else:
+    signal.signal(signal.SIGALRM, lambda *_: done.append(made(x)[0].shape))
+    signal.setitimer(signal.ITIMER_REAL, 0.3)
+    made(x)
+    assert done == [(5, 2, 4)]
+print("done")
+"""
+
+
+@pytest.mark.parametrize("by", ["fork", "signal"])
+def test_what_comes_while_loops_are_compiled_does_not_wait_for_ever(by, tmp_path):
+    """A child has not got the thread that compiles; a handler runs in the very thread."""
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", INTERRUPTED, by],
+        env={**os.environ, "PYTHONPATH": str(ROOT), "TRITON_RNN_CACHE": str(tmp_path)},
+        capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+    assert (done.stdout, done.returncode) == ("done\n", 0), done.stderr
+
+
+def test_the_cache_may_be_in_the_home_folder(monkeypatch):
+    monkeypatch.setenv("TRITON_RNN_CACHE", "~/somewhere")
+    assert build.cache_folder() == Path.home() / "somewhere"

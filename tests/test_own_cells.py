@@ -828,3 +828,16 @@ def test_no_array_is_read_or_written_outside(tmp_path):
     )
     assert done.returncode == 0, done.stderr[-4000:]
     assert done.stdout.strip() == "30 cases"
+
+
+@pytest.mark.parametrize("backend", ["torchscript", "aten"])
+def test_a_backend_that_cannot_is_refused_for_sequences_of_no_steps_too(backend):
+    """As `explain` says."""
+    module, input = triton_rnn.IndRNN(4, 5), torch.randn(6, 2, 4)
+    lengths = torch.zeros(2, dtype=torch.int64)
+    with triton_rnn.use_backend(backend):
+        with pytest.raises(triton_rnn.BackendError):
+            triton_rnn.explain(module, input, lengths=lengths)
+        with pytest.raises(triton_rnn.BackendError):
+            module(input, lengths=lengths)
+    assert module(input, lengths=lengths)[0].shape == (6, 2, 5)

@@ -324,3 +324,20 @@ def test_proton_is_told_names_operations_and_bytes_by_hand_count():
     product = metadata.matmul_metadata((1,), None, args)
     assert product["flops32"] == 2 * 2 * 5 * 7 * 3
     assert product["bytes"] == 4 * 2 * (5 * 3 + 3 * 7 + 5 * 7)
+
+
+def test_what_was_not_profiled_cannot_be_saved(tmp_path):
+    with pytest.raises(RuntimeError, match="nothing was profiled yet"):
+        triton_rnn.profile().save(tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_command_says_in_one_line_that_it_cannot_write(capsys, monkeypatch):
+    def full(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(session.profile, "save", full)
+    sizes = ["--steps", "1", "--hidden", "4", "--seq-len", "3", "--batch", "2"]
+    assert main(["profile", *sizes, "--out", "anywhere"]) == 1
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert "error: cannot write into anywhere" in line and "No space left" in line

@@ -118,6 +118,12 @@ def _profile(options: argparse.Namespace) -> int:
     except (DemoError, BackendError) as error:
         print(f"python -m triton_rnn profile: error: {error}", file=sys.stderr)
         return error.exit_code if isinstance(error, DemoError) else 2
+    except OSError as error:
+        print(
+            f"python -m triton_rnn profile: error: cannot write into {options.out}: {error}",
+            file=sys.stderr,
+        )
+        return 1
     return 0
 
 

@@ -46,7 +46,8 @@ def prepare(module: torch.nn.RNNCellBase, input: Any, hx: Any) -> Call | None:
     batched = len(shape) == 2
     batch = shape[0] if batched else 1
     dtype, device = input.dtype, input.device
-    biased = bool(module.bias)
+    # By what is there, as torch's own do: it asks for `bias` when a cell is made, and not again.
+    biased = getattr(module, "bias_ih", None) is not None
     plan = plan_of(
         mode, input_size, hidden_size, 0, 1, biased, False, 1, batch, "packed", dtype, device
     )

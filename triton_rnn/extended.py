@@ -206,7 +206,7 @@ def prepare(
     names = tuple(name for name, value in used.items() if value) + _names_of(options, drawn)
     if not names:
         return None
-    functional.refuse_unsafe_state(module, input, hx)
+    functional.refuse_unsafe(module, input, hx)
     kind = normalized if getattr(module, "_normalized", False) else functional
     call = kind.prepare(module, input, hx)
     if call is None:

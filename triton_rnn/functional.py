@@ -322,21 +322,38 @@ def _check_packed_cell_state(module: torch.nn.RNNBase, input: PackedSequence, hx
         raise RuntimeError(f"Expected hidden[1] size {expected}, got {list(c_0.size())}")
 
 
-def refuse_unsafe_state(module: torch.nn.RNNBase, input: Any, hx: Any) -> None:
+def _check_packed_width(module: torch.nn.RNNBase, input: PackedSequence) -> None:
+    """Refuse sequences of one length whose steps are not as wide as the module is for.
+
+    torch checks the others where it multiplies; of these oneDNN reads beyond the weights.
+    """
+    data, sizes = input.data, input.batch_sizes
+    if data.dim() == 2 and sizes.numel() and sizes[0] == sizes[-1]:
+        width = data.size(-1)
+        if width != module.input_size:
+            raise RuntimeError(
+                "input.size(-1) must be equal to input_size. "
+                f"Expected {module.input_size}, got {width}"
+            )
+
+
+def refuse_unsafe(module: torch.nn.RNNBase, input: Any, hx: Any) -> None:
     """Refuse what ends the process in torch's own LSTM.
 
     Raises:
         RuntimeError: in torch's words for a padded input.
     """
-    if hx is not None and module.mode == "LSTM" and isinstance(input, PackedSequence):
-        _check_packed_cell_state(module, input, hx)
+    if module.mode == "LSTM" and isinstance(input, PackedSequence):
+        _check_packed_width(module, input)
+        if hx is not None:
+            _check_packed_cell_state(module, input, hx)
 
 
 def forward(module: torch.nn.RNNBase, input: Any, hx: Any) -> tuple[Any, Any] | None:
     """What `module(input, hx)` returns; None if torch.nn's own forward is to be called instead.
 
     Raises:
-        RuntimeError: for a state that ends the process in torch's own LSTM.
+        RuntimeError: for what ends the process in torch's own LSTM.
     """
     if is_compiling():
         # Before anything else: Dynamo would trace what follows, and cannot.
@@ -351,8 +368,7 @@ def forward(module: torch.nn.RNNBase, input: Any, hx: Any) -> tuple[Any, Any] | 
         decided = seen.pop()
         call = known.again(decided, input, hx, seen)
     else:
-        if hx is not None and module.mode == "LSTM" and isinstance(input, PackedSequence):
-            _check_packed_cell_state(module, input, hx)
+        refuse_unsafe(module, input, hx)
         if autocast_anywhere():
             # Late, and for few: it is made of what is here.
             half = importlib.import_module("triton_rnn.autocast").forward(module, input, hx)

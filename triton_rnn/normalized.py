@@ -176,7 +176,7 @@ def forward(module: torch.nn.RNNBase, input: Any, hx: Any) -> tuple[Any, Any]:
     if torch.compiler.is_compiling():
         # Dynamo cannot trace what follows; outside of a graph it runs as it does without Dynamo.
         torch._dynamo.graph_break()
-    functional.refuse_unsafe_state(module, input, hx)
+    functional.refuse_unsafe(module, input, hx)
     call = prepare(module, input, hx)
     if call is None:
         malformed.refuse(module, input, hx, ("layer_norm",))

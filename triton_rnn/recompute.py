@@ -323,10 +323,10 @@ def forward(module: torch.nn.RNNBase, input: Any, hx: Any, steps: int) -> Any:
     Raises:
         BackendError: if only torch.nn's forward can serve the call, or the backend that was asked
             for cannot.
-        RuntimeError: for a state that ends the process in torch's own LSTM.
+        RuntimeError: for what ends the process in torch's own LSTM.
     """
     refuse_obstacles()
-    functional.refuse_unsafe_state(module, input, hx)
+    functional.refuse_unsafe(module, input, hx)
     call = functional.prepare(module, input, hx)
     if call is None:
         return None

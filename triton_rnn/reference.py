@@ -268,7 +268,7 @@ def _extended_direction(
     options = {"clip_cell": extras.clip_cell} if extras.clip_cell else {}
     zoneouts = [extras.zoneout_h, extras.zoneout_c][: cell.states]
     own = [
-        z.view(*input.shape[:2], -1, s.size(-1))[:, :, d] if isinstance(z, Tensor) else z
+        z.unflatten(-1, (-1, s.size(-1)))[:, :, d] if isinstance(z, Tensor) else z
         for z, s in zip(zoneouts, initial, strict=True)
     ]
     state = initial

@@ -296,6 +296,7 @@ def _forward_in_episodes(
     call = prepare(module, input, hx)
     packed, episodes = in_episodes(module, input, call, more)
     request = call.request
+    backend = dispatch.backend_module(choose(packed).backend)
     if episodes is None:
         given = (call.h_0, call.c_0)
         if call.h_0 is None:
@@ -307,7 +308,6 @@ def _forward_in_episodes(
         output = nothing.expand(*call.input.shape[:2], width).clone()
         states = [state.clone() for state in given if state is not None]
     else:
-        backend = dispatch.backend_module(choose(packed).backend)
         drop = module.dropout if module.training else 0.0
         with ranges.call(module.cell):
             rows_of_output, *ends = functional.stack(packed, backend, module.num_layers, drop)

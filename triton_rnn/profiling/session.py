@@ -125,6 +125,7 @@ class profile:  # noqa: N801 - used like a function, as torch.profiler.profile i
         self.phases: tuple[Phase, ...] = ()
         self.spans: tuple[Span, ...] = ()
         self.seconds = 0.0
+        self._profiler: Any = None
         self._work: dict[str, Work] = {}
         self._guard = threading.Lock()
         self._seen: tuple[torch.device, torch.dtype] | None = None
@@ -312,7 +313,12 @@ class profile:  # noqa: N801 - used like a function, as torch.profiler.profile i
 
         Returns:
             The files written.
+
+        Raises:
+            RuntimeError: if nothing was profiled yet.
         """
+        if self._profiler is None:
+            raise RuntimeError("triton_rnn.profile(): nothing was profiled yet")
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         trace, numbers = folder / "trace.json", folder / "profile.json"

@@ -13,7 +13,6 @@ import functools
 import importlib
 import struct
 import sys
-import threading
 from array import array
 from collections.abc import Callable, Sequence
 from types import ModuleType
@@ -22,6 +21,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from triton_rnn.backends import locks
 from triton_rnn.backends.native import calls, rules
 from triton_rnn.backends.native.parts import TYPES, Function, Library, parts_of
 from triton_rnn.cells import OwnCell
@@ -112,7 +112,7 @@ def known() -> Callable[..., Any] | None:
     return None if found is None else found.known
 
 
-_making = threading.Lock()
+_making = locks.Once()
 
 
 @functools.cache
@@ -127,7 +127,7 @@ def library(dtype: torch.dtype, cell: str) -> Library | str:
     Args:
         cell: its name.
     """
-    with _making:
+    with _making.held():
         found = _made(dtype, _KINDS[cell])
     return found.need(("FORWARD",)) or found
 
@@ -140,7 +140,7 @@ def _library_of(request: Request) -> Library:
     if isinstance(request.cell, OwnCell):
         found: Library = _own().library(request.cell, request.dtype)
         return found
-    with _making:
+    with _making.held():
         return _made(request.dtype, _KINDS[request.cell.name])
 
 

@@ -71,7 +71,7 @@ def _words(variable: str) -> list[str]:
 def cache_folder() -> Path:
     """Where libraries are kept."""
     if own := os.environ.get("TRITON_RNN_CACHE"):
-        return Path(own)
+        return Path(own).expanduser()
     if general := os.environ.get("XDG_CACHE_HOME"):
         return Path(general) / "triton_rnn"
     return Path("~/.cache/triton_rnn").expanduser()

@@ -4,17 +4,17 @@ Its numbers go in as macros, its two pointwise steps as a generated header, `own
 in the key of the compiled library, so a cell is compiled once per machine for each type of numbers.
 """
 
-import threading
 from collections.abc import Sequence
 
 import torch
 
+from triton_rnn.backends import locks
 from triton_rnn.backends.native.parts import Library
 from triton_rnn.cells import OwnCell
 from triton_rnn.own.expression import Node, in_c
 from triton_rnn.own.program import Program
 
-_making = threading.Lock()
+_making = locks.Once()
 # By cell, which is told apart by identity, and dtype.
 _made: dict[tuple[OwnCell, torch.dtype], Library] = {}
 
@@ -82,7 +82,7 @@ def header(program: Program) -> str:
 
 def library(cell: OwnCell, dtype: torch.dtype) -> Library:
     """The functions of a cell."""
-    with _making:
+    with _making.held():
         found = _made.get((cell, dtype))
         if found is None:
             assert cell.program is not None

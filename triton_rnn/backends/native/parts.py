@@ -2,7 +2,6 @@
 
 import ctypes
 import functools
-import threading
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any, NamedTuple, cast
 
 import torch
 
+from triton_rnn.backends import locks
 from triton_rnn.backends.native import build, calls
 from triton_rnn.request import Request
 
@@ -60,7 +60,7 @@ class Library:
         self._flags = (f"-DREAL={TYPES[dtype]}", f"-DONLY={kind}", *extra)
         self._headers = headers
         self._parts: dict[str, ctypes.CDLL | str] = {}
-        self._building = threading.Lock()
+        self._building = locks.Once()
 
     def _build(self, part: str) -> "ctypes.CDLL | str":
         try:
@@ -68,15 +68,23 @@ class Library:
         except build.BuildError as error:
             return str(error)
 
+    def _build_all(self, parts: Sequence[str]) -> "list[ctypes.CDLL | str]":
+        """Parts side by side, beside what every call goes through."""
+        try:
+            with ThreadPoolExecutor(1 + len(parts)) as pool:
+                pool.submit(calls.functions)
+                return list(pool.map(self._build, parts))
+        except RuntimeError:
+            # No thread can be begun: there are too many, or the interpreter is about to end.
+            calls.functions()
+            return [self._build(part) for part in parts]
+
     def need(self, parts: Sequence[str]) -> str | None:
         """Have parts compiled, side by side; why there are none, or None. Each is tried once."""
         if not all(part in self._parts for part in parts):
-            with self._building:
+            with self._building.held():
                 missing = [part for part in parts if part not in self._parts]
-                with ThreadPoolExecutor(1 + len(missing)) as pool:
-                    # Whatever is called, it goes through these.
-                    pool.submit(calls.functions)
-                    self._parts.update(zip(missing, pool.map(self._build, missing), strict=True))
+                self._parts.update(zip(missing, self._build_all(missing), strict=True))
         reasons = (found for found in map(self._parts.get, parts) if isinstance(found, str))
         return next(reasons, None)
 

@@ -13,7 +13,6 @@ spinning, which slows every parallel operation of the process, torch.nn's too, a
 
 import contextlib
 import functools
-import threading
 import time
 import warnings
 from collections.abc import Callable, Sequence
@@ -22,6 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from triton_rnn.backends import locks
 from triton_rnn.backends.torchscript import rules
 from triton_rnn.backends.torchscript.cells import SCRIPT_CELLS
 from triton_rnn.backends.torchscript.recurrence import Run, recurrence
@@ -30,7 +30,7 @@ from triton_rnn.profiling import ranges
 from triton_rnn.request import Request, with_zeros
 
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
-_compiling = threading.Lock()
+_compiling = locks.Once()
 
 # Of the input and W_ih, see `layer._order`.
 READS = "as wanted"
@@ -72,7 +72,7 @@ def _compiled(cell: str) -> tuple[Callable[..., list[Tensor]], Callable[..., lis
 
 
 def _functions(cell: str) -> tuple[Callable[..., list[Tensor]], Callable[..., list[Tensor]], str]:
-    with _compiling:
+    with _compiling.held():
         return _compiled(cell)
 
 
