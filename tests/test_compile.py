@@ -689,3 +689,21 @@ def test_functional_forward_is_not_marked_for_good():
             random(5, 2, 3)
         )
     assert record.layers() == ["auto/native"]
+
+
+@pytest.mark.parametrize(
+    ("options", "given"),
+    [({}, {"lengths": torch.tensor([5, 2])}), ({"layer_norm": True}, {}), ({"zoneout": 0.1}, {})],
+    ids=["lengths", "layer_norm", "zoneout"],
+)
+def test_what_torch_does_not_have_cannot_be_exported_and_says_so(options, given):
+    class Model(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = triton_rnn.GRU(3, 4, **options)
+
+        def forward(self, input):
+            return self.inner(input, **given)[0]
+
+    with pytest.raises(triton_rnn.BackendError, match=r"while torch\.export traces it"):
+        torch.export.export(Model(), (torch.randn(5, 2, 3),))

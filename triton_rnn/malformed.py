@@ -20,6 +20,7 @@ def refuse(module: Any, input: Any, hx: Any, names: Sequence[str]) -> NoReturn:
         BackendError: if it has nothing to say.
     """
     TORCHS[module.mode].forward(module, input, hx)
-    raise dispatch.BackendError(
-        f"no backend can run a call with {', '.join(names)} on tensors out of the ordinary"
-    )
+    # Where Dynamo is not at work, a graph cannot be broken.
+    exporting = torch.compiler.is_compiling()
+    why = "while torch.export traces it" if exporting else "on tensors out of the ordinary"
+    raise dispatch.BackendError(f"no backend can run a call with {', '.join(names)} {why}")
