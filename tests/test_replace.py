@@ -257,7 +257,6 @@ def test_restore_leaves_nothing_of_ours_and_replace_takes_the_module_again():
 
 
 def test_the_names_that_ours_keep_for_themselves_are_all_known():
-    from triton_rnn import replace as _  # noqa: F401
     from triton_rnn.replace import _PRIVATE
 
     found = set()

@@ -12,7 +12,14 @@ from torch.nn.utils.rnn import PackedSequence
 from triton_rnn import compiled, dispatch, known
 from triton_rnn.cells import LSTM_PROJECTED, MODES
 from triton_rnn.layer import layer
-from triton_rnn.obstacles import autocast_anywhere, is_compiling, obstacle, peek_functorch
+from triton_rnn.obstacles import (
+    VMAP,
+    autocast_anywhere,
+    is_compiling,
+    obstacle,
+    peek_functorch,
+    transforms,
+)
 from triton_rnn.profiling import ranges
 from triton_rnn.request import Call, Request, weight_shapes, zero_states
 
@@ -20,11 +27,6 @@ PLAIN = (Tensor, torch.nn.Parameter)
 _is_grad_enabled = torch.is_grad_enabled
 # The attributes of torch's that decide how a call is done.
 TORCHS_DECIDING = (*known.DECIDING, "mode", "proj_size")
-
-
-def _under_vmap() -> bool:
-    levels = torch._C._functorch.get_interpreter_stack() or ()
-    return any(level.key() == torch._C._functorch.TransformType.Vmap for level in levels)
 
 
 def refused(wanted: str) -> bool:
@@ -47,7 +49,7 @@ def asked_here() -> str | None:
         # After a graph break Dynamo begins anew with this function; what follows it cannot trace.
         return None
     wanted = dispatch.requested()
-    if peek_functorch() is not None and wanted in ("auto", "reference") and _under_vmap():
+    if peek_functorch() is not None and wanted in ("auto", "reference") and VMAP in transforms():
         # torch's kernels have no batching rule, the plain loops need none.
         return "reference"
     return None if refused(wanted) else wanted

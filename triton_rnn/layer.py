@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from triton_rnn import reference
+from triton_rnn.obstacles import VMAP, transforms
 from triton_rnn.profiling import ranges, session
 from triton_rnn.request import Request, zero_states
 
@@ -166,7 +167,8 @@ def _differentiable_backward(
         )
     create_graph = torch.is_grad_enabled()
     needs = ctx.needs_input_grad[3:]
-    if _inside_other_transforms():
+    if any(kind != VMAP for kind in transforms()):
+        # Autograd rests there.
         return _by_vjp(ctx, [input, h_0, c_0, *weights], grads, needs)
     with torch.enable_grad():
         # Aliases: where one argument is a function of another, or the same tensor twice, the
@@ -192,12 +194,6 @@ def _differentiable_backward(
         )
     )
     return [next(found) if need else None for need in needs]
-
-
-def _inside_other_transforms() -> bool:
-    """Whether a transform of torch.func's other than vmap is at work; autograd rests there."""
-    levels = torch._C._functorch.get_interpreter_stack() or ()
-    return any(level.key() != torch._C._functorch.TransformType.Vmap for level in levels)
 
 
 def _by_vjp(

@@ -9,10 +9,17 @@ import torch
 from triton_rnn.profiling import ranges
 
 peek_functorch = torch._C._functorch.peek_interpreter_stack
+VMAP = torch._C._functorch.TransformType.Vmap
 is_compiling = torch.compiler.is_compiling
 # As `torch.is_autocast_enabled`, for any kind of device in one question.
 autocast_anywhere = torch._C._is_any_autocast_enabled
 _forward_ad = torch.autograd.forward_ad
+
+
+def transforms() -> list[Any]:
+    """The kinds of torch.func's transforms that are at work, from the outermost."""
+    levels = torch._C._functorch.get_interpreter_stack() or ()
+    return [level.key() for level in levels]
 
 
 def _forward_mode() -> bool:

@@ -114,6 +114,19 @@ def test_a_kind_of_kernel_is_tried_once_whatever_the_length_and_batch(monkeypatc
     assert len(tried) == 2
 
 
+def test_what_failed_before_a_capture_is_not_taken_during_it(monkeypatch):
+    asked, tried = request(), []
+    monkeypatch.setattr(check, "_try", lambda short: tried.append(short) or "wrong")
+    plans = {kernel: launch.plan_of(asked, kernel) for kernel in ("forward", "backward")}
+    monkeypatch.setattr(dispatch, "capturing", lambda device: True)
+    assert check.first_use(asked, plans) is None
+    assert not tried, "nothing can be tried meanwhile"
+    monkeypatch.setattr(dispatch, "capturing", lambda device: False)
+    assert check.first_use(asked, plans) == "wrong"
+    monkeypatch.setattr(dispatch, "capturing", lambda device: True)
+    assert check.first_use(asked, plans) == "wrong"
+
+
 def test_what_32_bits_cannot_count_is_refused():
     assert "a step has" in check.obstacle(request(batch=2**28))
     # 4 x 23200^2 numbers of W_hh.

@@ -56,9 +56,6 @@ def obstacle(request: Request) -> str | None:
         plans[kernel] = found
     if request.device.type == "cpu" or not environment.is_on("TRITON_RNN_CHECK", default=True):
         return None
-    if dispatch.capturing(request.device):
-        # Comparing waits for the device, which a capture forbids.
-        return None
     return first_use(request, plans)
 
 
@@ -79,6 +76,9 @@ def first_use(request: Request, plans: dict[str, Plan]) -> str | None:
         *(replace(plan, slots=0, floor_us=0.0) for plan in plans.values()),
     )
     if kind not in _tried:
+        if dispatch.capturing(request.device):
+            # Comparing waits for the device, which a capture forbids.
+            return None
         _tried[kind] = _try(short)
     return _tried[kind]
 
