@@ -79,6 +79,17 @@ def test_readmes_picture_is_that_of_the_kept_results(tmp_path):
     assert abs(fresh - stored).mean() < 0.01
 
 
+def test_the_benchmarks_page_names_every_file_of_the_folder():
+    bench = ROOT / "bench"
+    told = (bench / "README.md").read_text() + (bench / "gpu_session.py").read_text()
+    files = [path.stem for path in bench.glob("*.py") if not path.stem.startswith("__")]
+    assert len(files) > 30
+    assert [name for name in files if not re.search(rf"\b{name}\b", told)] == []
+    # And no file that is not there.
+    named = re.findall(r"`(\w+\.py)`", (bench / "README.md").read_text())
+    assert [name for name in named if not (bench / name).exists()] == []
+
+
 def test_readmes_two_commands_set_themselves_up_and_ci_runs_the_second():
     commands = [line for line in README.splitlines() if line.startswith("python3 ")]
     demo, tests = commands
