@@ -1,6 +1,11 @@
 /* The private buffers of a forward and of a backward. */
 
-/* Whether a unit-vector has one product: then two stand in a panel, to keep more sums going. */
+/* Unit-vectors in a panel where each has one product, to keep more sums going: with the rows at once
+   eight and more. */
+#ifndef NARROW_WIDTH
+enum { NARROW_WIDTH = MOST_ROWS < 4 ? 4 : 2 };
+#endif
+/* Whether a unit-vector has one product. */
 INLINE int is_narrow(i64 cell)
 {
     return HAS_OWN ? OWN_PRODUCTS == 1 : cell <= RNN_RELU;
@@ -9,7 +14,7 @@ INLINE int is_narrow(i64 cell)
 /* A member's hidden units, whole panels of W_hh. */
 INLINE void share_units(const Member *me, const Call *call, i64 *from, i64 *to)
 {
-    share(me, padded(call->hidden_size), is_narrow(call->cell) ? 2 * LANES : LANES, from, to);
+    share(me, padded(call->hidden_size), is_narrow(call->cell) ? NARROW_WIDTH * LANES : LANES, from, to);
 }
 
 /* Private buffers of one direction, forward. */
@@ -65,12 +70,12 @@ typedef struct {
     REAL *sums, *parts, *found;
 } Backward;
 
-/* Vectors of a panel of W_hh: the gates of a unit-vector, or two unit-vectors of an RNN. */
+/* Vectors of a panel of W_hh: the gates of a unit-vector, or some unit-vectors of an RNN. */
 INLINE i64 step_width(i64 cell)
 {
     if (HAS_OWN && !HAS_PRODUCT)
         return 1;
-    return is_narrow(cell) ? 2 : PRODUCTS[cell];
+    return is_narrow(cell) ? NARROW_WIDTH : PRODUCTS[cell];
 }
 
 /* What a product's sum begins with: its gate's part of the input, or the state's bias alone. */

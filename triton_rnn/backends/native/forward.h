@@ -79,31 +79,51 @@ INLINE void step_block(int cell, int R, int U, const Call *call, const Forward *
         }
 }
 
-/* One step of `rows` rows, the units [unit, end): weights are read once for all rows. */
+/* The same of all rows, as many at once as keep some sums going: weights are read once for them. */
+INLINE void step_rows(int cell, int U, const Call *call, const Forward *f, i64 rows, i64 unit,
+                      const REAL *preact, REAL *kept_rows)
+{
+    i64 row = 0;
+    /* Of many gates fewer rows: no more sums than MOST_VECTORS. */
+    if (PRODUCTS[cell] * MOST_ROWS <= MOST_VECTORS)
+        for (; AT_ONCE(rows - row); row += MOST_ROWS)
+            step_block(cell, MOST_ROWS, U, call, f, row, unit, preact, kept_rows);
+    for (; row + 2 <= rows; row += 2)
+        step_block(cell, 2, U, call, f, row, unit, preact, kept_rows);
+    for (; row < rows; row++)
+        step_block(cell, 1, U, call, f, row, unit, preact, kept_rows);
+}
+
+/* One step of `rows` rows, the units [unit, end). */
 INLINE void step(int cell, const Call *call, const Forward *f, i64 rows, i64 unit, i64 end,
                  const REAL *preact, REAL *kept_rows)
 {
     /* As many unit-vectors at once as keep about eight sums going, which then do not wait for each
-       other, and as there are registers for. */
-    const int narrow = is_narrow(cell), many = narrow ? 2 : 1, wide = narrow ? 8 : 2;
-    /* Of many gates fewer rows: no more sums than MOST_VECTORS. */
-    const int most = PRODUCTS[cell] * MOST_ROWS > MOST_VECTORS ? 2 : MOST_ROWS;
-    if (rows == 1)
+       other, and as there are registers for; of what is left over half as many, and so on. */
+    const int narrow = is_narrow(cell), many = narrow ? NARROW_WIDTH : 1, wide = narrow ? 8 : 2;
+    if (rows == 1) {
         for (; unit + wide * LANES <= end; unit += wide * LANES)
             step_block(cell, 1, wide, call, f, 0, unit, preact, kept_rows);
-    else
-        for (; unit + many * LANES <= end; unit += many * LANES) {
-            i64 row = 0;
-            for (; row + most <= rows; row += most)
-                step_block(cell, most, many, call, f, row, unit, preact, kept_rows);
-            for (; row + 2 <= rows; row += 2)
-                step_block(cell, 2, many, call, f, row, unit, preact, kept_rows);
-            for (; row < rows; row++)
-                step_block(cell, 1, many, call, f, row, unit, preact, kept_rows);
+        if (wide > 4 && unit + 4 * LANES <= end) {
+            step_block(cell, 1, 4, call, f, 0, unit, preact, kept_rows);
+            unit += 4 * LANES;
         }
-    for (; unit < end; unit += LANES)
-        for (i64 row = 0; row < rows; row++)
-            step_block(cell, 1, 1, call, f, row, unit, preact, kept_rows);
+        if (wide > 2 && unit + 2 * LANES <= end) {
+            step_block(cell, 1, 2, call, f, 0, unit, preact, kept_rows);
+            unit += 2 * LANES;
+        }
+        if (unit < end)
+            step_block(cell, 1, 1, call, f, 0, unit, preact, kept_rows);
+        return;
+    }
+    for (; unit + many * LANES <= end; unit += many * LANES)
+        step_rows(cell, many, call, f, rows, unit, preact, kept_rows);
+    if (many > 2 && unit + 2 * LANES <= end) {
+        step_rows(cell, 2, call, f, rows, unit, preact, kept_rows);
+        unit += 2 * LANES;
+    }
+    if (many > 1 && unit < end)
+        step_rows(cell, 1, call, f, rows, unit, preact, kept_rows);
 }
 
 /* The units [unit, end) of all rows of a step. */

@@ -46,6 +46,10 @@ INLINE void multiply(int R, int V, int W, vec *sum, const REAL *a, i64 a_row, i6
     UNROLL for (int i = 0; i < R * V; i++) sum[i] = s[i];
 }
 
+/* Whether the next MOST_ROWS of so many rows go together. Four are two and two where three would leave
+   one, whose sums are too few and wait for each other. */
+#define AT_ONCE(rows) ((rows) >= MOST_ROWS && !(MOST_ROWS == 3 && (rows) == 4))
+
 /* Panels of matrices that are no recurrent weight. */
 enum { WIDTH = 4 };
 INLINE Matrix plain(const REAL *first, i64 row)
@@ -94,38 +98,44 @@ INLINE void product_block(int R, int V, const Product *p, i64 i, i64 j, i64 part
             store_some(p->out + (i + r) * p->out_row + j + v * LANES, sum[r * V + v],
                        left - v * LANES);
 }
-/* All rows of out, and of its columns a panel, or a vector of one. */
-static void product_panel(const Product *p, i64 j, int whole, i64 part, i64 parts, i64 k, i64 count)
+/* All rows of out, and of its columns V vectors of one panel. */
+INLINE void product_rows(int V, const Product *p, i64 j, i64 part, i64 parts, i64 k, i64 count)
 {
     i64 i = p->row;
-    if (whole) {
-        for (; i + MOST_ROWS <= p->rows; i += MOST_ROWS)
-            product_block(MOST_ROWS, WIDTH, p, i, j, part, parts, k, count);
-        for (; MOST_ROWS > 2 && i + 2 <= p->rows; i += 2)
-            product_block(2, WIDTH, p, i, j, part, parts, k, count);
-        for (; i < p->rows; i++)
-            product_block(1, WIDTH, p, i, j, part, parts, k, count);
-    } else {
-        for (; i + MOST_ROWS <= p->rows; i += MOST_ROWS)
-            product_block(MOST_ROWS, 1, p, i, j, part, parts, k, count);
-        for (; i < p->rows; i++)
-            product_block(1, 1, p, i, j, part, parts, k, count);
-    }
+    for (; AT_ONCE(p->rows - i); i += MOST_ROWS)
+        product_block(MOST_ROWS, V, p, i, j, part, parts, k, count);
+    for (; i + 2 <= p->rows; i += 2)
+        product_block(2, V, p, i, j, part, parts, k, count);
+    for (; i < p->rows; i++)
+        product_block(1, V, p, i, j, part, parts, k, count);
+}
+static void product_panel(const Product *p, i64 j, int vectors, i64 part, i64 parts, i64 k,
+                          i64 count)
+{
+    if (vectors == WIDTH)
+        product_rows(WIDTH, p, j, part, parts, k, count);
+    else if (vectors == 2)
+        product_rows(2, p, j, part, parts, k, count);
+    else
+        product_rows(1, p, j, part, parts, k, count);
 }
 static void product(const Product *p)
 {
     const int pieces = p->rows - p->row > MOST_ROWS && p->parts * p->count > DEPTH;
     i64 j = p->column;
     while (j < p->columns) {
-        const int whole = j % (WIDTH * LANES) == 0 && j + WIDTH * LANES <= p->columns;
+        const i64 left = padded(p->columns - j) / LANES, inside = j / LANES % WIDTH;
+        const int vectors = inside == 0 && left >= WIDTH      ? WIDTH
+                            : inside % 2 == 0 && left >= 2    ? 2
+                                                              : 1;
         if (pieces)
             for (i64 part = 0; part < p->parts; part++)
                 for (i64 k = 0; k < p->count; k += DEPTH)
-                    product_panel(p, j, whole, part, part + 1, k,
+                    product_panel(p, j, vectors, part, part + 1, k,
                                   p->count - k < DEPTH ? p->count - k : DEPTH);
         else
-            product_panel(p, j, whole, 0, p->parts, 0, p->count);
-        j += whole ? WIDTH * LANES : LANES;
+            product_panel(p, j, vectors, 0, p->parts, 0, p->count);
+        j += vectors * LANES;
     }
 }
 
