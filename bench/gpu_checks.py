@@ -71,10 +71,20 @@ TOLERANCES = {
 #   repeat: the same bits, many times over, beside other work on the GPU and beside itself.
 #   poison: the same bits with all unwritten memory full of NaN.
 #   graph: captured in a CUDA graph and replayed on other numbers.
+#   compiled: by torch.compile(mode="reduce-overhead"), which makes CUDA graphs of its own.
 #   nonfinite: NaN and infinity in the input come out as torch gives them.
 #   autocast: float32 weights under autocast, in torch.nn's dtypes, and as near as float16 comes.
 #   devices: on all GPUs of the machine, one by one and at the same time; not where there is one.
-CHECKS = ("numbers", "repeat", "poison", "graph", "nonfinite", "autocast", "devices")
+CHECKS = (
+    "numbers",
+    "repeat",
+    "poison",
+    "graph",
+    "compiled",
+    "nonfinite",
+    "autocast",
+    "devices",
+)
 
 
 @dataclass(frozen=True)
@@ -222,6 +232,9 @@ def _specials() -> list[CheckCase]:
         replace(case, cell="lstm_proj", form="packed", hidden=64),
         replace(case, variant="cooperative+barrier", hidden=256),
     ]
+    # Each takes the compiler seconds.
+    case = CheckCase("compiled", "lstm", "float16", "", 500, 17, 20)
+    compiled = [case, replace(case, cell="gru", dtype="bfloat16", hidden=128, training=False)]
     case = CheckCase("nonfinite", "lstm", "float16", "cooperative", 256, 17, 12)
     nonfinite = [
         case,
@@ -246,7 +259,7 @@ def _specials() -> list[CheckCase]:
         replace(case, dtype="float32_tf32", directions=2, layers=2),
         replace(case, cell="rnn_tanh", variant="stepwise", hidden=100),
     ]
-    return _in_turn(repeat, poison, graph, nonfinite, autocast, devices)
+    return _in_turn(repeat, poison, graph, compiled, nonfinite, autocast, devices)
 
 
 def _in_turn(*lists: list[CheckCase]) -> list[CheckCase]:
@@ -290,6 +303,18 @@ def _own() -> list[CheckCase]:
         replace(case, check="graph", variant="", hidden=256, steps=20),
         replace(case, cell="mgu", variant="", hidden=1024, batch=70, layers=2, bias=False),
         replace(case, cell="ind_rnn", variant="", dtype="float32", batch=300, hx=False),
+        # Large enough that cuBLAS makes the input's product.
+        replace(
+            case,
+            cell="ind_rnn",
+            variant="",
+            dtype="bfloat16",
+            hidden=1024,
+            width=1024,
+            batch=70,
+            steps=60,
+            directions=1,
+        ),
     ]
 
 

@@ -30,7 +30,6 @@ if TYPE_CHECKING:
 _TOLERANCES = {torch.float16: 1e-2, torch.bfloat16: 6e-2, torch.float32: 3e-3}
 _STEPS = 3
 
-
 def obstacle(request: Request) -> str | None:
     """Why the kernels cannot serve a request on its device, or None."""
     cell = launch.kernel_cell(request.cell)
@@ -66,6 +65,7 @@ _tried: dict[tuple[Any, ...], str | None] = {}
 def first_use(request: Request, plans: dict[str, Plan]) -> str | None:
     """What is wrong with the kernels of a request on its device, or None; tried out once a kind."""
     short = request._replace(seq_len=_STEPS, input_size=16)
+    compiled = _compiled_for(plans)
     kind = (
         # What the kernels are compiled for: neither the batch nor how many programs run.
         short._replace(batch=0),
@@ -73,14 +73,35 @@ def first_use(request: Request, plans: dict[str, Plan]) -> str | None:
         # Who makes the products.
         products.cublas_agrees(request.device, request.dtype),
         products.is_for_cublas_in_tf32(request.device, request.dtype),
-        *(replace(plan, slots=0, floor_us=0.0) for plan in plans.values()),
+        *compiled.values(),
     )
     if kind not in _tried:
         if dispatch.capturing(request.device):
             # Comparing waits for the device, which a capture forbids.
             return None
-        _tried[kind] = _try(short)
+        # No more sequences than make a program begin twice, if fewer get the same plan.
+        enough = max(2 * plan.slots * plan.block_n for plan in plans.values())
+        fewer = short._replace(batch=min(enough, request.batch))
+        try:
+            _tried[kind] = _try(fewer if _is_planned(fewer, compiled) else short)
+        except torch.OutOfMemoryError:
+            # It takes more than the call, in float64: the next one of the kind tries again.
+            return None
     return _tried[kind]
+
+
+def _compiled_for(plans: dict[str, Plan]) -> dict[str, Plan]:
+    """What the kernels of plans are compiled for."""
+    return {
+        kernel: replace(plan, slots=0, floor_us=0.0) for kernel, plan in plans.items()
+    }
+
+
+def _is_planned(request: Request, compiled: dict[str, Plan]) -> bool:
+    """Whether a request gets kernels compiled for just that."""
+    plans = {kernel: launch.plan_of(request, kernel) for kernel in compiled}
+    found = {kernel: plan for kernel, plan in plans.items() if plan is not None}
+    return _compiled_for(found) == compiled
 
 
 def _try(request: Request) -> str | None:
@@ -116,13 +137,13 @@ def compare(request: Request) -> float:
     from triton_rnn.backends.triton import layer
 
     # Of our own: the caller's random numbers are the same, whether a kernel is tried out or not.
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator(request.device).manual_seed(0)
     size, cell = request.hidden_size, request.cell
     directions, batch = request.directions, request.batch
 
     def random(*shape: int, scale: float = 1.0) -> Tensor:
-        numbers = torch.randn(*shape, generator=generator, dtype=torch.float64, device="cpu")
-        return (numbers * scale).to(request.device, request.dtype)
+        where = {"generator": generator, "device": request.device}
+        return (torch.randn(*shape, dtype=torch.float64, **where) * scale).to(request.dtype)
 
     # As torch initialises them: the preactivations stay where the gates are alive.
     bound = size**-0.5
@@ -194,7 +215,7 @@ def _given(request: Request, rows: int, generator: torch.Generator) -> tuple["la
     assert isinstance(cell, RegularizedCell)
 
     def halves(*shape: int) -> Tensor:
-        return (torch.rand(*shape, generator=generator, device="cpu") < 0.5).to(request.device)
+        return torch.rand(*shape, generator=generator, device=request.device) < 0.5
 
     locked = 2.0 * halves(directions, request.batch, size) if cell.locked else None
     zoneouts = [halves(rows, directions * size) if p is None else p for p in cell.zoneout]

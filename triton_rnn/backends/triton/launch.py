@@ -337,7 +337,8 @@ def raise_failed_wait(device: torch.device) -> None:
         for name, word in zip(_KERNELS, words.tolist(), strict=True)
         if word
     ]
-    words.zero_()
+    # Not by an operator: the words may have been made in inference mode.
+    _errors_of(device).seen[:] = (0,) * len(_KERNELS)
     message = (
         f"a Triton program waited in vain for the others: {', '.join(failed)}. The results of that "
         "call are NaN. Its programs did not all run at the same time, or one of them died"
@@ -351,7 +352,13 @@ def raise_failed_wait(device: torch.device) -> None:
 
 @functools.cache
 def nothing(device: torch.device, dtype: torch.dtype) -> Tensor:
-    """What stands for an argument that a kernel does not read."""
+    """What stands for an argument that a kernel does not read.
+
+    It is kept, so it is not of the device's memory: the first call may be one that warms up a CUDA
+    graph, whose memory nothing may stay in but results.
+    """
+    if device.type == "cuda":
+        return torch.empty(1, dtype=dtype, device="cpu", pin_memory=True)
     return torch.empty(1, dtype=dtype, device=device)
 
 

@@ -13,6 +13,18 @@ from torch import Tensor
 _ALIGNMENT = 16
 
 
+def _of_any_size(tensors: Sequence[Tensor]) -> Sequence[Any]:
+    """Tensors as Triton does not look at their size.
+
+    For an AMD GPU it tells those of up to 2 GB apart, and makes kernels for them alone that count in
+    32 bits: launched again with a larger tensor these read elsewhere, and most recurrences do not
+    compile as such (Triton 3.6 to 3.8: a pointer is chosen among two tensors').
+    """
+    if torch.version.hip is None:
+        return tensors
+    return [triton.reinterpret(tensor, tensor.dtype) for tensor in tensors]
+
+
 def _is_watched() -> bool:
     """Whether a profiler wants to be told of every launch."""
     runtime = triton.knobs.runtime
@@ -63,7 +75,7 @@ class Launcher:
         start = self._start
         if start is None or not aligned or _is_watched():
             launch = self._launch if self._cluster == 1 else self._launch_clusters
-            found = launch(programs, tensors, others)
+            found = launch(programs, _of_any_size(tensors), others)
             # The interpreter hands back nothing.
             if aligned and found is not None:
                 self._function = found.function
@@ -88,12 +100,12 @@ class Launcher:
             *self._in_order,
         )
 
-    def _launch(self, programs: int, tensors: Sequence[Tensor], others: Sequence[Any]) -> Any:
+    def _launch(self, programs: int, tensors: Sequence[Any], others: Sequence[Any]) -> Any:
         """Triton's way."""
         return self._kernel[(programs,)](*tensors, *others, **self._constants, **self._options)
 
     def _launch_clusters(
-        self, programs: int, tensors: Sequence[Tensor], others: Sequence[Any]
+        self, programs: int, tensors: Sequence[Any], others: Sequence[Any]
     ) -> Any:
         """The same, in clusters: to Triton a cluster shares one program's work, so it has none."""
         found = self._kernel.warmup(

@@ -249,12 +249,14 @@ def _by_cublas(
     out: Tensor,
 ) -> None:
     rows = input.reshape(-1, input.size(-1))
-    if bias_ih is None or bias_hh is None:
+    if bias_ih is None:
         torch.mm(rows, weight.t(), out=out)
         return
-    bias = bias_ih + bias_hh
-    if fold < bias.numel():
-        bias[fold:] = bias_ih[fold:]
+    bias = bias_ih
+    if bias_hh is not None and fold:
+        # Of a user's cell they may be of different lengths.
+        bias = bias_ih.clone()
+        bias[:fold] += bias_hh[:fold]
     torch.addmm(bias, rows, weight.t(), out=out)
 
 
