@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from triton_rnn import compiled, dispatch, known
-from triton_rnn.functional import PLAIN, asked_here, is_plain, plan_of, stack
+from triton_rnn.functional import PLAIN, asked_here, is_plain, plan_of, stack, weight_of
 from triton_rnn.obstacles import is_compiling
 from triton_rnn.profiling import ranges
 from triton_rnn.request import Call, Request
@@ -47,7 +47,14 @@ def prepare(module: torch.nn.RNNCellBase, input: Any, hx: Any) -> Call | None:
     batch = shape[0] if batched else 1
     dtype, device = input.dtype, input.device
     # By what is there, as torch's own do: it asks for `bias` when a cell is made, and not again.
-    biased = getattr(module, "bias_ih", None) is not None
+    given = [weight_of(module, name) for name in _WEIGHTS]
+    biased = given[2] is not None
+    if biased != (given[3] is not None):
+        # torch adds the one that is there.
+        return None
+    if not biased and not all(hasattr(module, name) for name in _WEIGHTS[2:]):
+        # It raises where they were deleted.
+        return None
     plan = plan_of(
         mode, input_size, hidden_size, 0, 1, biased, False, 1, batch, "packed", dtype, device
     )
@@ -56,11 +63,7 @@ def prepare(module: torch.nn.RNNCellBase, input: Any, hx: Any) -> Call | None:
     grad_enabled = _is_grad_enabled()
     needs_grad = grad_enabled and input.requires_grad
     weights: list[Tensor] = []
-    parameters = module._parameters
-    for name, expected in zip(_WEIGHTS[: 4 if biased else 2], plan.shapes, strict=True):
-        weight: Any = parameters.get(name)
-        if weight is None:
-            weight = getattr(module, name, None)
+    for weight, expected in zip(given[: 4 if biased else 2], plan.shapes, strict=True):
         if not is_plain(weight, expected, dtype, device):
             return None
         if grad_enabled and not needs_grad:

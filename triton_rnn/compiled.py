@@ -6,6 +6,7 @@ layer, or None, and then torch.nn's own forward is traced, as it is without this
 
 import contextlib
 import importlib
+import operator
 from collections.abc import Callable
 from types import CodeType
 from typing import Any, cast
@@ -164,6 +165,10 @@ def forward(module: torch.nn.RNNBase, input: Any, hx: Any) -> tuple[Any, Any] | 
         return None
     directions = 2 if module.bidirectional else 1
     weights: list[Tensor] = [getattr(module, name) for name in module._flat_weights_names]
+    if any(map(operator.is_not, weights, module._flat_weights)):
+        # As `functional.weights_of`.
+        if not module._weights_have_changed():
+            weights = list(module._flat_weights)
     has_c = module.mode == "LSTM"
     states: tuple[Tensor, ...] = () if hx is None else hx if has_c else (hx,)
     if casts:

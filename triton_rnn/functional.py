@@ -2,6 +2,8 @@
 
 import functools
 import importlib
+import operator
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -137,6 +139,32 @@ def is_plain(tensor: Any, shape: tuple[int, ...], dtype: torch.dtype, device: to
     )
 
 
+def weight_of(module: torch.nn.Module, name: str) -> Any:
+    """What a module has under the name of a weight; None if nothing."""
+    if name in module.__dict__:
+        # It hides a parameter of that name.
+        return module.__dict__[name]
+    weight = module._parameters.get(name)
+    # Parametrized, pruned or replicated weights are attributes of another kind, or are gone.
+    return getattr(module, name, None) if weight is None else weight
+
+
+def weights_of(module: torch.nn.RNNBase) -> Sequence[Any]:
+    """A layer's weights as torch.nn's forward finds them, each None where there is nothing.
+
+    What it multiplies by is the list `_flat_weights`, which users replace (DropConnect); if a
+    parameter is another one than when the list was made, that of the parameters.
+    """
+    names, flat = module._flat_weights_names, module._flat_weights
+    found = [weight_of(module, name) for name in names]
+    if len(flat) == len(found) and all(map(operator.is_, flat, found)):
+        return found
+    if all(name in module._parameters or name in module.__dict__ for name in names):
+        return found if module._weights_have_changed() else list(flat)
+    # One that is computed at every call is another one every time.
+    return found
+
+
 def prepare(module: torch.nn.RNNBase, input: Any, hx: Any) -> Call | None:
     """Take a call apart; None if it is malformed, so that torch.nn's forward shall say how."""
     packed = isinstance(input, PackedSequence)
@@ -197,20 +225,14 @@ def prepare(module: torch.nn.RNNBase, input: Any, hx: Any) -> Call | None:
     )
     if plan is None:
         return None
-    names = module._flat_weights_names
-    if len(names) != len(plan.shapes):
+    given = weights_of(module)
+    if len(given) != len(plan.shapes):
         return None
 
     grad_enabled = _is_grad_enabled()
     needs_grad = grad_enabled and data.requires_grad
     weights: list[Tensor] = []
-    parameters = module._parameters
-    for name, expected in zip(names, plan.shapes, strict=True):
-        weight: Any = parameters.get(name)
-        if weight is None:
-            # Parametrized, pruned or replicated weights are attributes of another kind, or are
-            # gone.
-            weight = getattr(module, name, None)
+    for weight, expected in zip(given, plan.shapes, strict=True):
         # As is_plain, without a call for each.
         if (
             type(weight) not in PLAIN

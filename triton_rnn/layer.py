@@ -18,6 +18,9 @@ from triton_rnn.request import Request, zero_states
 _of_transforms = torch._C._functorch.is_functorch_wrapped_tensor
 _of_older_vmap = torch._C._functorch.is_legacy_batchedtensor
 _forward_ad = torch.autograd.forward_ad
+# Of `torch.autograd.graph.saved_tensors_hooks`; whether a backward may come a second time.
+_saved_tensors_hooks = functools.partial(torch._C._autograd._top_saved_tensors_default_hooks, False)
+_keeps_graph = torch._C._autograd._get_current_graph_task_keep_graph
 
 
 def _is_more(grad: Tensor | None) -> bool:
@@ -31,6 +34,42 @@ def _versions(tensors: Sequence[Tensor]) -> list[int]:
     except RuntimeError:
         # Those that were made in inference mode have none, and cannot change here.
         return [0 if tensor.is_inference() else tensor._version for tensor in tensors]
+
+
+class _Kind(NamedTuple):
+    """What a backend's backward takes for granted of a tensor that it is given back."""
+
+    dtype: torch.dtype
+    device: torch.device
+    shape: torch.Size
+    stride: tuple[int, ...]
+
+    @classmethod
+    def of(cls, tensor: Tensor | None) -> "_Kind | None":
+        if tensor is None:
+            return None
+        return cls(tensor.dtype, tensor.device, tensor.shape, tensor.stride())
+
+
+def _as_saved(tensor: Tensor | None, kind: _Kind | None) -> Tensor | None:
+    """A tensor that a user's hook has unpacked, laid out as the one that was saved.
+
+    Raises:
+        RuntimeError: if it is of another dtype, device or shape.
+    """
+    if tensor is None or kind is None:
+        return None
+    if (tensor.dtype, tensor.device, tensor.shape) != kind[:3]:
+        raise RuntimeError(
+            f"a hook of saved tensors returned {tensor.dtype} {list(tensor.shape)} on "
+            f"{tensor.device} for {kind.dtype} {list(kind.shape)} on {kind.device}"
+        )
+    if tensor.stride() == kind.stride:
+        return tensor
+    if 0 in kind.stride:
+        return tensor.contiguous()
+    where = {"dtype": kind.dtype, "device": kind.device}
+    return torch.empty_strided(kind.shape, kind.stride, **where).copy_(tensor)  # type: ignore[arg-type]
 
 
 class LayerFunction(torch.autograd.Function):
@@ -63,14 +102,19 @@ class LayerFunction(torch.autograd.Function):
         order = _order(reads, request.biased, cell.fifth, request.directions, single, needs)
         given = (input, *weights)
         ctx.order, ctx.unread = order, order.unread(given)
-        ctx.save_for_backward(h_0, c_0, *order.read(given), *saved)
+        kept = (h_0, c_0, *order.read(given), *saved)
+        ctx.save_for_backward(*kept)
+        ctx.kinds = None if _saved_tensors_hooks() is None else [_Kind.of(each) for each in kept]
         ctx.versions = _versions(ctx.unread)
         return results
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         request: Request = ctx.request
-        h_0, c_0, *others = ctx.saved_tensors
+        kept = ctx.saved_tensors
+        if ctx.kinds is not None:
+            kept = [_as_saved(*each) for each in zip(kept, ctx.kinds, strict=True)]
+        h_0, c_0, *others = kept
         needs = ctx.needs_input_grad[3:]
         count = len(needs) - 2 - len(ctx.unread)
         input, *weights = ctx.order.together((*others[:count], *ctx.unread))
@@ -79,6 +123,9 @@ class LayerFunction(torch.autograd.Function):
             found = _differentiable_backward(ctx, input, h_0, c_0, weights, grads)
             return None, None, None, *found
 
+        if not _keeps_graph():
+            # It is free from now on, as what was saved is.
+            ctx.unread = ()
         # Those of the states have their shape already.
         given = list(grads)
         if given[0] is not None and not request.packed:

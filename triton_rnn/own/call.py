@@ -102,10 +102,7 @@ def _weights(module: "Recurrent", autocast: bool) -> list[Tensor]:
         if not shape[0]:
             found.append(found[0].new_empty(shape))
             continue
-        # Parametrized and pruned weights are attributes of another kind.
-        weight = module._parameters.get(name)
-        if weight is None:
-            weight = getattr(module, name, None)
+        weight = functional.weight_of(module, name)
         if not isinstance(weight, Tensor) or weight.shape != shape:
             got = list(weight.shape) if isinstance(weight, Tensor) else weight
             raise RuntimeError(f"{told}: Expected {name} size {shape}, got {got}")

@@ -232,7 +232,8 @@ static PyObject *tensor_type, *parameter_type, *packed_type, *make_packed, *know
 static PyObject *questions[MOST_QUESTIONS], *switches[MOST_QUESTIONS], *is_grad_enabled;
 static PyObject *float32_switch;
 static Py_ssize_t question_count, switch_count;
-static PyObject *new_empty, *parameters, *requires_grad, *transpose, *index_select;
+static PyObject *new_empty, *dictionary, *parameters, *flat_weights, *requires_grad, *transpose;
+static PyObject *index_select;
 
 /* How the results of a call are shaped, see `PADDED` and the others of calls.py. */
 enum { PADDED, BATCH_FIRST, UNBATCHED, PACKED, CELL, UNBATCHED_CELL };
@@ -364,28 +365,47 @@ static void note_tensor(Seen *seen, PyObject *object, int dense, int first, Tens
     }
 }
 
-/* The module's weights by their names, and their pointers; how many. A bias that is None is none. */
-static int note_weights(Seen *seen, PyObject *module, PyObject *names, PyObject **weights,
+/* What stands under a name in a dictionary: borrowed, NULL without an error where there is nothing. */
+static PyObject *found_in(Seen *seen, PyObject *dictionary, PyObject *name)
+{
+    PyObject *found = dictionary ? PyDict_GetItemWithError(dictionary, name) : NULL;
+    if (!found && PyErr_Occurred())
+        own(seen, NULL);
+    return found;
+}
+
+/* The module's weights by their names, and their pointers; how many. A bias that is None is none. Not
+   usual is what a user has put in their place: attributes of the same names, which hide parameters, or
+   other tensors in the list that torch's layers multiply by. */
+static int note_weights(Seen *seen, PyObject *attributes, PyObject *names, PyObject **weights,
                         i64 *pointers)
 {
     int found = 0;
     Tensor tensor = {0};
-    PyObject *by_name = own(seen, PyObject_GetAttr(module, parameters));
+    PyObject *by_name = found_in(seen, attributes, parameters);
+    PyObject *in_order = found_in(seen, attributes, flat_weights);
     const Py_ssize_t count = by_name ? PySequence_Size(names) : 0;
+    /* A cell has no such list. */
+    const int is_layer = is_a(names, &PyList_Type);
     note(seen, count);
     if (count < 0)
         own(seen, NULL);
-    if (count > MOST_WEIGHTS * MOST_LAYERS)
+    if (!by_name || count > MOST_WEIGHTS * MOST_LAYERS
+        || (is_layer && (!in_order || PySequence_Size(in_order) != count)))
         seen->usual = 0;
     for (Py_ssize_t i = 0; i < count && seen->usual; i++) {
         PyObject *name = PySequence_GetItem(names, i);
-        PyObject *weight = name ? PyDict_GetItemWithError(by_name, name) : NULL;
+        PyObject *weight = name ? found_in(seen, by_name, name) : NULL;
+        PyObject *shadow = name ? found_in(seen, attributes, name) : NULL;
+        PyObject *same = is_layer ? own(seen, PySequence_GetItem(in_order, i)) : weight;
         if (weight)
             Py_IncRef(weight);
         weight = own(seen, weight);
         if (name)
             Py_DecRef(name);
-        if (weight == &_Py_NoneStruct) {
+        if (shadow || same != weight) {
+            seen->usual = 0;
+        } else if (weight == &_Py_NoneStruct) {
             note(seen, -1);
         } else if (weight) {
             note_tensor(seen, weight, 64, 0, &tensor);
@@ -526,11 +546,13 @@ static PyObject *packed_output(Seen *seen, PyObject *rows)
 }
 
 /* Does a call: its results, or nothing; then it was not done, unless there is an error set. */
-static PyObject *run(Seen *seen, const char *record, const Tensor *x, const i64 *weights,
+static PyObject *run(Seen *seen, const char *record, const Tensor *x, const i64 *weights, int count,
                      Tensor *h_0, Tensor *c_0)
 {
     Known known;
     memcpy(&known, record, sizeof known);
+    if (count != known.layers * known.weights)
+        return NULL;
     const i64 T = known.seq_len, N = known.batch, D = known.directions, bytes = x->dtype.bits / 8;
     const int is_cell = known.form >= CELL;
     const int unbatched = known.form == UNBATCHED || known.form == UNBATCHED_CELL;
@@ -627,7 +649,7 @@ static PyObject *told(PyObject *const *weights, int count, PyObject *decided)
 static int gather(Seen *seen, PyObject *const *arguments, PyObject **weights, i64 *pointers,
                   Tensor *input, Tensor *h_0, Tensor *c_0)
 {
-    PyObject *module = arguments[0], *attributes = arguments[5];
+    PyObject *module = arguments[0], *deciding = arguments[5];
     if (is_disturbed(seen)) {
         seen->usual = 0;
         return 0;
@@ -636,7 +658,8 @@ static int gather(Seen *seen, PyObject *const *arguments, PyObject **weights, i6
     if (!has_grad)
         return 0;
     seen->has_grad = is_true(has_grad);
-    const int found = note_weights(seen, module, arguments[6], weights, pointers);
+    PyObject *attributes = own(seen, PyObject_GetAttr(module, dictionary));
+    const int found = note_weights(seen, attributes, arguments[6], weights, pointers);
     seen->input = arguments[1];
     if (is_a(arguments[1], packed_type)) {
         note_packed(seen, arguments[1], input);
@@ -648,10 +671,12 @@ static int gather(Seen *seen, PyObject *const *arguments, PyObject **weights, i6
         note_states(seen, arguments[2], h_0, c_0);
     note_value(seen, arguments[3]);
     note_value(seen, arguments[4]);
-    const Py_ssize_t many = PySequence_Size(attributes);
+    const Py_ssize_t many = PySequence_Size(deciding);
     for (Py_ssize_t i = 0; i < many && seen->usual; i++) {
-        PyObject *name = own(seen, PySequence_GetItem(attributes, i));
-        PyObject *value = name ? own(seen, PyObject_GetAttr(module, name)) : NULL;
+        PyObject *name = own(seen, PySequence_GetItem(deciding, i));
+        PyObject *value = name ? found_in(seen, attributes, name) : NULL;
+        if (name && !value)
+            value = own(seen, PyObject_GetAttr(module, name));
         if (value)
             note_value(seen, value);
     }
@@ -696,7 +721,7 @@ static PyObject *known(PyObject *self, PyObject *const *arguments, Py_ssize_t co
     else if (record && PyBytes_Size(record) == 0)
         Py_IncRef(result = &_Py_FalseStruct);
     else if (record && seen.usual)
-        result = run(&seen, PyBytes_AsString(record), &input, pointers, &h_0, &c_0);
+        result = run(&seen, PyBytes_AsString(record), &input, pointers, found, &h_0, &c_0);
     while (seen.owned_count)
         Py_DecRef(seen.owned[--seen.owned_count]);
     if (!result && !PyErr_Occurred())
@@ -727,7 +752,9 @@ functions(const Exchange *given, PyObject *types, PyObject *asked, PyObject *fac
     Py_IncRef(grad), Py_IncRef(calls), Py_IncRef(float32_fact);
     is_neg = PyUnicode_InternFromString("is_neg");
     new_empty = PyUnicode_InternFromString("new_empty");
+    dictionary = PyUnicode_InternFromString("__dict__");
     parameters = PyUnicode_InternFromString("_parameters");
+    flat_weights = PyUnicode_InternFromString("_flat_weights");
     requires_grad = PyUnicode_InternFromString("requires_grad");
     transpose = PyUnicode_InternFromString("transpose");
     index_select = PyUnicode_InternFromString("index_select");
