@@ -15,7 +15,7 @@ from bench import providers, tables
 from bench.cases import CELLS, EXTRA_CELLS, GRIDS, Case, select
 from bench.gate import GateError, check_equal, tolerance_of
 from bench.gpu_loops import device_loop, flushed_seconds
-from bench.machine import describe_machine
+from bench.machine import CommandError, check_place, describe_machine
 from bench.tables import Measurement, Report
 from bench.turns import QUICK_BUDGET, Budget, measure
 from bench.workload import OURS, TORCH
@@ -78,6 +78,14 @@ def selected_providers(config: pytest.Config, case: Case) -> list[str]:
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    path: Path | None = config.getoption("--save-table")
+    if path is not None:
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            for suffix in (".md", ".json"):
+                check_place(path.with_suffix(suffix))
+        except (OSError, CommandError) as error:
+            raise pytest.UsageError(f"--save-table: {error}") from None
     threads = config.getoption("--threads")
     if threads is not None:
         if threads < 1:

@@ -137,8 +137,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("results", type=Path, help="gpu.json of `bench.gpu_session`")
     options = parser.parse_args(arguments)
-    data = json.loads(options.results.read_text())
-    found = {exchange: measured(data, exchange) for exchange in FITS}
+    try:
+        data = json.loads(options.results.read_text())
+        found = {exchange: measured(data, exchange) for exchange in FITS}
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        parser.error(f"{options.results} is no gpu.json of bench.gpu_session: {error!r}")
     if not any(found.values()):
         print("no plan with W_hh in registers was timed there", file=sys.stderr)
         return 1

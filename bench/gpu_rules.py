@@ -104,7 +104,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("results", type=Path, help="gpu.json of `bench.gpu_session`")
     parser.add_argument("--chip", choices=sorted(CHIPS), default="H200", help="it ran on this one")
     options = parser.parse_args(arguments)
-    cases = judged(json.loads(options.results.read_text()), options.chip)
+    try:
+        cases = judged(json.loads(options.results.read_text()), options.chip)
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        parser.error(f"{options.results} is no gpu.json of bench.gpu_session: {error!r}")
     if not cases:
         print("no case was timed there", file=sys.stderr)
         return 1

@@ -352,8 +352,13 @@ def _arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--minutes", type=float, default=8.0, help="the run ends before (8)")
     parser.add_argument("--part", choices=list(SHARES), action="append", help="only this part")
     parser.add_argument("--quick", action="store_true", help="the first few cases of every part")
-    # A rehearsal of the code on Triton's interpreter; and what the children are started with.
-    parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda", help=argparse.SUPPRESS)
+    parser.add_argument(
+        "--device",
+        choices=["cuda", "cpu"],
+        default="cuda",
+        help="cpu: a rehearsal on Triton's interpreter, with TRITON_INTERPRET=1 (cuda)",
+    )
+    # What the children are started with.
     parser.add_argument("--child", type=float, help=argparse.SUPPRESS)
     return parser.parse_args(arguments)
 

@@ -568,7 +568,10 @@ def main(options: list[str] | None = None) -> int:
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes")
     parser.add_argument("--save", type=Path, help="write the table to this file too")
     arguments = parser.parse_args(options)
-    rows = examine_all(kernels(arguments), arguments.jobs)
+    chosen = kernels(arguments)
+    if not chosen:
+        parser.error(f"--match {arguments.match}: there is no such kernel")
+    rows = examine_all(chosen, arguments.jobs)
     failed = [row for row in rows if row.problems]
     text = table(failed if arguments.failed else rows)
     summary = f"{len(rows)} kernels, {len(failed)} fail the gate; Triton {triton.__version__}"

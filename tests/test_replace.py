@@ -309,3 +309,134 @@ def test_fx_keeps_what_torch_does_not_have():
     traced = torch.fx.symbolic_trace(module)
     for actual, expected in zip(traced(X, lengths), module(X, lengths), strict=True):
         assert torch.equal(actual, expected)
+
+
+class Stepping(nn.Module):
+    """A model whose cell begins with a constant, and with a state that is traced."""
+
+    def __init__(self, cell, layer):
+        super().__init__()
+        self.cell, self.layer = cell, layer
+
+    def forward(self, x, h):
+        h, c = self.cell(torch.zeros(2, 3), (h, h))
+        return self.layer(x, h.unsqueeze(0))[0], c
+
+
+def test_fx_takes_a_module_as_a_leaf_if_its_state_alone_is_traced():
+    module = Stepping(triton_rnn.LSTMCell(3, 4), triton_rnn.GRU(3, 4))
+    traced = torch.fx.symbolic_trace(module)
+    h = torch.randn(2, 4)
+    for actual, expected in zip(traced(X, h), module(X, h), strict=True):
+        assert torch.equal(actual, expected)
+
+
+@pytest.mark.parametrize("hook", ["register_forward_hook", "register_forward_pre_hook"])
+def test_fx_refuses_a_layer_whose_hooks_it_would_run_twice(hook):
+    module = Stepping(triton_rnn.LSTMCell(3, 4), triton_rnn.GRU(3, 4))
+    getattr(module.layer, hook)(lambda *given: None)
+    with pytest.raises(RuntimeError, match=r"hooks of layer.*is_leaf_module"):
+        torch.fx.symbolic_trace(module)
+
+
+def test_fx_does_not_trace_a_layer_by_itself():
+    for kind in (nn.GRU, triton_rnn.GRU):
+        with pytest.raises(torch.fx.proxy.TraceError):
+            torch.fx.symbolic_trace(kind(3, 4))
+
+
+registered: dict[str, type] = {}
+
+
+class Registered(nn.GRU):
+    """Subclasses are told of, by names that must be given, and must be new."""
+
+    def __init_subclass__(cls, *, tag):
+        if tag in registered:
+            raise ValueError(tag)
+        registered[tag] = cls
+
+
+class First(Registered, tag="first"):
+    pass
+
+
+def test_users_subclasses_are_not_told_of_classes_made_here():
+    model = nn.ModuleList([nn.GRU(3, 4), First(3, 4), nn.LSTM(3, 4)])
+    expected = [module(X)[0] for module in model]
+    triton_rnn.replace(model)
+    assert registered == {"first": First}
+    for module, output in zip(model, expected, strict=True):
+        assert type(module).__mro__[-1] is object
+        assert isinstance(module, (triton_rnn.GRU, triton_rnn.LSTM))
+        torch.testing.assert_close(module(X)[0], output)
+    assert isinstance(pickle.loads(pickle.dumps(model))[1], First)
+
+
+class Unwilling(type):
+    def __new__(cls, name, bases, body):
+        if len(bases) > 1:
+            raise TypeError("one base")
+        return super().__new__(cls, name, bases, body)
+
+
+class Single(nn.GRU, metaclass=Unwilling):
+    pass
+
+
+def test_a_class_that_cannot_be_derived_from_is_left_alone(caplog):
+    model = nn.ModuleList([nn.GRU(3, 4), Single(3, 4), nn.LSTM(3, 4)])
+    triton_rnn.replace(model)
+    assert [type(module) for module in model] == [triton_rnn.GRU, Single, triton_rnn.LSTM]
+    assert "left 1 alone: Single has no subclass that is ours too: one base" in caplog.text
+
+
+class Naming(nn.LSTM):
+    """A user's subclass with names that ours has too."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.residual, self.residual_layers = "mine", 3
+
+    def _run(self):
+        return "mine"
+
+
+def test_a_users_names_stay_the_users():
+    module = Naming(3, 4, 2)
+    expected = module(X)[0]
+    triton_rnn.replace(module)
+    torch.testing.assert_close(module(X)[0], expected)
+    assert (module.residual, module.residual_layers, module._run()) == ("mine", 3, "mine")
+    module.residual = "other"
+    assert module.residual == "other"
+
+    class Swapped(triton_rnn.LSTM):
+        def __init__(self, *args):
+            super().__init__(*args)
+            self.residual = "mine"
+
+    assert Swapped(3, 4).residual == "mine"
+    with pytest.raises(AttributeError, match="residual cannot be set"):
+        triton_rnn.LSTM(3, 4).residual = True
+
+
+@pytest.mark.parametrize("name", ["forward", "permute_hidden", "check_forward_args"])
+def test_a_module_with_methods_of_its_own_is_left_alone(name, caplog):
+    module = nn.GRU(3, 4)
+    setattr(module, name, getattr(module, name))
+    triton_rnn.replace(module)
+    assert type(module) is nn.GRU
+    assert f"GRU overrides {name}" in caplog.text
+
+
+class UsersCell(nn.GRUCell):
+    pass
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_torch_jit_script_takes_a_users_cell_that_was_replaced():
+    module = UsersCell(3, 4)
+    expected = module(X[0])
+    scripted = torch.jit.script(triton_rnn.replace(module))
+    torch.testing.assert_close(scripted(X[0]), expected)

@@ -254,8 +254,8 @@ def _default_text(name: str) -> str:
 
 def _positive_int(text: str) -> int:
     # argparse turns a ValueError into a message that names this function, so raise its own error.
-    if not text.isascii() or not text.isdigit() or int(text) == 0:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above 0")
+    if not text.isascii() or not text.isdigit() or not 0 < int(text[:20]) < 2**31:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 1 to 2**31 - 1")
     return int(text)
 
 

@@ -164,11 +164,11 @@ def forward(module: torch.nn.RNNBase, input: Any, hx: Any) -> tuple[Any, Any] | 
     if kinds != (bool, bool, int):
         return None
     directions = 2 if module.bidirectional else 1
-    weights: list[Tensor] = [getattr(module, name) for name in module._flat_weights_names]
-    if any(map(operator.is_not, weights, module._flat_weights)):
+    weights: list[Any] = [getattr(module, name) for name in module._flat_weights_names]
+    others = any(map(operator.is_not, weights, module._flat_weights))
+    if others and not module._weights_have_changed():
         # As `functional.weights_of`.
-        if not module._weights_have_changed():
-            weights = list(module._flat_weights)
+        weights = list(module._flat_weights)
     has_c = module.mode == "LSTM"
     states: tuple[Tensor, ...] = () if hx is None else hx if has_c else (hx,)
     if casts:

@@ -58,8 +58,15 @@ class Choice(NamedTuple):
 
 def check_name(name: str) -> str:
     if name != "auto" and name not in BACKENDS:
-        raise ValueError(f"unknown backend {name!r}; choose from {', '.join(('auto', *BACKENDS))}")
+        names = ", ".join(("auto", *BACKENDS))
+        raise ValueError(f"unknown backend {name!r}{_by_whom(name)}; choose from {names}")
     return name
+
+
+def _by_whom(name: str) -> str:
+    """Where a backend was asked for, if the program does not say so."""
+    set_there = name == _environment and not _requested.get()
+    return " (of the variable TRITON_RNN_BACKEND)" if set_there else ""
 
 
 class use_backend:  # noqa: N801 - used like a function, as torch.no_grad is
@@ -78,6 +85,7 @@ class use_backend:  # noqa: N801 - used like a function, as torch.no_grad is
 
     Raises:
         ValueError: at once, if there is no backend of that name.
+        TypeError: at once, if it decorates a class or a generator.
         BackendError: from a module's call, if the backend cannot do that call.
     """
 
@@ -91,6 +99,11 @@ class use_backend:  # noqa: N801 - used like a function, as torch.no_grad is
         _requested.set(_requested.get()[:-1])
 
     def __call__(self, function: _F) -> _F:
+        if inspect.isclass(function) or _is_generator(function):
+            raise TypeError(
+                f"use_backend is a decorator of functions that run when they are called, {function}"
+                " is not one: use it as a context manager inside"
+            )
         if inspect.iscoroutinefunction(function):
 
             @functools.wraps(function)
@@ -108,6 +121,10 @@ class use_backend:  # noqa: N801 - used like a function, as torch.no_grad is
         return run  # type: ignore[return-value]
 
 
+def _is_generator(function: Any) -> bool:
+    return inspect.isgeneratorfunction(function) or inspect.isasyncgenfunction(function)
+
+
 def requested() -> str:
     """The backend asked for: by `use_backend`, else by the environment, else ``"auto"``."""
     inside = _requested.get()
@@ -123,7 +140,11 @@ def cannot_extend(name: str, request: Request) -> str | None:
     """Why a backend cannot give a request's steps what they are to be given; None when it can."""
     if not request.extras or hasattr(backend_module(name), "TAKES_EXTRAS"):
         return None
-    return f"its loops know nothing of {', '.join(request.extras)}"
+    reason: str | None = None
+    if name == "triton" and "layer_norm" not in request.extras:
+        # Its kernels are generated for the others, where it can run at all.
+        reason = backend_module(name).cannot(request)
+    return reason or f"its loops know nothing of {', '.join(request.extras)}"
 
 
 def unavailable(name: str) -> str | None:
@@ -204,7 +225,9 @@ def _chosen(request: Request, wanted: str, onednn_enabled: bool) -> Choice:
     if wanted != "auto":
         reason = cannot_extend(wanted, request) or backend_module(wanted).supports(request)
         if reason is not None:
-            raise BackendError(f"backend {wanted!r} cannot run this call: {reason}")
+            raise BackendError(
+                f"backend {wanted!r}{_by_whom(wanted)} cannot run this call: {reason}"
+            )
         return Choice(
             wanted, {name: f"{wanted} was asked for" for name in BACKENDS if name != wanted}
         )

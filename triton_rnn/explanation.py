@@ -129,7 +129,8 @@ def explain(
         if half is not None:
             lines = tuple(_plan(half[0], half[1].backend, module.num_layers))
             return Explanation(half[1].backend, half[1].reasons, lines, half[0].request)
-    if functional.refused(wanted):
+    here = functional.asked_here()
+    if here is None:
         return _left_to_torch(f"{obstacles.obstacle()}: torch.nn's own forward answers the call")
     if getattr(module, "_layered", False):
         # Each layer is a call of its own; the first one's input is what is here.
@@ -146,11 +147,16 @@ def explain(
     recomputed = call.request.needs_grad and recomputed
     choice: dispatch.Choice | None
     if isinstance(module, torch.nn.RNNCellBase):
-        choice = cell_call.choose(call.request, wanted)
+        choice = cell_call.choose(call.request, here)
         if choice is None:
             return _left_to_torch("auto leaves this step to torch's own cells")
     else:
-        choice = (recompute if recomputed else dispatch).choose(call.request, wanted)
+        choice = (recompute if recomputed else dispatch).choose(call.request, here)
+    if here != wanted:
+        reasons = dict.fromkeys(
+            choice.reasons, "torch.vmap is at work, which needs the plain loops"
+        )
+        choice = choice._replace(reasons=reasons)
     plan = _plan(call, choice.backend, layers)
     if recomputed:
         plan.append(_segments(call, 0 if recomputed is True else recomputed))

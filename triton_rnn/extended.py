@@ -87,7 +87,8 @@ def _zoneout(
     if p == 0.0 or not training:
         return p
     rows = x.shape[:-1] if episodes is None else (episodes.steps, episodes.batch)
-    mask = torch.empty((*rows, size), dtype=torch.bool, device=x.device).bernoulli_(p)
+    # Not in place, for which torch.vmap draws no numbers of each of its own.
+    mask = torch.bernoulli(torch.empty((*rows, size), dtype=torch.bool, device=x.device), p)
     return mask if episodes is None else episodes.take(mask)
 
 

@@ -169,7 +169,7 @@ def prepare(module: torch.nn.RNNBase, input: Any, hx: Any) -> Call | None:
     """Take a call apart; None if it is malformed, so that torch.nn's forward shall say how."""
     packed = isinstance(input, PackedSequence)
     data = input.data if packed else input
-    if type(data) not in PLAIN or data.layout is not torch.strided:
+    if type(data) not in PLAIN or data.layout is not torch.strided or data.is_nested:
         return None
     shape = data.shape
     form = "packed" if packed else "padded"

@@ -124,12 +124,11 @@ def _native() -> dict[str, str | None]:
         command = build.compiler()
     except build.BuildError:
         command = None
-    try:
-        folder = os.fspath(build.cache_folder())
-    except RuntimeError:
-        # This user has no home.
-        folder = None
-    return {"compiler": None if command is None else shlex.join(command), "kept_in": folder}
+    folder = build.usable_folder()
+    return {
+        "compiler": None if command is None else shlex.join(command),
+        "kept_in": None if folder is None else os.fspath(folder),
+    }
 
 
 def _torchscript() -> dict[str, Any]:
@@ -174,7 +173,8 @@ def _in_words(information: Mapping[str, Any]) -> dict[str, dict[str, str]]:
         },
         "native": {
             "compiler": information["native"]["compiler"] or "none",
-            "libraries are kept in": information["native"]["kept_in"] or "no folder",
+            "libraries are kept in": information["native"]["kept_in"]
+            or "no folder: there is none to be had, every process compiles anew",
         },
         "torchscript": {
             "compiles": f"{compiles}, {1000 * script['seconds']:.0f} ms",

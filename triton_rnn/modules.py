@@ -20,7 +20,7 @@ from triton_rnn.stacking import Stacking
 def _torch_twin(module: torch.nn.Module, ours: type, theirs: type) -> torch.nn.Module:
     """The torch.nn module that shares all of a module's attributes, for TorchScript to compile.
 
-    A user's subclass is left to itself: what it adds cannot be carried over.
+    A user's subclass of ours is left to itself: what it adds cannot be carried over.
 
     Raises:
         RuntimeError: if the module uses what torch.nn's does not have.
@@ -29,7 +29,10 @@ def _torch_twin(module: torch.nn.Module, ours: type, theirs: type) -> torch.nn.M
     options.refuse_to_leave(module, "torch.jit.script compiles torch.nn's module")
     normalized.refuse_to_leave(module, "torch.jit.script compiles torch.nn's module")
     if type(module) is not ours:
-        return module
+        # Of a user's that `replace` took, the user's.
+        theirs, _ = vars(type(module)).get("_parts", (None, ours))
+        if theirs is None:
+            return module
     twin: torch.nn.Module = object.__new__(theirs)
     twin.__dict__.update(module.__dict__)
     return twin
@@ -89,18 +92,20 @@ class _Extended(torch.nn.RNNBase):
             or all_states
             or reset_to != "zeros"
         ):
-            if symbolic.is_proxy(input):
+            tracer = symbolic.tracer_of(input, hx, lengths, reset_mask)
+            if tracer is not None:
                 more = {"lengths": lengths, "reset_mask": reset_mask, "reset_to": reset_to}
-                return symbolic.leaf(self, input, hx, all_states=all_states, **more)
+                return symbolic.leaf(tracer, self, input, hx, all_states=all_states, **more)
             return extended.forward(self, input, hx, lengths, reset_mask, reset_to, all_states)
         call: Callable[..., Any] = functional.forward
-        if self._stacking and not symbolic.is_proxy(input):
+        if self._stacking and symbolic.tracer_of(input, hx) is None:
             call = normalized.forward if self._normalized else stacking.forward
         result = call(self, input, hx)
         if result is not None:
             return result
-        if symbolic.is_proxy(input):
-            return symbolic.leaf(self, input, hx)
+        tracer = symbolic.tracer_of(input, hx)
+        if tracer is not None:
+            return symbolic.leaf(tracer, self, input, hx)
         # torch's, whichever it is of: no class between has a forward.
         return super().forward(input, hx)
 
@@ -119,13 +124,12 @@ class RNN(_Extended, Stacking, torch.nn.RNN):
         self,
         input: Any,
         hx: Tensor | None = None,
-        *,
         lengths: Tensor | None = None,
         reset_mask: Tensor | None = None,
         reset_to: str = "zeros",
         all_states: bool = False,
     ) -> Any:
-        return self._run(input, hx, lengths, reset_mask, reset_to, all_states)
+        return _Extended._run(self, input, hx, lengths, reset_mask, reset_to, all_states)
 
     def __prepare_scriptable__(self) -> torch.nn.Module:
         return _torch_twin(self, RNN, torch.nn.RNN)
@@ -146,13 +150,12 @@ class GRU(LayerNormalized, _Extended, Stacking, torch.nn.GRU):
         self,
         input: Any,
         hx: Tensor | None = None,
-        *,
         lengths: Tensor | None = None,
         reset_mask: Tensor | None = None,
         reset_to: str = "zeros",
         all_states: bool = False,
     ) -> Any:
-        return self._run(input, hx, lengths, reset_mask, reset_to, all_states)
+        return _Extended._run(self, input, hx, lengths, reset_mask, reset_to, all_states)
 
     def __prepare_scriptable__(self) -> torch.nn.Module:
         return _torch_twin(self, GRU, torch.nn.GRU)
@@ -173,18 +176,19 @@ class LSTM(LayerNormalized, _Extended, Stacking, torch.nn.LSTM):
         self,
         input: Any,
         hx: tuple[Tensor, Tensor] | None = None,
-        *,
         lengths: Tensor | None = None,
         reset_mask: Tensor | None = None,
         reset_to: str = "zeros",
         all_states: bool = False,
     ) -> Any:
-        return self._run(input, hx, lengths, reset_mask, reset_to, all_states)
+        return _Extended._run(self, input, hx, lengths, reset_mask, reset_to, all_states)
 
     def __prepare_scriptable__(self) -> torch.nn.Module:
         return _torch_twin(self, LSTM, torch.nn.LSTM)
 
 
+# What is beyond torch.nn's is not by keyword alone: torch.onnx.export(dynamo=False) of a layer by
+# itself hands over every default by its place.
 for _layer in (RNN, GRU, LSTM):
     _layer.forward.__doc__ = extended.forward.__doc__
 
@@ -196,10 +200,13 @@ class RNNCell(torch.nn.RNNCell):
     """
 
     def forward(self, input: Tensor, hx: Tensor | None = None) -> Tensor:
-        if type(input) is not Tensor and symbolic.is_proxy(input):
-            return symbolic.leaf(self, input, hx)
         result = cell_call.forward(self, input, hx)
-        return super().forward(input, hx) if result is None else result[0]
+        if result is not None:
+            return result[0]
+        tracer = symbolic.tracer_of(input, hx)
+        return (
+            super().forward(input, hx) if tracer is None else symbolic.leaf(tracer, self, input, hx)
+        )
 
     def __prepare_scriptable__(self) -> torch.nn.Module:
         return _torch_twin(self, RNNCell, torch.nn.RNNCell)
@@ -212,10 +219,13 @@ class GRUCell(torch.nn.GRUCell):
     """
 
     def forward(self, input: Tensor, hx: Tensor | None = None) -> Tensor:
-        if type(input) is not Tensor and symbolic.is_proxy(input):
-            return symbolic.leaf(self, input, hx)
         result = cell_call.forward(self, input, hx)
-        return super().forward(input, hx) if result is None else result[0]
+        if result is not None:
+            return result[0]
+        tracer = symbolic.tracer_of(input, hx)
+        return (
+            super().forward(input, hx) if tracer is None else symbolic.leaf(tracer, self, input, hx)
+        )
 
     def __prepare_scriptable__(self) -> torch.nn.Module:
         return _torch_twin(self, GRUCell, torch.nn.GRUCell)
@@ -230,10 +240,13 @@ class LSTMCell(torch.nn.LSTMCell):
     def forward(
         self, input: Tensor, hx: tuple[Tensor, Tensor] | None = None
     ) -> tuple[Tensor, Tensor]:
-        if type(input) is not Tensor and symbolic.is_proxy(input):
-            return symbolic.leaf(self, input, hx)
         result = cell_call.forward(self, input, hx)
-        return super().forward(input, hx) if result is None else (result[0], result[1])
+        if result is not None:
+            return result[0], result[1]
+        tracer = symbolic.tracer_of(input, hx)
+        return (
+            super().forward(input, hx) if tracer is None else symbolic.leaf(tracer, self, input, hx)
+        )
 
     def __prepare_scriptable__(self) -> torch.nn.Module:
         return _torch_twin(self, LSTMCell, torch.nn.LSTMCell)

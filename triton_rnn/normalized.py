@@ -7,14 +7,14 @@ so layers, directions, packing and second derivatives are those of all cells.
 
 import functools
 import math
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
 from triton_rnn import compiled, dispatch, functional, malformed, route
 from triton_rnn.cells import NORMALIZED
-from triton_rnn.options import OFF
+from triton_rnn.options import OFF, set_users, users
 from triton_rnn.profiling import ranges
 from triton_rnn.request import Call
 
@@ -95,6 +95,15 @@ class LayerNormalized(torch.nn.RNNBase):
                 empty = like.new_empty(length * self.hidden_size)
                 self.register_parameter(name, torch.nn.Parameter(empty))
         self._reset_norms()
+
+    @property
+    def layer_norm(self) -> bool:
+        """Whether the module has it."""
+        return cast(bool, users(self, "layer_norm", cast(Any, self)._normalized))
+
+    @layer_norm.setter
+    def layer_norm(self, value: Any) -> None:
+        set_users(self, "layer_norm", value)
 
     def _reset_norms(self) -> None:
         for names in _names(self.mode, self.num_layers, self.bidirectional, self.bias):

@@ -89,6 +89,17 @@ def users(module: Any, name: str, ours: Any) -> Any:
     return ours
 
 
+def set_users(module: nn.Module, name: str, value: Any) -> None:
+    """Keep what a user's subclass has of its own under a name of ours that cannot be set.
+
+    Raises:
+        AttributeError: if the module is no user's subclass.
+    """
+    if type(module).__module__ == "triton_rnn.modules":
+        raise AttributeError(f"{name} cannot be set: it is of the module's construction")
+    vars(module)[name] = value
+
+
 class Option:
     """An attribute of a module that is a field of its `_options`."""
 
@@ -114,13 +125,15 @@ class Option:
 
 
 def set_all(module: nn.RNNBase, **options: Any) -> None:
-    """Set those options that are not their defaults.
+    """Set those options that are given: a probability other than 0, a bound other than None.
 
     Raises:
         ValueError: if the module cannot have one.
     """
     for name, value in options.items():
-        if value is not None and value != 0.0:
+        default = getattr(OFF, name)
+        # False is equal to 0, and neither a probability nor a bound.
+        if value is not default and (type(value) not in (int, float) or value != default):
             setattr(module, name, value)
 
 

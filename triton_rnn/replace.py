@@ -34,7 +34,17 @@ _CALLED = (
     "check_hidden_size",
     "get_expected_hidden_size",
     "permute_hidden",
+    "_init_flat_weights",
+    "_update_flat_weights",
+    "_weights_have_changed",
 )
+
+
+class _Unannounced:
+    """Ahead of a user's class, whose `__init_subclass__` is not told of what is made here."""
+
+    def __init_subclass__(cls) -> None:
+        pass
 
 
 class _Combined:
@@ -55,7 +65,7 @@ def _combine(user: type, ours: type) -> type:
     """A subclass of a user's class, whose forward is ours because the user's class has none."""
     return type(
         user.__name__,
-        (user, ours, _Combined),
+        (_Unannounced, user, ours, _Combined),
         {"__module__": user.__module__, "__qualname__": user.__qualname__, "_parts": (user, ours)},
     )
 
@@ -138,9 +148,18 @@ def replace(model: _Model) -> _Model:
         theirs = next((base for base in kind.__mro__ if base in _OURS), None)
         if theirs is None or any(base in _THEIRS for base in kind.__mro__):
             continue
-        names = [each for each in _PRIVATE if each in vars(module)]
-        reason = f"has an attribute {names[0]}" if names else _why_not(kind, theirs)
-        replaced = None if reason else _replaced(kind)
+        own = vars(module)
+        kept = [each for each in _PRIVATE if each in own]
+        called = [each for each in _CALLED if each in own]
+        reason = (
+            f"has an attribute {kept[0]}" if kept else f"overrides {called[0]}" if called else ""
+        )
+        try:
+            replaced = None if reason else _replaced(kind)
+            reason = reason or _why_not(kind, theirs)
+        except Exception as error:
+            # A user's metaclass may raise anything.
+            replaced, reason = None, f"has no subclass that is ours too: {error}"
         if replaced is None:
             _log.warning("left %s alone: %s %s", name or "the model", kind.__qualname__, reason)
         else:
@@ -153,6 +172,7 @@ def restore(model: _Model) -> _Model:
     """Make every module of this package in a model, itself included, the torch.nn module it was.
 
     The opposite of `replace`; a module that was built as one of ours becomes torch.nn's as well.
+    With it ends `recompute`, which changes no results.
 
     Args:
         model: any module. It is changed in place.

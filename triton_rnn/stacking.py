@@ -12,7 +12,7 @@ from torch.nn.functional import dropout
 from torch.nn.utils.rnn import PackedSequence
 
 from triton_rnn import autocast, compiled, dispatch, functional, recompute
-from triton_rnn.options import of_layer, users
+from triton_rnn.options import of_layer, set_users, users
 from triton_rnn.request import Request
 
 
@@ -80,7 +80,7 @@ class Stacking(torch.nn.RNNBase):
             raise TypeError(f"residual is True or False, not {residual!r}")
         if residual:
             self._residual = True
-            if not self.residual_layers:
+            if not _connected(self):
                 raise ValueError(
                     "residual=True has no layer to connect: a layer after the first is connected "
                     f"where it is as wide as the one below it, and hidden sizes are {hidden_size}"
@@ -132,13 +132,18 @@ class Stacking(torch.nn.RNNBase):
         """
         return cast(bool, users(self, "residual", self._residual))
 
+    @residual.setter
+    def residual(self, value: Any) -> None:
+        set_users(self, "residual", value)
+
     @property
     def residual_layers(self) -> tuple[int, ...]:
         """The numbers of the layers that have a residual connection."""
-        if not self._residual:
-            return ()
-        sizes = _sizes(self)
-        return tuple(i for i in range(1, len(sizes)) if sizes[i] == sizes[i - 1])
+        return cast(tuple[int, ...], users(self, "residual_layers", _connected(self)))
+
+    @residual_layers.setter
+    def residual_layers(self, value: Any) -> None:
+        set_users(self, "residual_layers", value)
 
     @property
     def recompute(self) -> bool | int:
@@ -186,6 +191,14 @@ def refuse_to_leave(module: Any, why: str) -> None:
         raise RuntimeError(
             f"{why}, which has neither hidden sizes per layer nor residual connections"
         )
+
+
+def _connected(module: Any) -> tuple[int, ...]:
+    """The numbers of the layers that have a residual connection."""
+    if not module._residual:
+        return ()
+    sizes = _sizes(module)
+    return tuple(i for i in range(1, len(sizes)) if sizes[i] == sizes[i - 1])
 
 
 def _sizes(module: Any) -> tuple[int, ...]:
@@ -346,7 +359,7 @@ def each_layer(
     Args:
         run: the call of a layer, given the layer, its input and its state: output and final state.
     """
-    connected = module.residual_layers
+    connected = _connected(module)
     finals = []
     outputs: list[Any] = []
     x = input

@@ -100,9 +100,13 @@ class Stream:
         Raises:
             TypeError: the chunk is packed, or is no tensor.
             BackendError: a backend was asked for by name that cannot run the chunk, or that is not
-                the one that the stream has begun on.
+                the one that the stream has begun on; or it is exported.
             RuntimeError, ValueError: as the module; the state is then what it was.
         """
+        if torch.compiler.is_exporting():
+            raise dispatch.BackendError(
+                "a stream keeps its state outside of a program: export its module, with hx"
+            )
         if isinstance(chunk, PackedSequence):
             raise TypeError(
                 "a stream takes padded chunks: the sequences of a packed batch end inside of it"

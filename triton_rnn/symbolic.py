@@ -9,16 +9,31 @@ from typing import Any
 import torch
 
 
-def is_proxy(input: Any) -> bool:
-    return isinstance(input, torch.fx.Proxy)
+def tracer_of(*given: Any) -> Any:
+    """What traces a call with these arguments, states among them; None if nothing does."""
+    for each in given:
+        for one in each if isinstance(each, (tuple, list)) else (each,):
+            if isinstance(one, torch.fx.Proxy):
+                return one.tracer
+    return None
 
 
-def leaf(module: torch.nn.Module, input: Any, *args: Any, **kwargs: Any) -> Any:
-    """What calling a module comes to while fx traces: a node of its graph that calls the module."""
-    tracer = input.tracer
-    return tracer.create_proxy(
-        "call_module",
-        tracer.path_of_module(module),
-        (input, *args),
-        {name: value for name, value in kwargs.items() if value is not None},
-    )
+def leaf(tracer: Any, module: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
+    """What calling a module comes to while fx traces: a node of its graph that calls the module.
+
+    Raises:
+        RuntimeError: the module has hooks, which the graph would run as often again, for fx is
+            about to trace them too.
+        TraceError: the module is itself what is traced.
+    """
+    path = tracer.path_of_module(module)
+    told = type(module).__name__
+    if not path:
+        raise torch.fx.proxy.TraceError(f"{told} has a loop over time: it is traced within a model")
+    if module._forward_hooks or module._forward_pre_hooks:
+        raise RuntimeError(
+            f"torch.fx traces the hooks of {path}, a {told} of triton_rnn, and the graph would run "
+            "them twice: give it a Tracer whose is_leaf_module says so of this module"
+        )
+    more = {name: value for name, value in kwargs.items() if value is not None}
+    return tracer.create_proxy("call_module", path, args, more)

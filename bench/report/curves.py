@@ -38,7 +38,9 @@ def exponent(curve: Curve) -> str:
     """The fitted exponent with its error, as far as they are known."""
     if curve.exponent is None:
         return "-"
-    error = "" if curve.exponent_error is None else f" ± {curve.exponent_error:.2f}"
+    # Two points lie on a line, so they say nothing of an error.
+    known = curve.exponent_error is not None and len(curve.points) > 2
+    error = "" if not known else f" ± {curve.exponent_error:.2f}"
     return f"{curve.exponent:.2f}{error}"
 
 
@@ -84,9 +86,11 @@ def memory(runs: Sequence[tuple[str, Sequence[tuple[str, float, float]]]]) -> by
         for name, ours, theirs in chosen:
             colour, marker = turns[_cell(name)]
             axes.plot([theirs / 2**20], [ours / theirs], marker=marker, color=colour, alpha=0.8)
-        log_axis(axes.xaxis, [theirs / 2**20 for _, _, theirs in peaks], "{:.3g}".format)
+        log_axis(axes.xaxis, [theirs / 2**20 for _, _, theirs in peaks], "{:g}".format)
         highest = max(ours / theirs for _, ours, theirs in peaks)
-        axes.set_ylim(0.0, 1.12 * max(1.0, highest))
+        top = 1.12 * max(1.0, highest)
+        # So that a point at zero is whole.
+        axes.set_ylim(-0.04 * top, top)
         axes.set_ylabel("ours over torch.nn's", fontsize=10.5)
     all_axes[-1].set_xlabel("torch.nn's peak, MiB", fontsize=10.5)
     handles = [
@@ -121,7 +125,7 @@ def first_results(runs: Sequence[tuple[str, Sequence[tuple[str, float, str]]]]) 
         )
         axes.bar_label(bars, [seconds_tick(seconds) for _, seconds, _ in chosen], padding=4)
         axes.set_yticks(places, labels)
-        axes.invert_yaxis()
+        axes.set_ylim(most - 0.4, -0.6)
         axes.set_xlim(0.0, 1.2 * longest)
         axes.grid(visible=False, axis="y")
     all_axes[-1].set_xlabel("seconds", fontsize=10.5)

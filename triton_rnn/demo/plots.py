@@ -100,6 +100,7 @@ def _loss_curves(axes: Axes, comparison: Comparison) -> None:
         )
     axes.set_title(f"Loss: largest difference {comparison.difference_text}")
     axes.set_xlabel("step")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set_ylabel("cross-entropy (nats per character)")
     axes.legend(frameon=False, loc="upper right")
 

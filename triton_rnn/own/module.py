@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from triton_rnn import symbolic
+from triton_rnn import dispatch, symbolic
 from triton_rnn.cells import OwnCell
 from triton_rnn.own import call, program, trace
 
@@ -248,11 +248,14 @@ class Recurrent(torch.nn.Module):
             TypeError, ValueError: for lengths and resets that are not those of this batch.
             BackendError: a backend was asked for by name that cannot run the call.
         """
-        if type(input) is not Tensor and symbolic.is_proxy(input):
+        tracer = None if type(input) is Tensor and hx is None else symbolic.tracer_of(input, hx)
+        if tracer is not None:
             more = {"lengths": lengths, "reset_mask": reset_mask, "reset_to": reset_to}
-            return symbolic.leaf(self, input, hx, **more)
+            return symbolic.leaf(tracer, self, input, hx, **more)
         run = call.forward
         if torch.compiler.is_compiling():
+            if torch.compiler.is_exporting() and (lengths is not None or reset_mask is not None):
+                raise dispatch.BackendError("lengths and resets cannot be exported")
             call.break_graphs()
             run = call.outside_of_graphs
         if lengths is None and reset_mask is None and reset_to == "zeros":

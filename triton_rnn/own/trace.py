@@ -65,6 +65,10 @@ def _leaky_relu(g: Graph, x: Node, slope: Node | None = None) -> Node:
     return g.choose(g.apply("gt", x, g.constant(0)), x, g.apply("mul", x, slope))
 
 
+def _celu(g: Graph, x: Node, alpha: Node) -> Node:
+    return _elu(g, x, alpha, None, g.apply("div", g.constant(1), alpha))
+
+
 def _elu(
     g: Graph,
     x: Node,
@@ -194,7 +198,7 @@ _BUILD: dict[str, _Build] = {
     "hardswish": lambda g, x: g.apply("mul", x, _hardsigmoid(g, x)),
     "leaky_relu": _leaky_relu,
     "elu": _elu,
-    "celu": lambda g, x, alpha: _elu(g, x, alpha, None, g.apply("div", g.constant(1), alpha)),
+    "celu": lambda g, x, alpha=None: _celu(g, x, g.constant(1) if alpha is None else alpha),
     "softplus": _softplus,
     "log_sigmoid_forward": _log_sigmoid,
     "silu": _silu,
@@ -287,6 +291,8 @@ class _Recorder(TorchDispatchMode):
             # Of a tensor that does not belong here the shape is not what is wrong.
             for arg in given:
                 self.node_of(arg, operator)
+            if operator not in _BUILD:
+                raise ValueError(f"{self.told} is not pointwise: it calls {operator}") from None
             raise
         shown = result[0] if operator == "log_sigmoid_forward" else result
         if not any(id(arg) in self.nodes for arg in given):

@@ -77,6 +77,15 @@ def cache_folder() -> Path:
     return Path("~/.cache/triton_rnn").expanduser()
 
 
+def usable_folder() -> Path | None:
+    """The folder that libraries are kept in; None where every process has to compile anew."""
+    try:
+        return _usable(cache_folder())
+    except RuntimeError:
+        # This user has no home.
+        return None
+
+
 def library(
     source: Path, extra: Sequence[str] = (), headers: Mapping[str, str] = MappingProxyType({})
 ) -> ctypes.CDLL:
@@ -102,11 +111,7 @@ def library(
         key = _key(source, command, flags, headers)
     except OSError as error:
         raise BuildError(f"cannot be read: {_first_line(str(error))}") from None
-    try:
-        folder = _usable(cache_folder())
-    except RuntimeError:
-        # This user has no home.
-        folder = None
+    folder = usable_folder()
     found = None if folder is None else _cached(folder, key)
     content = b""
     if found is None:

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 _TOLERANCES = {torch.float16: 1e-2, torch.bfloat16: 6e-2, torch.float32: 3e-3}
 _STEPS = 3
 
+
 def obstacle(request: Request) -> str | None:
     """Why the kernels cannot serve a request on its device, or None."""
     cell = launch.kernel_cell(request.cell)
@@ -92,9 +93,7 @@ def first_use(request: Request, plans: dict[str, Plan]) -> str | None:
 
 def _compiled_for(plans: dict[str, Plan]) -> dict[str, Plan]:
     """What the kernels of plans are compiled for."""
-    return {
-        kernel: replace(plan, slots=0, floor_us=0.0) for kernel, plan in plans.items()
-    }
+    return {kernel: replace(plan, slots=0, floor_us=0.0) for kernel, plan in plans.items()}
 
 
 def _is_planned(request: Request, compiled: dict[str, Plan]) -> bool:
@@ -142,8 +141,9 @@ def compare(request: Request) -> float:
     directions, batch = request.directions, request.batch
 
     def random(*shape: int, scale: float = 1.0) -> Tensor:
-        where = {"generator": generator, "device": request.device}
-        return (torch.randn(*shape, dtype=torch.float64, **where) * scale).to(request.dtype)
+        device = request.device
+        numbers = torch.randn(*shape, generator=generator, dtype=torch.float64, device=device)
+        return (numbers * scale).to(request.dtype)
 
     # As torch initialises them: the preactivations stay where the gates are alive.
     bound = size**-0.5

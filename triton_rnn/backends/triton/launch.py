@@ -338,7 +338,8 @@ def raise_failed_wait(device: torch.device) -> None:
         if word
     ]
     # Not by an operator: the words may have been made in inference mode.
-    _errors_of(device).seen[:] = (0,) * len(_KERNELS)
+    for place in range(len(_KERNELS)):
+        _errors_of(device).seen[place] = 0
     message = (
         f"a Triton program waited in vain for the others: {', '.join(failed)}. The results of that "
         "call are NaN. Its programs did not all run at the same time, or one of them died"

@@ -16,9 +16,9 @@ _ALIGNMENT = 16
 def _of_any_size(tensors: Sequence[Tensor]) -> Sequence[Any]:
     """Tensors as Triton does not look at their size.
 
-    For an AMD GPU it tells those of up to 2 GB apart, and makes kernels for them alone that count in
-    32 bits: launched again with a larger tensor these read elsewhere, and most recurrences do not
-    compile as such (Triton 3.6 to 3.8: a pointer is chosen among two tensors').
+    For an AMD GPU it tells those of up to 2 GB apart, and makes kernels for them alone that count
+    in 32 bits: launched again with a larger tensor these read elsewhere, and most recurrences do
+    not compile as such (Triton 3.6 to 3.8: a pointer is chosen among two tensors').
     """
     if torch.version.hip is None:
         return tensors
@@ -104,9 +104,7 @@ class Launcher:
         """Triton's way."""
         return self._kernel[(programs,)](*tensors, *others, **self._constants, **self._options)
 
-    def _launch_clusters(
-        self, programs: int, tensors: Sequence[Any], others: Sequence[Any]
-    ) -> Any:
+    def _launch_clusters(self, programs: int, tensors: Sequence[Any], others: Sequence[Any]) -> Any:
         """The same, in clusters: to Triton a cluster shares one program's work, so it has none."""
         found = self._kernel.warmup(
             *tensors, *others, grid=(programs,), **self._constants, **self._options
