@@ -6,6 +6,7 @@ import torch.nn.functional as F
 ONE = {
     "elu": F.elu,
     "celu": lambda x: F.celu(x, 0.7),
+    "celu_of_one": F.celu,
     "selu": F.selu,
     "gelu": F.gelu,
     "gelu by tanh": lambda x: F.gelu(x, approximate="tanh"),

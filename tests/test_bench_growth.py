@@ -15,6 +15,8 @@ pytest.importorskip("rich")
 from bench import first_results, growth
 from bench.__main__ import main
 from bench.cases import Size
+from bench.report import curves
+from bench.report.load import Curve
 
 TINY = Size(2, 3, 4, 4)
 TINY_VALUES = {
@@ -75,6 +77,13 @@ def test_last_exponent_is_the_limit_where_a_fixed_cost_bends_the_curve():
     found = growth.fit([(x, 1e-3 + 1e-6 * x**2) for x in (8, 16, 32, 64, 128, 256, 512, 1024)])
     assert found.exponent < 1.5 < found.last < 2
     assert found.error > 0.05
+
+
+def test_a_picture_shows_no_error_of_two_points():
+    two, three = ([(10.0, 1.0), (20.0, 2.0), (40.0, 4.1)][:count] for count in (2, 3))
+    for points, expected in ((two, "0.98"), (three, "0.98 ± 0.02")):
+        curve = Curve("gru", "inference", "steps", "triton_rnn", "", points, 0.98, 0.02, 0.98)
+        assert curves.exponent(curve) == expected
 
 
 def test_two_points_have_an_exponent_and_no_error():

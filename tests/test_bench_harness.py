@@ -486,6 +486,16 @@ triton_rnn.RNN = SpoiledRNN
 """
 
 
+def test_a_table_that_cannot_be_written_is_refused_before_anything_runs(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    command = [sys.executable, "-m", "pytest", "bench/test_layers.py", "--quick", "-p"]
+    command += ["no:cacheprovider", "--save-table", str(tmp_path / "file" / "table")]
+    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert run.returncode == pytest.ExitCode.USAGE_ERROR
+    assert "--save-table: " in run.stderr
+    assert "Traceback" not in run.stderr
+
+
 def test_a_run_ends_with_a_table_of_what_passed_the_gate_alone(tmp_path: Path) -> None:
     """A whole ``pytest bench`` of one size and two cells, one of which computes wrongly."""
     (tmp_path / "spoiled_rnn.py").write_text(SPOILED_RNN)

@@ -308,6 +308,39 @@ def test_explain_reads_well_and_runs_nothing(gru, monkeypatch):
     assert "not triton: " in text
 
 
+@pytest.mark.parametrize("wanted", ["auto", "reference"])
+@pytest.mark.parametrize(
+    "kind", [triton_rnn.GRU, triton_rnn.LSTM, triton_rnn.LSTMCell, triton_rnn.GRUCell]
+)
+def test_explain_under_vmap_names_the_plain_loops(kind, wanted):
+    module, told = kind(3, 4), []
+    shape = (2, 5, 3) if "Cell" in kind.__name__ else (2, 7, 5, 3)
+
+    def call(x):
+        told.append(triton_rnn.explain(module, x))
+        result = module(x)
+        return result[0] if isinstance(result, tuple) else result
+
+    with triton_rnn.use_backend(wanted):
+        torch.vmap(call)(torch.randn(shape))
+    assert told[0].backend == "reference"
+    if wanted == "auto":
+        assert set(told[0].reasons.values()) == {"torch.vmap is at work, plain loops can do it"}
+
+
+def test_explain_says_of_options_and_lengths_where_the_kernels_run():
+    """They are generated for these, where there is a GPU."""
+    pytest.importorskip("triton", reason="the kernels need triton, which is for Linux alone")
+    x = torch.randn(7, 2, 3)
+    lengths = torch.tensor([7, 3])
+    for options, more in (({}, {"lengths": lengths}), ({"zoneout": 0.1}, {})):
+        module = triton_rnn.GRU(3, 4, **options)
+        reason = triton_rnn.explain(module, x, **more).reasons["triton"]
+        assert reason == "the Triton kernels run on a GPU, the input is on the CPU"
+    normalized = triton_rnn.explain(triton_rnn.GRU(3, 4, layer_norm=True), x)
+    assert "know nothing of layer_norm" in normalized.reasons["triton"]
+
+
 def test_explain_of_malformed_input_says_so(gru):
     explanation = triton_rnn.explain(gru, torch.zeros(3))
     assert explanation.backend == "aten"
@@ -384,3 +417,34 @@ def test_a_choice_for_float32_on_a_gpu_is_made_anew_when_a_switch_is_turned(
     for request in (on_gpu, on_gpu._replace(dtype=torch.float16)):
         dispatch.choose(request, "auto")
     assert asked[0] != asked[2] and asked[1] == asked[3]
+
+
+def test_what_does_not_run_when_it_is_called_cannot_be_decorated():
+    def generator():
+        yield 1
+
+    async def asynchronous():
+        yield 1
+
+    class Model:
+        pass
+
+    for function in (generator, asynchronous, Model):
+        with pytest.raises(TypeError, match="use it as a context manager inside"):
+            triton_rnn.use_backend("reference")(function)
+
+
+def test_a_backend_of_the_environment_is_told_as_such(monkeypatch):
+    x = torch.randn(5, 2, 3)
+    monkeypatch.setattr(dispatch, "_environment", "foo")
+    with pytest.raises(ValueError, match=r"unknown backend 'foo' \(of the variable TRITON_RNN_B"):
+        triton_rnn.GRU(3, 4)(x)
+    monkeypatch.setattr(dispatch, "_environment", "triton")
+    if not torch.cuda.is_available():
+        with pytest.raises(triton_rnn.BackendError, match=r"'triton' \(of the variable TRITON_RNN"):
+            triton_rnn.GRU(3, 4)(x)
+        with (
+            triton_rnn.use_backend("triton"),
+            pytest.raises(triton_rnn.BackendError, match="backend 'triton' cannot"),
+        ):
+            triton_rnn.GRU(3, 4)(x)

@@ -521,6 +521,12 @@ def test_a_malformed_input_has_torchs_own_error():
         ("lstm", {"clip_hidden": -1.0}),
         ("lstm", {"input_dropout": [0.1, 0.2]}),
         ("lstm", {"recurrent_dropout": True}),
+        # Equal to 0, and no numbers, or no bounds.
+        ("lstm", {"clip_hidden": 0}),
+        ("lstm", {"clip_cell": 0.0}),
+        ("lstm", {"clip_cell": False}),
+        ("gru", {"zoneout": False}),
+        ("gru", {"weight_dropout": None}),
     ],
 )
 def test_options_that_a_module_cannot_have_are_refused(kind, options):

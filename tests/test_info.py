@@ -64,6 +64,13 @@ def test_where_the_compiled_loops_come_from(monkeypatch, tmp_path):
     assert words["settings"]["TRITON_RNN_CACHE"] == str(tmp_path)
 
 
+def test_a_folder_that_keeps_no_libraries_is_not_named(monkeypatch, tmp_path):
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("TRITON_RNN_CACHE", str(tmp_path / "file"))
+    words = info._in_words(info.collect())
+    assert words["native"]["libraries are kept in"].startswith("no folder: there is none to be had")
+
+
 @pytest.mark.parametrize("with_rich", [True, False], ids=["table", "plain"])
 def test_print_for_people_gives_reasons_in_full(with_rich, nothing_set, monkeypatch, capsys):
     reason = "needs [a GPU] that nobody has put into this machine yet"

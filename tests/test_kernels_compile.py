@@ -16,6 +16,14 @@ pytest.importorskip("triton", reason="the kernels need triton, which is for Linu
 
 TIMEOUT_S = 600
 
+
+def test_a_pattern_that_no_kernel_matches_is_no_success():
+    command = [sys.executable, "-m", "bench.kernels", "--match", "no such kernel"]
+    run = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT_S)
+    assert run.returncode == 2
+    assert "--match no such kernel: there is no such kernel" in run.stderr
+
+
 # Per chip: every cell and dtype at a size for each variant, both directions of the recurrence.
 SCRIPT = """
 import json, sys, torch

@@ -337,3 +337,31 @@ def test_the_command_that_times_it_prints_and_writes_a_table(tmp_path, capsys):
     assert len(rows) == 8
     assert all(float(row.split("|")[2]) > 0 for row in rows)
     assert "until a call's launches are made" in capsys.readouterr().out
+
+
+@triton.jit
+def _copy(a_ptr, b_ptr, n, COUNT: triton.language.constexpr):
+    numbers = triton.language.arange(0, COUNT)
+    triton.language.store(b_ptr + numbers, triton.language.load(a_ptr + numbers))
+
+
+def test_for_an_amd_gpu_one_kernel_serves_tensors_of_any_size(monkeypatch):
+    """Triton tells those of up to 2 GB apart there, for kernels that count in 32 bits."""
+    compiler = pytest.importorskip("triton.backends.amd.compiler", reason="a Triton without AMD's")
+    specialize = pytest.importorskip("triton._C.libtriton").native_specialize_impl
+    given = []
+    monkeypatch.setattr(launcher.torch.version, "hip", "6.0")
+    started = launcher.Launcher(_copy, {"COUNT": 16}, {})
+    monkeypatch.setattr(started, "_launch", lambda programs, tensors, others: given.extend(tensors))
+    tensor = torch.empty(1024, dtype=torch.float16)
+    started(torch.device("cpu"), 1, (tensor, tensor), (16,))
+    assert len(given) == 2
+
+    def keys(argument):
+        return specialize(compiler.HIPBackend, argument, False, True, True)
+
+    plain = keys(tensor)
+    assert "S" in plain[1], "what is to be hidden"
+    for wrapped in given:
+        assert wrapped.data_ptr() == tensor.data_ptr()
+        assert keys(wrapped) == (plain[0], plain[1].replace("S", ""))

@@ -527,3 +527,12 @@ def test_nothing_of_the_callers_is_written_to(capable):
     before = [tensor.detach().clone() for tensor in given]
     module(x, hx)[0].sum().backward()
     assert all(map(torch.equal, given, before))
+
+
+def test_whether_a_module_has_it_can_be_read_and_not_be_set():
+    for kind in (triton_rnn.GRU, triton_rnn.LSTM):
+        for has in (False, True):
+            module = kind(3, 4, layer_norm=has)
+            assert module.layer_norm is has
+            with pytest.raises(AttributeError, match="layer_norm cannot be set"):
+                module.layer_norm = not has

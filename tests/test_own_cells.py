@@ -291,6 +291,7 @@ REFUSED = {
     "softmax": (lambda i, u, s: torch.softmax(i[0], -1), "not pointwise: it calls _softmax"),
     "matmul": (lambda i, u, s: i[0] @ u[0].T @ s[0], "not pointwise: it calls permute"),
     "a branch": (lambda i, u, s: i[0] if s[0][0, 0] > 0 else u[0], "not pointwise: it calls sel"),
+    "shapes": (lambda i, u, s: torch.matmul(i[0], u[0]), "not pointwise: it calls mm"),
     "flip": (lambda i, u, s: i[0].flip(-1), "not pointwise: it calls flip"),
     "part": (lambda i, u, s: i[0][:, :1], "not pointwise: it calls slice"),
     "in place": (lambda i, u, s: i[0].add_(u[0]), "add_ writes to a tensor in place"),

@@ -78,6 +78,22 @@ def test_cublas_writes_what_the_kernel_would(biased, fold):
     assert torch.equal(bias_ih, before), "the caller's bias"
 
 
+@pytest.mark.parametrize("count", [None, 4, 12, 20])
+def test_cublas_adds_what_a_users_cell_folds(count):
+    """Of the recurrent biases fewer than the input's, more, or none."""
+    draw = torch.Generator().manual_seed(0)
+    input, weight = torch.randn(15, 6, generator=draw), torch.randn(12, 6, generator=draw)
+    bias_ih = torch.randn(12, generator=draw)
+    bias_hh = None if count is None else torch.randn(count, generator=draw)
+    fold = 0 if count is None else min(count, 12)
+    expected = input @ weight.t() + bias_ih
+    if bias_hh is not None:
+        expected[:, :fold] += bias_hh[:fold]
+    out = torch.empty(15, 12)
+    products._by_cublas(input, weight, bias_ih, bias_hh, fold, out)
+    torch.testing.assert_close(out, expected)
+
+
 # TF32 by cuBLAS -----------------------------------------------------------------------------------
 
 

@@ -436,3 +436,20 @@ def test_tbptt_refuses_at_once_what_it_cannot_cut(change, error):
     else:
         with pytest.raises(error):
             tbptt(**arguments)
+
+
+def test_a_stream_is_not_exported_for_its_state_is_outside():
+    class Model(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = triton_rnn.GRU(3, 4)
+            self.stream = Stream(self.layer)
+
+        def forward(self, x):
+            return self.stream(x)
+
+    model = Model()
+    for strict in (False, True):
+        with pytest.raises(Exception, match="a stream keeps its state outside of a program"):
+            torch.export.export(model, (torch.randn(5, 2, 3),), strict=strict)
+        assert model.stream.state is None

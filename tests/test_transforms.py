@@ -173,6 +173,14 @@ def test_dropout_under_vmap_asks_for_a_randomness_as_torch_does():
     assert not torch.equal(other[1], other[0])
 
 
+def test_zoneout_under_vmap_is_drawn_as_dropout_is():
+    ours = triton_rnn.GRU(3, 4, zoneout=0.5, dtype=torch.float64)
+    inputs = random(1, 4, 2, 3).expand(3, -1, -1, -1)
+    for randomness, is_same in (("same", True), ("different", False)):
+        found = vmap(lambda x: ours(x)[0], randomness=randomness)(inputs)
+        assert torch.equal(found[1], found[0]) == is_same
+
+
 # --- Autocast and scaled losses.
 
 

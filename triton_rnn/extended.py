@@ -232,7 +232,7 @@ def forward(
     reset_to: str,
     all_states: bool,
 ) -> Any:
-    """What `module(input, hx, ...)` returns when it is asked for more than torch.nn's can do.
+    """What the module returns for an input, as torch.nn's does; keywords ask for more than that.
 
     Args:
         input: padded (T, N, I), or (N, T, I) with batch_first, or one sequence (T, I), or packed.

@@ -305,3 +305,12 @@ def test_waits_in_time_leave_no_trace(monkeypatch, exchange):
     hx = (random(1, 3, 20, dtype=torch.float32), random(1, 3, 20, dtype=torch.float32))
     assert_torchs_numbers(exact, ours, random(3, 3, 5, dtype=torch.float32), hx)
     launch.raise_failed_wait(CPU)
+
+
+def test_a_failure_is_told_where_the_first_call_was_in_inference_mode(monkeypatch):
+    """Tensors that were made there cannot be written to elsewhere."""
+    monkeypatch.setattr(launch, "_errors", {})
+    with torch.inference_mode():
+        launch._error_words(CPU)[0] = 4
+    raised(FAILED.format("forward", 3))
+    launch.raise_failed_wait(CPU)

@@ -114,6 +114,42 @@ def test_a_kind_of_kernel_is_tried_once_whatever_the_length_and_batch(monkeypatc
     assert len(tried) == 2
 
 
+@pytest.mark.parametrize("fits", [True, False], ids=["same_plan", "other_plan"])
+def test_no_more_sequences_are_tried_than_make_a_program_begin_twice(monkeypatch, fits):
+    tried, asked = [], request(batch=5000)
+    plans = {kernel: launch.plan_of(asked, kernel) for kernel in ("forward", "backward")}
+    enough = max(2 * each.slots * each.block_n for each in plans.values())
+    assert enough < 5000, "a case of many turns"
+    monkeypatch.setattr(check, "_try", lambda short: tried.append(short))
+    if not fits:
+        smaller = {k: launch.plan_of(request(batch=1), k) for k in plans}
+        right = launch.plan_of
+        monkeypatch.setattr(
+            launch, "plan_of", lambda r, k: right(r, k) if r.batch == 5000 else smaller[k]
+        )
+        assert smaller["forward"].block_n != plans["forward"].block_n
+    assert check.first_use(asked, plans) is None
+    assert [short.batch for short in tried] == [enough if fits else 5000]
+
+
+def test_no_memory_to_try_a_kernel_out_is_no_error_and_tried_again(monkeypatch):
+    tried = []
+
+    def lacking(short):
+        tried.append(short)
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(check, "compare", lacking)
+    asked = request()
+    plans = {kernel: launch.plan_of(asked, kernel) for kernel in ("forward", "backward")}
+    for _ in range(2):
+        assert check.first_use(asked, plans) is None
+    assert len(tried) == 2
+    monkeypatch.setattr(check, "compare", lambda short: 1.0)
+    with pytest.warns(RuntimeWarning, match="off by"):
+        assert "off by" in check.first_use(asked, plans)
+
+
 def test_what_failed_before_a_capture_is_not_taken_during_it(monkeypatch):
     asked, tried = request(), []
     monkeypatch.setattr(check, "_try", lambda short: tried.append(short) or "wrong")

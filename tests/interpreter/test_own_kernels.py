@@ -13,7 +13,7 @@ from torch.nn.utils.rnn import PackedSequence
 
 import triton_rnn
 from triton_rnn import dispatch
-from triton_rnn.backends.triton import check, launch, own, rules
+from triton_rnn.backends.triton import check, launch, own, products, rules
 from triton_rnn.kernels.chips import CHIPS
 from triton_rnn.kernels.planner import plan
 from triton_rnn.request import Request
@@ -121,6 +121,35 @@ def test_outputs_and_gradients_are_the_definitions(monkeypatch, kind, variant, f
     prepare = pack([3, 2, 1]) if how.pop("form") == "packed" else lambda input: input
     ours, exact = module_of(kind, 5, hidden_size(variant, how["dtype"]), **how)
     assert_the_definition(ours, exact, 3, 3, batch=3, prepare=prepare)
+
+
+class FewerProducts(triton_rnn.Recurrent, gates=2, products=1):
+    """W_hh h goes to the second of two gates."""
+
+    @staticmethod
+    def step(input, hidden, state):
+        z, n = torch.sigmoid(input[0]), torch.tanh(input[1] + hidden[0])
+        return (1 - z) * state[0] + z * n
+
+
+class MoreProducts(triton_rnn.Recurrent, gates=1, products=2):
+    @staticmethod
+    def step(input, hidden, state):
+        z, n = torch.sigmoid(hidden[1]), torch.tanh(input[0] + hidden[0])
+        return (1 - z) * state[0] + z * n
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("kind", [*CELLS, FewerProducts, MoreProducts], ids=lambda k: k.__name__)
+def test_projections_by_cublas_are_the_definitions(monkeypatch, kind, bias):
+    """As large ones are on a GPU: any one direction whose input lies in rows."""
+
+    def lies_in_rows(input, count, in_rows):
+        return in_rows and input.is_contiguous()
+
+    monkeypatch.setattr(products, "_is_for_cublas", lies_in_rows)
+    ours, exact = module_of(kind, 5, 12, bias=bias)
+    assert_the_definition(ours, exact, 3, 3, batch=3)
 
 
 # T, N, I, H: one of each, and more than one block.
