@@ -36,6 +36,19 @@ def test_readmes_figures_are_those_of_the_kept_results(name, count):
     assert re.search(r"\d+ of \d+", line).group() in READ
 
 
+def test_readmes_figures_without_avx512_are_those_of_the_kept_results():
+    kept = (ROOT / "bench" / "results" / "cpu-avx2.md").read_text()
+    rows = re.findall(r"^\| (\w+ \w+) \| \S+ \| \S+ \| (\S+) \|", kept, re.MULTILINE)
+    both = dict(row for row in rows if row[0].split()[1] in ("inference", "training"))
+    for cell, between in (("RNN", " in "), ("GRU", " "), ("LSTM", " ")):
+        inference, training = both[f"{cell} inference"], both[f"{cell} training"]
+        words = f"{cell} {inference}{'' if between == ' ' else ' in inference'} and {training}"
+        assert words in READ
+    assert re.search(r"triton_rnn 0.1.0 \((\w+)\)", kept)[1] in READ
+    marked = re.search(r"(\d+) of 165 cases are marked", kept)[1]
+    assert f"during {marked} of the 165" in READ
+
+
 def test_readmes_figures_of_a_gpu_are_those_of_the_kept_results():
     kept = json.loads((ROOT / "bench" / "results" / "gpu.json").read_text())
     every = [row for row in kept["timing"]["results"] if row["status"] == "ok"]

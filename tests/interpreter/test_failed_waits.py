@@ -309,8 +309,9 @@ def test_waits_in_time_leave_no_trace(monkeypatch, exchange):
 
 def test_a_failure_is_told_where_the_first_call_was_in_inference_mode(monkeypatch):
     """Tensors that were made there cannot be written to elsewhere."""
-    monkeypatch.setattr(launch, "_errors", {})
-    with torch.inference_mode():
-        launch._error_words(CPU)[0] = 4
-    raised(FAILED.format("forward", 3))
-    launch.raise_failed_wait(CPU)
+    with monkeypatch.context() as patch:
+        patch.setattr(launch, "_errors", {})
+        with torch.inference_mode():
+            launch._error_words(CPU)[0] = 4
+        raised(FAILED.format("forward", 3))
+        launch.raise_failed_wait(CPU)

@@ -27,8 +27,9 @@ FEWEST_STEPS = 4
 FEW_WEIGHTS = 40_000
 
 # A padded float32 LSTM is oneDNN's primitive in torch. Beside its AVX2 code the C loops take less
-# time at every size (1.1 to 2.7 without a backward, 1.15 to 2.4 with one), beside its AVX-512 code
-# with a backward (0.92 to 2.8). Without one, oneDNN's AVX-512 code is up to 9 % faster where a step
+# time without a backward (1.07 to 10), and with one (1.1 to 3.2) but where a step has many rows and
+# hundreds of units, where both take as long (0.91 to 1.2); beside its AVX-512 code with a backward
+# (0.92 to 2.8). Without one, oneDNN's AVX-512 code is up to 9 % faster where a step
 # has more than LSTM_STATE rows times hidden units (from half as fast at 128 to as fast there), but
 # not from LSTM_STREAMED hidden units on, whose weights come from memory at every step (1.0 to 2.5).
 LSTM_STATE = 4096

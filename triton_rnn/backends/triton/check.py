@@ -80,8 +80,10 @@ def first_use(request: Request, plans: dict[str, Plan]) -> str | None:
         if dispatch.capturing(request.device):
             # Comparing waits for the device, which a capture forbids.
             return None
-        # No more sequences than make a program begin twice, if fewer get the same plan.
-        enough = max(2 * plan.slots * plan.block_n for plan in plans.values())
+        # No more sequences than make a program begin twice, or give each multiprocessor two, if
+        # fewer get the same plan.
+        most = launch.chip_of(request.device).multiprocessors
+        enough = max(2 * min(plan.slots, most) * plan.block_n for plan in plans.values())
         fewer = short._replace(batch=min(enough, request.batch))
         try:
             _tried[kind] = _try(fewer if _is_planned(fewer, compiled) else short)
