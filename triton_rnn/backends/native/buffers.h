@@ -2,9 +2,7 @@
 
 /* Unit-vectors in a panel where each has one product, to keep more sums going: with the rows at once
    eight and more. */
-#ifndef NARROW_WIDTH
 enum { NARROW_WIDTH = MOST_ROWS < 4 ? 4 : 2 };
-#endif
 /* Whether a unit-vector has one product. */
 INLINE int is_narrow(i64 cell)
 {
@@ -14,7 +12,8 @@ INLINE int is_narrow(i64 cell)
 /* A member's hidden units, whole panels of W_hh. */
 INLINE void share_units(const Member *me, const Call *call, i64 *from, i64 *to)
 {
-    share(me, padded(call->hidden_size), is_narrow(call->cell) ? NARROW_WIDTH * LANES : LANES, from, to);
+    const i64 whole = is_narrow(call->cell) ? NARROW_WIDTH * LANES : LANES;
+    share(me, padded(call->hidden_size), whole, from, to);
 }
 
 /* Private buffers of one direction, forward. */

@@ -397,13 +397,18 @@ static int note_weights(Seen *seen, PyObject *attributes, PyObject *names, PyObj
         PyObject *name = PySequence_GetItem(names, i);
         PyObject *weight = name ? found_in(seen, by_name, name) : NULL;
         PyObject *shadow = name ? found_in(seen, attributes, name) : NULL;
-        PyObject *same = is_layer ? own(seen, PySequence_GetItem(in_order, i)) : weight;
+        PyObject *same = is_layer ? PySequence_GetItem(in_order, i) : NULL;
+        const int is_other = is_layer && same != weight;
+        if (same)
+            Py_DecRef(same);
+        else if (is_layer)
+            own(seen, NULL);
         if (weight)
             Py_IncRef(weight);
         weight = own(seen, weight);
         if (name)
             Py_DecRef(name);
-        if (shadow || same != weight) {
+        if (shadow || is_other) {
             seen->usual = 0;
         } else if (weight == &_Py_NoneStruct) {
             note(seen, -1);
