@@ -680,22 +680,6 @@ def test_an_onnx_file_of_a_model_gives_its_numbers_in_onnx_runtime(kind, restore
     assert_close(torch.from_numpy(actual), expected)
 
 
-@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore::DeprecationWarning")
-@pytest.mark.filterwarnings("ignore:Exporting a model to ONNX with a batch_size:UserWarning")
-@pytest.mark.parametrize("kind", ["rnn_tanh", "gru", "lstm"])
-def test_the_older_onnx_exporter_takes_a_layer_by_itself(kind):
-    """It hands over the defaults of all arguments of forward by their places."""
-    onnxruntime = pytest.importorskip("onnxruntime", reason="the extra `onnx` is not installed")
-    pytest.importorskip("onnxscript", reason="the extra `onnx` is not installed")
-    _, ours = twins(kind, 3, 4, dtype=torch.float32)
-    x, file = random(5, 2, 3, dtype=torch.float32), io.BytesIO()
-    torch.onnx.export(ours, (x,), file, dynamo=False)
-    session = onnxruntime.InferenceSession(file.getvalue(), providers=["CPUExecutionProvider"])
-    (name,) = [given.name for given in session.get_inputs()]
-    actual = session.run(None, {name: x.numpy()})[0]
-    assert_close(torch.from_numpy(actual), ours(x)[0].detach())
-
-
 def test_functional_forward_is_not_marked_for_good():
     """The mark keeps Dynamo from starting there, not from tracing it inside a graph."""
     _, ours = twins("gru", 3, 4)

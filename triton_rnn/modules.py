@@ -124,6 +124,7 @@ class RNN(_Extended, Stacking, torch.nn.RNN):
         self,
         input: Any,
         hx: Tensor | None = None,
+        *,
         lengths: Tensor | None = None,
         reset_mask: Tensor | None = None,
         reset_to: str = "zeros",
@@ -150,6 +151,7 @@ class GRU(LayerNormalized, _Extended, Stacking, torch.nn.GRU):
         self,
         input: Any,
         hx: Tensor | None = None,
+        *,
         lengths: Tensor | None = None,
         reset_mask: Tensor | None = None,
         reset_to: str = "zeros",
@@ -176,6 +178,7 @@ class LSTM(LayerNormalized, _Extended, Stacking, torch.nn.LSTM):
         self,
         input: Any,
         hx: tuple[Tensor, Tensor] | None = None,
+        *,
         lengths: Tensor | None = None,
         reset_mask: Tensor | None = None,
         reset_to: str = "zeros",
@@ -187,8 +190,6 @@ class LSTM(LayerNormalized, _Extended, Stacking, torch.nn.LSTM):
         return _torch_twin(self, LSTM, torch.nn.LSTM)
 
 
-# What is beyond torch.nn's is not by keyword alone: torch.onnx.export(dynamo=False) of a layer by
-# itself hands over every default by its place.
 for _layer in (RNN, GRU, LSTM):
     _layer.forward.__doc__ = extended.forward.__doc__
 
