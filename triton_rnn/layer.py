@@ -68,8 +68,8 @@ def _as_saved(tensor: Tensor | None, kind: _Kind | None) -> Tensor | None:
         return tensor
     if 0 in kind.stride:
         return tensor.contiguous()
-    where = {"dtype": kind.dtype, "device": kind.device}
-    return torch.empty_strided(kind.shape, kind.stride, **where).copy_(tensor)  # type: ignore[arg-type]
+    dtype, device, shape, stride = kind
+    return torch.empty_strided(shape, stride, dtype=dtype, device=device).copy_(tensor)
 
 
 class LayerFunction(torch.autograd.Function):
